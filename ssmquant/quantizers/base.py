@@ -1,0 +1,368 @@
+"""What all quantizers share: the encoded form, the base class, and the arithmetic of an affine quantizer.
+
+Forward, encode and decode go through the same two functions, :func:`affine_index` and :func:`affine_decode`,
+in the same order of operations; that is what makes ``encode(x).decode()`` equal the evaluation forward bit
+for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ssmquant.errors import CalibrationError, ConfigError, InputError, NotCalibratedError
+from ssmquant.quantizers.observers import GroupStats, collect, group_rows
+
+__all__ = ["Affine", "QTensor", "Quantizer", "affine_decode", "affine_index", "compute_dtype", "group_sum"]
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """A tensor as integer codes and the affine map that decodes them.
+
+    ``decode() = clip(scale * (codes + code_min) - shift, lo, hi)``. ``scale``, ``shift``, ``lo`` and ``hi``
+    have one element a group, in the compute dtype (float32, or float64 for float64 data), broadcastable to
+    ``codes``.
+    """
+
+    codes: Tensor
+    """uint8 in offset binary: ``0 .. 2**bits - 1``, of the original tensor's shape."""
+    bits: int
+    code_min: int
+    """The integer that code 0 stands for: ``-2**(bits-1)``, or 0 for unsigned quantizers."""
+    scale: Tensor
+    shift: Tensor
+    lo: Tensor | None
+    """Lower end clamp (DLS), or None."""
+    hi: Tensor | None
+    dtype: torch.dtype
+    """What :meth:`decode` returns."""
+
+    def decode(self) -> Tensor:
+        """Return the values, shape of ``codes``, dtype ``dtype``."""
+        index = self.codes.to(self.scale.dtype)
+        return affine_decode(index, Affine(self.scale, self.shift, self.lo, self.hi), self.code_min).to(
+            self.dtype
+        )
+
+    @property
+    def levels(self) -> Tensor:
+        """All values that a group can take, ``(groups, 2**bits)`` of dtype ``dtype``, computed on demand."""
+        index = torch.arange(2**self.bits, dtype=self.scale.dtype, device=self.scale.device)
+        column = (None if t is None else t.reshape(-1, 1) for t in (self.scale, self.shift, self.lo, self.hi))
+        return affine_decode(index, Affine(*column), self.code_min).to(self.dtype)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """The map of one call between values and codes: tensors of one element a group, broadcastable to the data."""
+
+    scale: Tensor
+    shift: Tensor
+    lo: Tensor | None = None
+    hi: Tensor | None = None
+
+
+def affine_index(x: Tensor, scale: Tensor, shift: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Nearest code index ``0 .. qmax - qmin`` as floats (ties to even, NaN stays NaN)."""
+    return ((x + shift) / scale).clamp(qmin, qmax).round() - qmin
+
+
+def affine_decode(index: Tensor, affine: Affine, code_min: int) -> Tensor:
+    """``clip(scale * (index + code_min) - shift, lo, hi)``; adding ``code_min`` turns -0.0 into 0.0."""
+    y = (index + code_min) * affine.scale - affine.shift
+    return y if affine.lo is None else y.clamp(affine.lo, affine.hi)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 as soon as one of the tensors is float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def group_dims(ndim: int, axis: int | None) -> tuple[int, ...]:
+    """Dimensions that a per-group reduction runs over."""
+    return tuple(d for d in range(ndim) if axis is None or d != axis % ndim)
+
+
+def group_sum(t: Tensor, axis: int | None) -> Tensor:
+    """Sum of every group: shape ``()`` if ``axis`` is None, else all dimensions but ``axis`` reduced to 1."""
+    if axis is None:
+        return t.sum()
+    dims = group_dims(t.dim(), axis)
+    return t.sum(dims, keepdim=True) if dims else t  # an empty tuple would mean all dimensions
+
+
+class Quantizer(nn.Module):
+    """Base class of the quantizers: life cycle, groups, encoding. Subclasses supply the arithmetic.
+
+    Args:
+        bits: 2..8, or None (or 32) for a bypass: the identity, without parameters or buffers.
+        official: reproduce the published code, quirks included (notes/quantizers.md 4); False mends them.
+        axis: with ``num_groups`` > 1: one group for every index along this axis. With one group the state covers the
+            whole tensor (DLS, which has no state a group, reads ``axis`` differently: see there).
+        num_groups: number of entries along ``axis``, which fixes the shape of the state.
+        is_weight: the tensor is a parameter: the same on all ranks, so that initialisation never communicates.
+
+    Raises:
+        ConfigError: an argument is out of range.
+
+    Life cycle: state shapes never depend on data. The first training batch (or :meth:`initialize`, :meth:`fit`)
+    initialises the ranges; evaluating before raises :class:`NotCalibratedError`. A batch of nothing but zeros says
+    nothing about a range: it passes through and the quantizer stays uninitialised; an uninitialised *weight* that is
+    all zero may also be evaluated. Empty tensors always pass through. After initialisation no call synchronises with
+    the host; ``initialized`` is a buffer (it travels with checkpoints) with a Python mirror.
+
+    NaN elements stay NaN in :meth:`forward`; inf saturates where the range does not depend on the batch.
+    """
+
+    flags: ClassVar[tuple[str, ...]] = ("initialized",)
+    """Boolean buffers, each mirrored in ``_flags``."""
+    eps: float = 1e-12
+    """Smallest scale ever divided by (the published DLS has 1e-6, which is coarse for 8-bit channels)."""
+
+    initialized: Tensor
+    _flags: dict[str, bool]
+
+    def __init__(
+        self,
+        bits: int | None,
+        *,
+        official: bool = False,
+        axis: int | None = None,
+        num_groups: int = 1,
+        is_weight: bool = False,
+    ) -> None:
+        super().__init__()
+        if bits is not None and (
+            isinstance(bits, bool) or not isinstance(bits, int) or bits not in {*range(2, 9), 32}
+        ):
+            raise ConfigError(
+                f"bits must be an integer from 2 to 8, or None for no quantization, got {bits!r}"
+            )
+        if num_groups < 1 or (num_groups > 1 and axis is None):
+            raise ConfigError(
+                f"num_groups must be positive, and 1 without an axis; got {num_groups=}, {axis=}"
+            )
+        self.bits = None if bits == 32 else bits
+        self.official = official
+        self.axis = axis
+        self.num_groups = num_groups
+        self.is_weight = is_weight
+        self.scale_gradient = True
+        """LSQ's gradient scale ``1 / sqrt(N * Qp)`` on the step size (N: elements of a group)."""
+        self._flags = {}
+        if self.bits is not None:
+            for name in self.flags:
+                self._flags[name] = name == "signed" or not self.needs_data
+                self.register_buffer(name, torch.tensor(self._flags[name]))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether ranges have to be initialised from data before an evaluation."""
+        return True
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether codes run from ``-2**(bits-1)``; where data decide it, they do so once, at initialisation."""
+        return self._flags.get("signed", True)
+
+    def _width(self) -> int:
+        assert self.bits is not None, "a bypass has no codes"
+        return self.bits
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer code."""
+        return -(2 ** (self._width() - 1)) if self.is_signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer code."""
+        return self.qmin + 2 ** self._width() - 1
+
+    @property
+    def code_min(self) -> int:
+        """The integer that code index 0 stands for (not ``qmin`` in one quirk of the official RFA)."""
+        return self.qmin
+
+    @property
+    def ready(self) -> bool:
+        """Whether an evaluation may run: initialised, or a bypass."""
+        return self.bits is None or self._flags["initialized"] or bool(self.initialized)
+
+    @torch.no_grad()
+    def _set_flag(self, name: str, value: bool) -> None:
+        self._flags[name] = value
+        getattr(self, name).fill_(value)
+
+    def _sync_flags(self) -> None:
+        for name in self._flags:
+            if not (buffer := getattr(self, name)).is_meta:
+                self._flags[name] = bool(buffer) or (name == "initialized" and not self.needs_data)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._sync_flags()
+
+    def reset(self) -> None:
+        """Forget the calibration and what was learnt: back to the state after construction."""
+        if self.bits is not None:
+            for name in self.flags:
+                self._set_flag(name, name == "signed" or not self.needs_data)
+            self._reset_state()
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, *, reduce: bool = False) -> None:
+        """Initialise from the data ``x`` (any float tensor that ``forward`` takes), again if it was done before.
+
+        A tensor that is empty or all zero changes nothing. ``reduce`` pools the statistics of all ranks, which must
+        then all call; the first training forward does so by itself for activations.
+
+        Raises:
+            CalibrationError: ``x`` holds inf or NaN.
+            InputError: ``axis`` does not fit ``x``.
+        """
+        if self.bits is None or not self.needs_data:
+            return
+        stats = collect(x, self._state_axis, self.num_groups, reduce=reduce)
+        if stats.count == 0:
+            return
+        stats.require_finite(type(self).__name__)
+        if not bool((stats.abs_mean > 0).any()):
+            return
+        self._init_state(stats)
+        self._set_flag("initialized", True)
+
+    @torch.no_grad()
+    def fit(self, batches: Sequence[Tensor]) -> None:
+        """Calibrate by squared error on sample tensors (initialises first where that is still to be done).
+
+        Raises:
+            CalibrationError: no batch, only empty ones, or inf or NaN in them.
+        """
+        if self.bits is None:
+            return
+        filled = [b.detach() for b in batches if b.numel()]
+        if not filled:
+            raise CalibrationError(f"{type(self).__name__}.fit needs at least one batch that is not empty")
+        groups = self.num_groups
+        axis = self._state_axis
+        per_batch = [collect(b, axis, groups, reduce=False) for b in filled]
+        for stats in per_batch:
+            stats.require_finite(type(self).__name__)
+        total = sum(s.count for s in per_batch)
+        pooled = GroupStats(
+            torch.stack([s.abs_mean * (s.count / total) for s in per_batch]).sum(0),
+            torch.stack([s.min for s in per_batch]).amin(0),
+            torch.stack([s.max for s in per_batch]).amax(0),
+            total,
+        )
+        if bool((pooled.abs_mean > 0).any()):
+            if self.needs_data:
+                self._init_state(pooled)
+                self._set_flag("initialized", True)
+            self._fit(filled, pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return fake-quantized ``x``: same shape and dtype (fp16 and bf16 are computed in float32).
+
+        Raises:
+            NotCalibratedError: evaluation of an uninitialised quantizer.
+            CalibrationError: the first training batch holds inf or NaN.
+        """
+        if self.bits is None:
+            return x
+        if not self._flags["initialized"] and not self._become_ready(x, self.training):
+            return x
+        if x.numel() == 0:
+            return x
+        return self._quantize(x)
+
+    def _become_ready(self, x: Tensor, may_initialize: bool) -> bool:
+        """Initialise if allowed. False: ``x`` is empty or all zero and passes through as it is."""
+        self._sync_flags()  # an EMA or a broadcast may have written the buffers
+        if self._flags["initialized"]:
+            return True
+        if may_initialize:
+            self.initialize(x, reduce=not self.is_weight)
+            return self._flags["initialized"]
+        if x.numel() == 0 or (self.is_weight and not bool(x.any())):
+            return False
+        raise NotCalibratedError(
+            f"{type(self).__name__} has seen no data yet: run ssmquant.calibrate(model, batches) or one training step "
+            "before an evaluation, or load a checkpoint that holds quantizer state"
+        )
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, check: bool = True) -> QTensor:
+        """Return ``x`` as codes; ``encode(x).decode()`` equals the evaluation forward bit for bit in eager float32.
+
+        Args:
+            x: float tensor, any shape.
+            check: raise for NaN (one host synchronisation); without it a NaN becomes code 0.
+
+        Raises:
+            ConfigError: a bypass has no codes.
+            InputError: NaN in ``x`` (no code stands for it), or, for ranges taken from ``x`` itself, inf.
+            NotCalibratedError: not initialised.
+        """
+        if self.bits is None:
+            raise ConfigError("a bypass quantizer (bits=None) has no codes; use its forward")
+        cd = compute_dtype(x, *self.parameters(recurse=False))
+        ready = self._flags["initialized"] or self._become_ready(x, False)
+        if not ready or x.numel() == 0:
+            one = torch.ones((), dtype=cd, device=x.device)
+            codes = torch.full(x.shape, -self.code_min, dtype=torch.uint8, device=x.device)
+            return QTensor(codes, self.bits, self.code_min, one, torch.zeros_like(one), None, None, x.dtype)
+        affine = self._affine(x)
+        index = self._index(x.to(cd), affine)
+        if check and bool(index.isnan().any()):
+            raise InputError(
+                f"{type(self).__name__}.encode: NaN (or inf that spoils the range) in a {tuple(x.shape)} tensor"
+            )
+        codes = index.nan_to_num(0.0).to(torch.uint8)
+        return QTensor(
+            codes, self.bits, self.code_min, affine.scale, affine.shift, affine.lo, affine.hi, x.dtype
+        )
+
+    def extra_repr(self) -> str:
+        if self.bits is None:
+            return "bypass"
+        groups = "" if self.axis is None else f", axis={self.axis}, num_groups={self.num_groups}"
+        return f"bits={self.bits}{groups}" + ", official=True" * self.official
+
+    def _group_view(self, state: Tensor, x: Tensor) -> Tensor:
+        """A ``(num_groups,)`` state tensor as one that broadcasts to ``x`` (``()`` for one group a tensor)."""
+        if self.num_groups == 1 or self.axis is None:
+            return state.reshape(())
+        if not -x.dim() <= self.axis < x.dim() or x.shape[self.axis] != self.num_groups:
+            group_rows(x, self.axis, self.num_groups)  # raises the error
+        shape = [1] * x.dim()
+        shape[self.axis] = self.num_groups
+        return state.reshape(shape)
+
+    @property
+    def _state_axis(self) -> int | None:
+        return self.axis if self.num_groups > 1 else None
+
+    def _reset_state(self) -> None:
+        raise NotImplementedError
+
+    def _init_state(self, stats: GroupStats) -> None:
+        raise NotImplementedError
+
+    def _fit(self, batches: list[Tensor], stats: GroupStats) -> None:
+        raise NotImplementedError
+
+    def _affine(self, x: Tensor) -> Affine:
+        raise NotImplementedError
+
+    def _index(self, x: Tensor, affine: Affine) -> Tensor:
+        return affine_index(x, affine.scale, affine.shift, self.qmin, self.qmax)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        raise NotImplementedError

@@ -1,0 +1,192 @@
+"""LSQ with an offset (arXiv 2503.21970's plain activation quantizer): a learnable step size and a learnable shift.
+
+    u = clip((x + beta) / alpha, Qn, Qp),    y = alpha * round(u) - beta
+
+Gradients (straight-through): dx is 1 in range and 0 outside, so beta learns from clipped elements only, and
+d alpha = round(u) - (x + beta) / alpha in range, Qn or Qp outside, times 1 / sqrt(N * Qp).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ssmquant.quantizers.base import Affine, Quantizer, affine_decode, affine_index, compute_dtype, group_sum
+from ssmquant.quantizers.observers import GroupStats, group_rows, sample_rows
+
+__all__ = ["LSQ", "LearnedScale", "floored"]
+
+
+def floored(alpha: Tensor, eps: float) -> Tensor:
+    """``alpha`` with its magnitude raised to at least ``eps``, its sign kept (0 counts as positive)."""
+    sign = torch.where(alpha < 0, -1.0, 1.0).to(alpha.dtype)
+    return sign * alpha.abs().clamp(min=eps)
+
+
+class _LSQFunction(torch.autograd.Function):
+    """Saves references to its inputs only; recomputing the codes is cheaper than keeping them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, axis: int | None, scaled: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, alpha, beta)
+        ctx.static = qmin, qmax, axis, scaled
+        index = affine_index(x.to(alpha.dtype), alpha, beta, qmin, qmax)
+        return affine_decode(index, Affine(alpha, beta), qmin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, beta = ctx.saved_tensors
+        qmin, qmax, axis, scaled = ctx.static
+        grad = grad.to(alpha.dtype)
+        u = (x.to(alpha.dtype) + beta) / alpha
+        inside = (u >= qmin) & (u <= qmax)
+        dx = grad * inside
+        dalpha = dbeta = None
+        if ctx.needs_input_grad[1]:
+            dalpha = group_sum(grad * (u.clamp(qmin, qmax).round() - torch.where(inside, u, 0.0)), axis)
+            if scaled:
+                dalpha = dalpha / math.sqrt(x.numel() // alpha.numel() * qmax)
+        if ctx.needs_input_grad[2]:
+            dbeta = group_sum(dx - grad, axis)
+        return dx.to(x.dtype), dalpha, dbeta, None, None, None, None
+
+
+class LearnedScale(Quantizer):
+    """What LSQ and RFA share: a step size and a shift a group, their initialisation and their calibration.
+
+    Parameters ``alpha`` and ``beta``, shape ``(num_groups,)``; buffers ``initialized``, ``signed``.
+    """
+
+    flags: ClassVar[tuple[str, ...]] = ("initialized", "signed")
+    signed_by_data = True
+    """Whether the first data decide the sign flag (unsigned if hardly any is negative)."""
+
+    def __init__(
+        self,
+        bits: int | None,
+        *,
+        official: bool = False,
+        axis: int | None = None,
+        num_groups: int = 1,
+        is_weight: bool = False,
+    ) -> None:
+        super().__init__(bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight)
+        if self.bits is not None:
+            self.alpha = nn.Parameter(torch.ones(num_groups))
+            self.beta = nn.Parameter(torch.zeros(num_groups))
+
+    @torch.no_grad()
+    def _reset_state(self) -> None:
+        self.alpha.fill_(1.0)
+        self.beta.zero_()
+
+    def _init_state(self, stats: GroupStats) -> None:
+        """Set alpha = 2 * mean|x + beta| / sqrt(Qp), as published (with beta = 0)."""
+        self.beta.zero_()
+        if self.signed_by_data:
+            # Published: an absolute threshold, which makes data of scale 1e-6 unsigned.
+            threshold = 1e-5 * (1.0 if self.official else stats.abs_mean.mean())
+            self._set_flag("signed", bool(stats.min.min() < -threshold))
+        mean = stats.abs_mean
+        if (
+            not self.official
+        ):  # a group that is all zero takes the other groups' average rather than a dead step
+            used = mean > 0
+            mean = torch.where(used, mean, mean[used].mean())
+        self.alpha.copy_(2 * mean / math.sqrt(self.qmax))
+
+    def _scale_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha (floored, straight gradient) and beta in the compute dtype, broadcastable to ``x``."""
+        cd = compute_dtype(x, self.alpha, self.beta)
+        alpha, beta = (self._group_view(t, x).to(cd) for t in (self.alpha, self.beta))
+        return (alpha if self.official else _StraightFloor.apply(alpha, self.eps)), beta
+
+    def _affine(self, x: Tensor) -> Affine:
+        return Affine(*self._scale_shift(x))
+
+    def _fit(self, batches: list[Tensor], stats: GroupStats) -> None:
+        """Search alpha, and beta in {0, -mean, centre of the range}, for the least squared error."""
+        rows: list[Tensor] = []
+        per_group = [group_rows(b, self._state_axis, self.num_groups) for b in batches]
+        for g in range(self.num_groups):
+            parts = [p[g] for p in per_group]
+            rows.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+        points, weights = sample_rows(rows, 2**13)
+        low, high = (t.to(points.dtype)[:, None] for t in (stats.min, stats.max))
+        mean = ((points * weights).sum(1) / weights.sum(1))[:, None]
+        start = self.alpha.to(points.dtype)[:, None]
+        best_alpha, best_beta = start, self.beta.to(points.dtype)[:, None]
+        best = self._squared_error(points, weights, best_alpha, best_beta)
+        half_step = (high - low) / 2 ** (self._width() + 1) if self.is_signed else torch.zeros_like(low)
+        shifts = [torch.zeros_like(low)]
+        if self.is_signed:
+            shifts += [-mean, -(low + high) / 2 - half_step]
+        for n, beta in enumerate(shifts):
+            reach = ((high + beta) / self.qmax).clamp(min=0)
+            if self.is_signed:
+                reach = torch.maximum(reach, (low + beta) / self.qmin)
+            candidates = [reach * (k / 24) for k in range(1, 26)] + [
+                start * 1.15**k for k in range(-6, 7) if n == 0
+            ]
+            # A shift costs a rank-one correction in every integer kernel: it has to be worth something.
+            bar = 1.0 if n == 0 else 0.98
+            for alpha in candidates:
+                alpha = alpha.clamp(min=self.eps)
+                error = self._squared_error(points, weights, alpha, beta)
+                better = error < bar * best
+                best = torch.where(better, error, best)
+                best_alpha = torch.where(better, alpha, best_alpha)
+                best_beta = torch.where(better, beta, best_beta)
+        self.alpha.copy_(best_alpha[:, 0])
+        self.beta.copy_(best_beta[:, 0])
+
+    def _squared_error(self, points: Tensor, weights: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+        # Rounds as LSQ also for RFA, whose grid is fresh at this point, so that the two agree off ties.
+        index = affine_index(points, alpha, beta, self.qmin, self.qmax)
+        error = affine_decode(index, Affine(alpha, beta), self.code_min) - points
+        return (error * error * weights).sum(1, keepdim=True)
+
+
+class _StraightFloor(torch.autograd.Function):
+    """:func:`floored` with gradient 1, so that a step size that fell below the floor can come back."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, eps: float) -> Tensor:
+        return floored(alpha, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class LSQ(LearnedScale):
+    """Learned step size and shift; see the module's docstring and :class:`Quantizer` for the arguments.
+
+    Activations are unsigned if the data they were initialised from have no value below ``-1e-5 * mean|x|``
+    (``official``: -1e-5); weights are always signed, unless ``official``.
+    A negative learnt alpha is a valid quantizer (with the code range reversed).
+    """
+
+    def __init__(
+        self,
+        bits: int | None,
+        *,
+        official: bool = False,
+        axis: int | None = None,
+        num_groups: int = 1,
+        is_weight: bool = False,
+    ) -> None:
+        super().__init__(bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight)
+        self.signed_by_data = official or not is_weight
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        alpha, beta = self._scale_shift(x)
+        out: Tensor = _LSQFunction.apply(
+            x, alpha, beta, self.qmin, self.qmax, self._state_axis, self.scale_gradient
+        )
+        return out

@@ -1,0 +1,70 @@
+"""Min-max quantization: static affine ranges from observed extremes, the common baseline. Nothing is learnt.
+
+Weights (``is_weight``) are symmetric and signed, ``scale = max|w| / (2**(b-1) - 1)``, shift 0; activations are
+asymmetric, ``scale = (max - min) / (2**b - 1)``, ``shift = -min``, so that every value in range is at most half a
+step off. The shift is a float: our kernels need no exactly representable zero (padding is not a code).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmquant.quantizers.base import Affine, Quantizer, compute_dtype
+from ssmquant.quantizers.lsq import _LSQFunction
+from ssmquant.quantizers.observers import GroupStats
+
+__all__ = ["MinMax"]
+
+
+class MinMax(Quantizer):
+    """Static affine quantizer; see :class:`Quantizer` for the arguments (``official`` changes nothing here).
+
+    Buffers ``low`` and ``high``, shape ``(num_groups,)``: the extremes of all data that :meth:`initialize` or
+    :meth:`fit` saw last. Gradient: straight through inside the range, zero outside.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        bits: int | None,
+        *,
+        official: bool = False,
+        axis: int | None = None,
+        num_groups: int = 1,
+        is_weight: bool = False,
+    ) -> None:
+        super().__init__(bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight)
+        if self.bits is not None:
+            self.register_buffer("low", torch.full((num_groups,), -1.0))
+            self.register_buffer("high", torch.full((num_groups,), 1.0))
+
+    @property
+    def is_signed(self) -> bool:
+        return self.is_weight
+
+    def _reset_state(self) -> None:
+        self.low.fill_(-1.0)
+        self.high.fill_(1.0)
+
+    def _init_state(self, stats: GroupStats) -> None:
+        self.low.copy_(stats.min)
+        self.high.copy_(stats.max)
+
+    def _fit(self, batches: list[Tensor], stats: GroupStats) -> None:
+        """Nothing left to do: the pooled extremes of all batches are the ranges."""
+
+    def _affine(self, x: Tensor) -> Affine:
+        cd = compute_dtype(x, self.low)
+        low, high = (self._group_view(t, x).to(cd) for t in (self.low, self.high))
+        if self.is_weight:
+            scale = torch.maximum(-low, high) / self.qmax
+            return Affine(scale.clamp(min=self.eps), torch.zeros_like(scale))
+        return Affine(((high - low) / (self.qmax - self.qmin)).clamp(min=self.eps), -low)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        a = self._affine(x)
+        out: Tensor = _LSQFunction.apply(x, a.scale, a.shift, self.qmin, self.qmax, self._state_axis, False)
+        return out
