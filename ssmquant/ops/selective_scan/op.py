@@ -1,0 +1,279 @@
+"""``torch.ops.ssmquant.selective_scan``: schema, shape checks, fake kernels, autograd and the choice of back end.
+
+The public operator is composed of two opaque ones, ``_selective_scan_fwd`` and ``_selective_scan_bwd``, and of the gate
+``y * silu(z)``, which autograd and compilers see as what it is. Both opaque ones run on every device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import InputError
+from . import chunked
+from .chunked import PIECE
+
+__all__ = ["backend", "selective_scan"]
+
+_OPERANDS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D"
+_LIBRARY = torch.library.Library("ssmquant", "FRAGMENT")
+_LIBRARY.define(
+    f"selective_scan({_OPERANDS}=None, Tensor? z=None, Tensor? delta_bias=None, bool delta_softplus=False)"
+    " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"_selective_scan_fwd({_OPERANDS}, Tensor? delta_bias, bool delta_softplus, bool save) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"_selective_scan_bwd(Tensor g, Tensor g_last, Tensor saved, {_OPERANDS}, Tensor? delta_bias, bool delta_softplus)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _fail(name: str, tensor: Tensor, wanted: str) -> None:
+    raise InputError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
+
+
+def _check(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
+) -> None:
+    named = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias}
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.is_complex():
+            raise InputError(f"selective_scan: {name} is complex; only real state spaces are supported")
+        if not tensor.is_floating_point():
+            raise InputError(f"selective_scan: {name} has dtype {tensor.dtype}, expected a floating point dtype")
+        if tensor.device != u.device:
+            raise InputError(f"selective_scan: {name} is on {tensor.device}, u on {u.device}; move them together")
+    if u.dim() != 3:
+        _fail("u", u, "(B, D, L)")
+    batch, channels, length = u.shape
+    for name, tensor in (("delta", delta), ("z", z)):
+        if tensor is not None and tensor.shape != u.shape:
+            _fail(name, tensor, f"u's {tuple(u.shape)}")
+    if A.dim() != 2 or A.shape[0] != channels:
+        _fail("A", A, f"({channels}, N)")
+    states = A.shape[1]
+    groups: dict[str, int] = {}
+    for name, tensor in (("B", B), ("C", C)):
+        shape, rank = tuple(tensor.shape), tensor.dim()
+        if rank == 4 and shape[1] > 0 and channels % shape[1] == 0 and shape == (batch, shape[1], states, length):
+            groups[name] = shape[1]
+        elif rank == 3 and shape == (batch, states, length):
+            groups[name] = 1
+        elif not (rank == 2 and shape == (channels, states)):
+            _fail(
+                name,
+                tensor,
+                f"({batch}, {states}, {length}), ({batch}, G, {states}, {length}) with G dividing {channels}, "
+                f"or ({channels}, {states})",
+            )
+    if len(set(groups.values())) > 1:
+        raise InputError(f"selective_scan: B has {groups['B']} groups but C has {groups['C']}; give both the same number")
+    for name, tensor in (("D", D), ("delta_bias", bias)):
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            _fail(name, tensor, f"({channels},)")
+
+
+def _state_dtype(*operands: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
+
+
+def backend(device: torch.device, dtype: torch.dtype, states: int) -> str:
+    """The name of what computes a scan there, "triton" or "chunked", for a state of ``dtype`` and size ``states``."""
+    if device.type != "cuda" or dtype == torch.float64 or states > 64:
+        return "chunked"
+    return "triton" if importlib.util.find_spec("triton") is not None else "chunked"
+
+
+def _kernels(u: Tensor, dtype: torch.dtype, states: int) -> Any:
+    if backend(u.device, dtype, states) == "triton":
+        from . import triton  # not at the top: Triton is optional and slow to import
+
+        return triton
+    return chunked
+
+
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _state_dtype(u, delta, A, B, C, D, bias)
+    batch, channels, length = u.shape
+    if 0 in (batch, channels, length, A.shape[1]):
+        y = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
+        if D is not None and y.numel():
+            y.copy_(D.to(dtype)[:, None] * u)
+        last = A.new_zeros((batch, channels, A.shape[1]), dtype=dtype)
+        pieces = -(-length // PIECE) if save else 0
+        return y, last, A.new_empty((pieces, batch, A.shape[1], channels), dtype=dtype)
+    kernels = _kernels(u, dtype, A.shape[1])
+    result: tuple[Tensor, Tensor, Tensor] = kernels.forward(u, delta, A, B, C, D, bias, softplus, dtype, save)
+    return result
+
+
+def _fake_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _state_dtype(u, delta, A, B, C, D, bias)
+    batch, channels, length = u.shape
+    states = A.shape[1]
+    pieces = -(-length // PIECE) if save else 0
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    last = A.new_empty((batch, channels, states), dtype=dtype)
+    return y, last, A.new_empty((pieces, batch, states, channels), dtype=dtype)
+
+
+def _backward(
+    g: Tensor,
+    g_last: Tensor,
+    saved: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, ...]:
+    dtype = _state_dtype(u, delta, A, B, C, D, bias)
+    if 0 in (*u.shape, A.shape[1]):
+        grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C)]
+        optional = [u.new_empty(0) if t is None else torch.zeros_like(t) for t in (D, bias)]
+        if D is not None and u.numel():
+            grads[0].copy_(D[:, None] * g)
+            optional[0].copy_((g.to(dtype) * u).sum((0, 2)))
+        return (*grads, *optional)
+    kernels = _kernels(u, dtype, A.shape[1])
+    result: tuple[Tensor, ...] = kernels.backward(g, g_last, saved, u, delta, A, B, C, D, bias, softplus, dtype)
+    return result
+
+
+def _fake_backward(
+    g: Tensor,
+    g_last: Tensor,
+    saved: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, ...]:
+    full = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (u, delta, A, B, C)]
+    some = [u.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (D, bias)]
+    return (*full, *some)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, softplus, save = inputs
+    if not save:
+        raise InputError("selective_scan: _selective_scan_fwd needs save=True where gradients are wanted")
+    ctx.softplus = softplus
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _autograd(ctx: Any, g: Tensor, g_last: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved, u, delta, A, B, C, D, bias = ctx.saved_tensors
+    grads = torch.ops.ssmquant._selective_scan_bwd(g, g_last, saved, u, delta, A, B, C, D, bias, ctx.softplus)
+    *main, g_D, g_bias = grads
+    return (*main, None if D is None else g_D, None if bias is None else g_bias, None, None)
+
+
+def _compose(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check(u, delta, A, B, C, D, z, delta_bias)
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (u, delta, A, B, C, D, delta_bias)
+    )
+    y, last, _ = torch.ops.ssmquant._selective_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, save)
+    if z is not None:
+        dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
+        y = (y.to(dtype) * F.silu(z.to(dtype))).to(u.dtype)
+    return y, last
+
+
+_LIBRARY.impl("selective_scan", _compose, "CompositeImplicitAutograd")
+_LIBRARY.impl("_selective_scan_fwd", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("_selective_scan_bwd", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("ssmquant::_selective_scan_fwd", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("ssmquant::_selective_scan_bwd", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("ssmquant::_selective_scan_fwd", _autograd, setup_context=_setup, lib=_LIBRARY)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective state space recurrence of Mamba (Gu & Dao 2023, arXiv 2312.00752), zero-order hold.
+
+    With ``dt = softplus(delta + delta_bias)`` (softplus if ``delta_softplus``), step by step along L::
+
+        h = exp(dt * A) * h + dt * B * u        out = (<C, h> + D * u) * silu(z)
+
+    Same arguments and meaning as mamba-ssm's ``selective_scan_fn``, differentiable once in every operand, also through
+    the last state. It is one call of ``torch.ops.ssmquant.selective_scan``.
+
+    Args:
+        u: (B, D, L), the input; sets the dtype of ``out``.
+        delta: (B, D, L), step sizes before bias and softplus.
+        A: (D, N), real.
+        B: (B, N, L), or (B, G, N, L) where each of G groups of D / G channels has its own, or constant (D, N).
+        C: as B.
+        D: (D,), skip weight.
+        z: (B, D, L), gate.
+        delta_bias: (D,).
+        delta_softplus: apply softplus to the step sizes.
+        return_last_state: return ``(out, last_state)``.
+
+    Returns:
+        ``out``, contiguous (B, D, L) in u's dtype. The state is kept in float32 (float64 if an operand is float64), and
+        so is ``last_state``, (B, D, N).
+
+    Raises:
+        InputError: a shape does not fit, or an operand is complex, an integer or on another device.
+    """
+    out, last = torch.ops.ssmquant.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (out, last) if return_last_state else out
