@@ -1,0 +1,51 @@
+"""ssmquant: low-bit quantization of state-space vision models, for existing codebases.
+
+    prepared = ssmquant.prepare(model, ssmquant.QConfig(w_bits=2, a_bits=2))
+    ...  # fine-tune
+    deployed = ssmquant.convert(prepared)
+    ssmquant.save(deployed, "restorer.safetensors")
+"""
+
+from ssmquant.adapter import Adapter, ScanRole, register_adapter
+from ssmquant.analysis import summary, verify
+from ssmquant.config import QConfig, Rule
+from ssmquant.errors import (
+    CalibrationError,
+    ConfigError,
+    CoverageError,
+    FormatError,
+    InputError,
+    MethodError,
+    NotCalibratedError,
+    SsmquantError,
+    TraceError,
+)
+from ssmquant.io import load, save
+from ssmquant.workflow import calibrate, convert, param_groups, prepare
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Adapter",
+    "CalibrationError",
+    "ConfigError",
+    "CoverageError",
+    "FormatError",
+    "InputError",
+    "MethodError",
+    "NotCalibratedError",
+    "QConfig",
+    "Rule",
+    "ScanRole",
+    "SsmquantError",
+    "TraceError",
+    "calibrate",
+    "convert",
+    "load",
+    "param_groups",
+    "prepare",
+    "register_adapter",
+    "save",
+    "summary",
+    "verify",
+]

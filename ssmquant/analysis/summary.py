@@ -1,0 +1,224 @@
+"""What every site of a model is: scheme, bytes, bit operations, kernel; and why the float ones are float."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmquant.graph.plan import Point
+from ssmquant.graph.runtime import Record, Runtime, runtime_of
+from ssmquant.graph.sites import Site, op_name
+from ssmquant.pack import packed_size
+
+__all__ = ["Summary", "SummaryRow", "summary"]
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One site. ``scheme`` is like ``"W2A2"``; ``bytes`` counts its stored operands, ``bitops`` one sample."""
+
+    name: str
+    kind: str
+    scheme: str
+    methods: str
+    bytes: int
+    bitops: int
+    kernel: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All rows and the totals. ``bytes``: everything the model stores (float remainder included); ``parameters``:
+    values it stands for; ``bitops``: one sample of ``input_shapes``, operands kept in float counting 32 bits.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    bytes: int
+    float_bytes: int
+    parameters: int
+    bitops: int
+    input_shapes: tuple[tuple[int, ...], ...]
+    floats: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        width = max([len(r.name) for r in self.rows] or [4])
+        head = f"{'site':<{width}}  {'kind':<6}  {'scheme':<7}  {'quantizers':<11}  {'bytes':>9}  {'MBitOPs':>10}  kernel"
+        lines = [head, "-" * len(head)]
+        for r in self.rows:
+            lines.append(
+                f"{r.name:<{width}}  {r.kind:<6}  {r.scheme:<7}  {r.methods:<11}  {r.bytes:>9,}  {r.bitops / 1e6:>10,.1f}  "
+                f"{r.kernel}" + (f"  ({r.note})" if r.note else "")
+            )
+        counts: dict[str, int] = {}
+        for _, reason in self.floats:
+            counts[reason] = counts.get(reason, 0) + 1
+        kept = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+        lines.append("-" * len(head))
+        lines.append(
+            f"{self.parameters:,} parameters in {self.bytes:,} bytes ({self.float_bytes:,} of them float); "
+            f"{self.bitops / 1e9:,.2f} GBitOPs for input {' '.join('x'.join(map(str, s)) for s in self.input_shapes)}"
+        )
+        if kept:
+            lines.append(f"float parameters outside sites: {kept}")
+        lines.extend(f"note: {n}" for n in self.notes)
+        return "\n".join(lines)
+
+
+def _macs(site: Site) -> int:
+    """Multiply-accumulates of a site for the traced sizes."""
+    out = site.node.meta["val"]
+    out = out[0] if isinstance(out, (tuple, list)) else out
+    x = site.inputs[0].node.meta["val"]
+    name = op_name(site.node)
+    if name == "einsum":
+        spec = str(site.node.args[0]).replace(" ", "").split("->")[0].split(",")
+        shapes = [o.node.meta["val"].shape for o in (*site.inputs, *([site.weight] if site.weight else []))]
+        order = sorted(zip([str(o.at) for o in (*site.inputs, *([site.weight] if site.weight else []))], shapes, strict=True))
+        sizes: dict[str, int] = {}
+        for labels, (_, shape) in zip(spec, order, strict=False):
+            sizes.update(zip(labels, shape, strict=False))
+        return math.prod(sizes.values())
+    if site.kind == "matmul":
+        return int(out.numel() * x.shape[-1 if site.inputs[0].at == 0 else -2])
+    return int(out.numel())  # times the fan-in, see _cost
+
+
+def _cost(model: nn.Module, record: Record, site: Site, w_bits: int, a_bits: int, samples: int) -> int:
+    if site.kind == "scan":
+        u, a = site.scan["u"].meta["val"], site.scan["A"].meta["val"]
+        # Per (b, d, l, n): delta*A and delta*u*B on operands, C*h on one, and the state update in float.
+        n = u.numel() * a.shape[1]
+        return n * (2 * a_bits * a_bits + 32 * a_bits + 32 * 32) // samples
+    if site.kind == "matmul":
+        return _macs(site) * w_bits * a_bits // samples
+    weight = _weight_shape(model, site)
+    transposed = "transpose" in op_name(site.node) or "Transpose" in "".join(site.types)
+    if transposed:
+        macs = site.inputs[0].node.meta["val"].numel() * math.prod(weight[1:])
+    else:
+        macs = _output_numel(site) * math.prod(weight[1:])
+    return int(macs) * w_bits * a_bits // samples
+
+
+def _output_numel(site: Site) -> int:
+    return int(site.node.meta["val"].numel())
+
+
+def _weight_shape(model: nn.Module, site: Site) -> tuple[int, ...]:
+    if site.weight is not None:
+        return tuple(site.weight.node.meta["val"].shape)
+    runtime = runtime_of(model)
+    if site.parameter in runtime.dropped:
+        return runtime.dropped[site.parameter][0]
+    return tuple(model.get_parameter(str(site.parameter)).shape)
+
+
+def _point_bytes(point: Point, model: nn.Module, runtime: Runtime) -> int:
+    """Bytes of the stored operand (weights, static operands) and of the quantizer's scalars after convert."""
+    if point.what == "activation":
+        return sum(4 * p.numel() for p in runtime.activations[point.key].parameters())
+    name = point.parameter
+    if point.what == "weight" and name:
+        shape = runtime.dropped[name][0] if name in runtime.dropped else tuple(model.get_parameter(name).shape)
+    else:
+        shape = tuple(point.node.meta["val"].shape)
+    assert point.scheme.bits is not None
+    scalars = 4 if point.what == "static" else 2 * point.groups
+    return packed_size(math.prod(shape), point.scheme.bits) + 4 * scalars
+
+
+def summary(model: nn.Module) -> Summary:
+    """Every site of a prepared or deployed model, float ones with the reason. ``print`` the result.
+
+    For a prepared model the bytes are those that ``convert`` will give.
+    """
+    runtime = runtime_of(model)
+    if not runtime.records:
+        raise_if_unpickled(model)
+    record = runtime.records[0]
+    trace = record.trace
+    samples = trace.shapes[0][0] if (0, 0) in trace.free else 1
+    by_site: dict[str, dict[str, Point]] = {}
+    owned: dict[str, int] = {}
+    for p in record.plan.points:
+        for k, (site, operand) in enumerate(p.uses):
+            by_site.setdefault(site.name, {})[operand.name if p.what != "weight" else "weight"] = p
+            if k == 0:
+                owned[site.name] = owned.get(site.name, 0) + _point_bytes(p, model, runtime)
+    rows = []
+    for site in record.plan.sites:
+        points = by_site.get(site.name, {})
+        weight = points.get("weight")
+        acts = [p for p in points.values() if p.what != "weight"]
+        w = (weight.scheme.bits if weight else None) or 32
+        a = max([p.scheme.bits or 32 for p in acts], default=32)
+        scheme = f"A{a}" if site.kind == "scan" else f"W{w}A{a}"
+        methods = "/".join(dict.fromkeys([*([weight.scheme.method] if weight else []), *(p.scheme.method for p in acts)]))
+        folded = [p.name for p in acts if p.what == "activation" and p.scheme.method == "dls" and p.axis is None]
+        note = record.plan.floats.get(site.name, "")
+        if folded and runtime.config.statistics == "sample":
+            note = "statistics per tensor: the code folds the batch away"
+        kernel = ("dequantize + torch" if points else "torch") if runtime.stage == "deployed" else "fake-quantized"
+        size = owned.get(site.name, 0)
+        if weight is None and site.parameter:
+            size += 4 * math.prod(_weight_shape(model, site))
+        rows.append(
+            SummaryRow(
+                site.name, site.kind, scheme if points else "float", methods, size,
+                _cost(model, record, site, w, a, samples), kernel if points else "torch", note,
+            )
+        )  # fmt: skip
+    floats = tuple((p.name, p.reason) for p in record.plan.parameters)
+    packed = sum(_point_bytes(p, model, runtime) for p in record.plan.points)
+    covered = _covered(record)
+    ours = {id(p) for p in runtime.parameters()} | {id(b) for b in runtime.buffers()}
+    rest = 0
+    values = sum(math.prod(s) for s, _ in runtime.dropped.values())
+    for name, t in _tensors(model):
+        if id(t) in ours:
+            continue
+        values += t.numel()
+        if name not in covered:
+            half = runtime.float_dtype in (torch.float16, torch.bfloat16)
+            rest += t.numel() * (2 if half and t.is_floating_point() else t.element_size())
+    shapes = tuple((1, *s[1:]) if (i, 0) in trace.free else s for i, s in enumerate(trace.shapes))
+    notes = (*runtime.notes, *(runtime.adapter.notes if runtime.adapter else ()))
+    return Summary(
+        tuple(rows), packed + rest, rest, values, sum(r.bitops for r in rows), shapes, floats, notes
+    )  # fmt: skip
+
+
+def _covered(record: Record) -> set[str]:
+    out: set[str] = set()
+    for p in record.plan.points:
+        if p.what == "weight" and p.parameter:
+            out.add(p.parameter)
+        elif p.what == "static":
+            out |= {str(n.target) for n in _ancestors(p.node) if n.op == "get_attr"}
+    return out
+
+
+def _ancestors(node: Any) -> set[Any]:
+    out = {node}
+    for i in node.all_input_nodes:
+        out |= _ancestors(i)
+    return out
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    skip = {f"{m}.{b}" if m else b for m, mod in model.named_modules() for b in mod._non_persistent_buffers_set}
+    buffers = [(n, b) for n, b in model.named_buffers() if n not in skip]
+    return [*model.named_parameters(), *buffers]
+
+
+def raise_if_unpickled(model: nn.Module) -> None:
+    """A model fresh from pickle has no graph until its first call."""
+    from ssmquant.errors import ConfigError
+
+    raise ConfigError("this model has not been called since it was unpickled: call it once, then ask for a summary")

@@ -1,0 +1,185 @@
+"""The command ``ssmquant``: restore a picture with a saved model, look into a file, look at the environment.
+
+Exit status: 0 done, 2 the user can mend it (one line on stderr says how). Nothing is written until it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ssmquant.errors import ConfigError, SsmquantError
+
+__all__ = ["load_any", "main"]
+
+
+def load_any(path: str | os.PathLike[str]) -> tuple[nn.Module, str]:
+    """A zoo model from a file of :func:`ssmquant.save` or :func:`ssmquant.io.save_float`: (model, quantized or float).
+
+    Which of the two it is stands in the file's metadata. Raises FormatError for any other file.
+    """
+    from ssmquant import io
+
+    kind = io.peek(path)
+    return (io.load_float(path) if kind == "float" else io.load(path)), kind
+
+
+def _restore(args: argparse.Namespace) -> None:
+    from ssmquant.restore import model_scale, open_image, restore_image, save_image
+    from ssmquant.restore.pictures import check_target
+
+    source, target = Path(args.image), Path(args.output)
+    if target.is_dir() or not target.parent.is_dir():
+        raise ConfigError(
+            f"cannot write {target}: {'it is a folder' if target.is_dir() else 'no such folder'}"
+        )
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ConfigError(f"{target} is the input; name another output")
+    if target.exists() and not args.force:
+        raise ConfigError(f"{target} exists; give --force to replace it")
+    device = _device(args.device)
+    image = open_image(source)
+    check_target(target, image.mode)  # before the work, not after it
+    model, kind = load_any(args.model)
+    model = model.to(device)
+    result = restore_image(model, image, model_scale(model), args.tile, args.overlap)
+    save_image(result, target)
+    print(
+        f"{target}: {image.width}x{image.height} -> {result.width}x{result.height}, {kind} model on {device}"
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _summary(args: argparse.Namespace) -> None:
+    import ssmquant
+
+    model, kind = load_any(args.file)
+    print(f"{args.file}: {kind}, {Path(args.file).stat().st_size:,} bytes on disk")
+    if kind == "float":
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{type(model).__name__} {getattr(model, 'zoo_config', '')}: {count:,} parameters")
+        return
+    print(ssmquant.summary(model))
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _env(args: argparse.Namespace) -> None:
+    import ssmquant
+
+    rows = [
+        ("ssmquant", str(getattr(ssmquant, "__version__", "unknown"))),
+        ("python", f"{platform.python_version()}, {platform.platform()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        *(
+            (name, _version(name))
+            for name in ("numpy", "safetensors", "triton", "pillow", "rich", "matplotlib")
+        ),
+        ("cpu", f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"),
+        ("cuda", _cuda()),
+    ]
+    report: Callable[[], list[tuple[str, str, str]]] | None
+    report = getattr(getattr(ssmquant, "ops", None), "backend_report", None)
+    rows += [(f"kernel {name}", f"{state}: {why}") for name, state, why in (report() if report else [])]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return (
+            f"torch is built for CUDA {built}, but no device is usable" if built else "torch is a CPU build"
+        )
+    names = [
+        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+        for i in range(torch.cuda.device_count())
+    ]
+    return f"{torch.version.cuda}: {', '.join(names)}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """One line, without the usage block."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ssmquant", description="Quantized Mamba-family vision models.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    restore = commands.add_parser(
+        "restore", help="restore a picture with a saved zoo model, float or quantized"
+    )
+    restore.add_argument("image", metavar="IMAGE")
+    restore.add_argument("--model", required=True, metavar="FILE", help="of ssmquant.save or save_float")
+    restore.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="picture to write; the suffix is the format"
+    )
+    restore.add_argument(
+        "--tile", type=int, metavar="N", help="work in tiles of N input pixels (for big pictures)"
+    )
+    restore.add_argument(
+        "--overlap", type=int, default=32, metavar="N", help="pixels that tiles share (default 32)"
+    )
+    restore.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    restore.add_argument("--force", action="store_true", help="replace an existing output")
+    restore.set_defaults(run=_restore)
+
+    summary = commands.add_parser("summary", help="every site of a saved model: scheme, bytes, operations")
+    summary.add_argument("file", metavar="FILE")
+    summary.set_defaults(run=_summary)
+
+    env = commands.add_parser("env", help="versions, hardware, and which kernels are used and why")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+    except BrokenPipeError:  # ssmquant summary ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (SsmquantError, OSError) as error:
+        print("ssmquant: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssmquant: interrupted", file=sys.stderr)
+        return 130
+    return 0

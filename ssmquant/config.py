@@ -1,0 +1,254 @@
+"""What to quantize, and how: plain frozen data with a JSON round trip.
+
+A :class:`QConfig` gives the defaults for a whole model, a :class:`Rule` overrides them for the sites that it matches.
+Nothing here knows a model or a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ssmquant.errors import ConfigError
+
+__all__ = ["QConfig", "Rule", "Scheme"]
+
+Bits = int | None
+Inherit = Literal["inherit"]
+_VERSION = 1
+_KINDS = ("linear", "conv", "matmul", "scan")
+
+
+def _check_bits(name: str, bits: object, *, inherit: bool = False) -> None:
+    if bits is None or (inherit and bits == "inherit"):
+        return
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ConfigError(f"{name}={bits!r}: bit widths are whole numbers from 2 to 8, or None to stay in float")
+
+
+def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    if value not in tuple(choices):
+        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_method(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name}={value!r}: expected the name of a quantizer, for example 'lsq'")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one operand is quantized: the outcome of a :class:`QConfig` for one site."""
+
+    bits: Bits
+    method: str
+    granularity: str = "tensor"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Overrides for every site that ``match`` names; fields left at ``"inherit"`` keep the :class:`QConfig`'s value.
+
+    ``match`` is tried, in this order of precedence, as an exact site name, a regular expression (``"re:..."``, must
+    match the whole name), a glob (contains ``*``, ``?`` or ``[``), a module type (``"Linear"``, ``"SS2D"``) and an
+    operator kind (``"linear"``, ``"conv"``, ``"matmul"``, ``"scan"``). Of rules with equal precedence the first wins.
+    One operand of a scan is named ``<site>.<operand>``, for instance ``"*.scan.A"``.
+
+    Args:
+        match: The pattern.
+        w_bits, a_bits: Bit widths 2..8, or None for float.
+        weight, activation: Names of quantizers (see ``ssmquant.quantizers``).
+        keep_float: Leave the matching sites wholly in float.
+
+    Raises:
+        ConfigError: bit width or pattern out of range.
+    """
+
+    match: str
+    w_bits: Bits | Inherit = "inherit"
+    a_bits: Bits | Inherit = "inherit"
+    weight: str = "inherit"
+    activation: str = "inherit"
+    keep_float: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.match, str) or not self.match:
+            raise ConfigError(f"Rule.match={self.match!r}: expected a non-empty pattern")
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match[3:])
+            except re.error as e:
+                raise ConfigError(f"Rule.match={self.match!r} is not a regular expression: {e}") from None
+        _check_bits("Rule.w_bits", self.w_bits, inherit=True)
+        _check_bits("Rule.a_bits", self.a_bits, inherit=True)
+        _check_method("Rule.weight", self.weight)
+        _check_method("Rule.activation", self.activation)
+
+    def precedence(self, names: Iterable[str], types: Iterable[str], kinds: Iterable[str]) -> int | None:
+        """0 (exact) to 4 (operator kind), or None where the rule does not match a site of these names."""
+        names = tuple(names)
+        if self.match.startswith("re:"):
+            return 1 if any(re.fullmatch(self.match[3:], n) for n in names) else None
+        if self.match in names:
+            return 0
+        if any(c in self.match for c in "*?["):
+            return 2 if any(fnmatch.fnmatchcase(n, self.match) for n in names) else None
+        if self.match in types:
+            return 3
+        return 4 if self.match in kinds else None
+
+
+@dataclass(frozen=True)
+class QConfig:
+    """Quantization of a whole model. The defaults are Q-MambaIR's published placement (arXiv 2503.21970).
+
+    Args:
+        w_bits: Bits of the weights of projections and convolutions, 2..8, or None (float).
+        a_bits: Bits of their inputs, 2..8, or None (float).
+        scan_bits: Bits of the selective scan's operands; defaults to ``a_bits``.
+        weight: Weight quantizer.
+        activation: Quantizer of the inputs of projections and convolutions.
+        scan: Quantizer of the scan's operands and of the projection that reads the scan's output.
+        granularity: ``"tensor"`` (one scale a weight, as published) or ``"channel"`` (one an output channel).
+        statistics: Dynamic statistics (DLS) per ``"sample"``, so that outputs do not depend on the rest of the
+            batch, or per ``"tensor"`` (as published).
+        rules: Overrides, see :class:`Rule`.
+        keep_float: Patterns of sites that stay in float (short for rules with ``keep_float=True``).
+        keep_first_last: Leave the first and last parametrised layers in float.
+        keep_gates: Leave channel attention (projections of globally pooled values) in float.
+        official: Reproduce the published code, quirks included, instead of mending them.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    w_bits: Bits = None
+    a_bits: Bits = None
+    scan_bits: Bits | Inherit = "inherit"
+    weight: str = "rfa"
+    activation: str = "lsq"
+    scan: str = "dls"
+    granularity: str = "tensor"
+    statistics: str = "sample"
+    rules: tuple[Rule, ...] = ()
+    keep_float: tuple[str, ...] = ()
+    keep_first_last: bool = True
+    keep_gates: bool = True
+    official: bool = False
+    version: int = field(default=_VERSION, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_bits("w_bits", self.w_bits)
+        _check_bits("a_bits", self.a_bits)
+        _check_bits("scan_bits", self.scan_bits, inherit=True)
+        for name in ("weight", "activation", "scan"):
+            _check_method(name, getattr(self, name))
+        _check_choice("granularity", self.granularity, ("tensor", "channel"))
+        _check_choice("statistics", self.statistics, ("sample", "tensor"))
+        if isinstance(self.keep_float, str):
+            raise ConfigError(f"keep_float={self.keep_float!r}: expected a list of patterns, e.g. [{self.keep_float!r}]")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "keep_float", tuple(self.keep_float))
+        for r in self.rules:
+            if not isinstance(r, Rule):
+                raise ConfigError(f"rules: expected ssmquant.Rule objects, got {type(r).__name__}")
+        for p in self.keep_float:
+            Rule(p, keep_float=True)
+        if self.version != _VERSION:
+            raise ConfigError(f"QConfig version {self.version}: this ssmquant reads version {_VERSION}")
+
+    # ---- presets -------------------------------------------------------------------------------------------------
+    @classmethod
+    def qmambair(cls, bits: int, **changes: Any) -> QConfig:
+        """Q-MambaIR's placement at one bit width: RFA weights, LSQ inputs, DLS on the scan's operands and out_proj."""
+        return cls(**{"w_bits": bits, "a_bits": bits, **changes})
+
+    @classmethod
+    def lsq(cls, w_bits: Bits, a_bits: Bits, **changes: Any) -> QConfig:
+        """The plain baseline: LSQ everywhere (arXiv 1902.08153)."""
+        return cls(**{"w_bits": w_bits, "a_bits": a_bits, "weight": "lsq", "scan": "lsq", **changes})
+
+    @classmethod
+    def minmax(cls, w_bits: Bits, a_bits: Bits, **changes: Any) -> QConfig:
+        """Min-max quantization everywhere: needs calibration only, for 8 bits and comparisons."""
+        base = {"w_bits": w_bits, "a_bits": a_bits, "weight": "minmax", "activation": "minmax", "scan": "minmax"}
+        return cls(**{**base, **changes})
+
+    # ---- resolution ----------------------------------------------------------------------------------------------
+    def all_rules(self) -> tuple[Rule, ...]:
+        """``rules``, then the ``keep_float`` patterns as rules."""
+        return self.rules + tuple(Rule(p, keep_float=True) for p in self.keep_float)
+
+    def rule_for(self, names: Iterable[str], types: Iterable[str], kinds: Iterable[str]) -> Rule | None:
+        """The rule that decides a site known by ``names``, in modules of ``types``, of operator ``kinds``."""
+        names, types, kinds = tuple(names), tuple(types), tuple(kinds)
+        best: tuple[int, int] | None = None
+        for i, rule in enumerate(self.all_rules()):
+            p = rule.precedence(names, types, kinds)
+            if p is not None and (best is None or p < best[0]):
+                best = (p, i)
+        return None if best is None else self.all_rules()[best[1]]
+
+    def weight_scheme(self, rule: Rule | None) -> Scheme:
+        """How the weight of a site under ``rule`` is quantized."""
+        bits, method = self.w_bits, self.weight
+        if rule is not None:
+            bits = bits if rule.w_bits == "inherit" else rule.w_bits
+            method = method if rule.weight == "inherit" else rule.weight
+            bits = None if rule.keep_float else bits
+        return Scheme(bits, method, self.granularity)
+
+    def activation_scheme(self, rule: Rule | None, *, scan: bool = False, reads_scan: bool = False) -> Scheme:
+        """How an input is quantized. ``scan``: it is a scan's operand. ``reads_scan``: it is made of a scan's output."""
+        bits = self.a_bits
+        if scan and self.scan_bits != "inherit":
+            bits = self.scan_bits
+        method = self.scan if scan or reads_scan else self.activation
+        if rule is not None:
+            bits = bits if rule.a_bits == "inherit" else rule.a_bits
+            method = method if rule.activation == "inherit" else rule.activation
+            bits = None if rule.keep_float else bits
+        return Scheme(bits, method, self.statistics)
+
+    # ---- JSON ----------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (numbers, strings, lists) that :meth:`from_dict` reads back."""
+        d = dataclasses.asdict(self)
+        d["rules"] = [dataclasses.asdict(r) for r in self.rules]
+        d["keep_float"] = list(self.keep_float)
+        return d
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QConfig:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: unknown keys, another version, or values out of range.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"QConfig.from_dict: expected a mapping, got {type(data).__name__}")
+        d = dict(data)
+        unknown = sorted(set(d) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"QConfig.from_dict: unknown keys {unknown}")
+        try:
+            d["rules"] = tuple(Rule(**r) for r in d.get("rules", ()))
+        except TypeError as e:
+            raise ConfigError(f"QConfig.from_dict: bad rule ({e})") from None
+        return cls(**d)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> QConfig:
+        try:
+            data = json.loads(text)
+        except ValueError as e:
+            raise ConfigError(f"QConfig.from_json: not JSON ({e})") from None
+        return cls.from_dict(data)

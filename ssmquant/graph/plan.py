@@ -1,0 +1,205 @@
+"""From sites and a configuration to quantization points: which value gets which quantizer, and which ones share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from ssmquant.config import QConfig, Rule, Scheme
+from ssmquant.errors import CoverageError
+from ssmquant.graph.sites import FloatParameter, Operand, Site, Sites
+from ssmquant.graph.trace import Trace
+
+__all__ = ["Plan", "Point", "make_plan", "module_key"]
+
+
+def module_key(name: str) -> str:
+    """A site's name as a key of an ``nn.ModuleDict``, which takes no dots."""
+    return name.replace(".", "/")
+
+
+@dataclass
+class Point:
+    """One quantizer and the values that go through it.
+
+    ``what`` is ``"weight"`` (a parameter, quantized where it is read), ``"static"`` (a value made of parameters only,
+    encoded once at convert) or ``"activation"``. ``axis``: the sample axis of an activation whose statistics are taken
+    per sample, or the channel axis of a weight.
+    """
+
+    name: str
+    what: str
+    scheme: Scheme
+    node: fx.Node
+    axis: int | None
+    groups: int = 1
+    uses: list[tuple[Site, Operand]] = field(default_factory=list)
+    parameter: str | None = None
+    weight_shape: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return module_key(self.name)
+
+
+@dataclass
+class Plan:
+    """All points of a trace, and for every site that stays in float the reason."""
+
+    points: list[Point]
+    floats: dict[str, str]
+    parameters: list[FloatParameter]
+    sites: list[Site]
+
+
+def sample_axis(trace: Trace) -> Callable[[fx.Node], int | None]:
+    """Finds the axis of a value that numbers the samples: the one that changed with the batch between the two traces.
+
+    Where code folds the batch into another dimension there is none.
+    """
+    other = trace.other
+    nodes = dict(zip(trace.graph.nodes, other.graph.nodes, strict=True)) if other is not None else {}
+    inputs = [n for n in trace.graph.nodes if n.op == "placeholder"]
+    batch = [i for i, d in sorted(trace.free) if d == 0]
+
+    def axis(node: fx.Node) -> int | None:
+        if not batch or node not in nodes or "val" not in node.meta:
+            return None
+        here, there = inputs[batch[0]].meta["val"].shape[0], nodes[inputs[batch[0]]].meta["val"].shape[0]
+        if here == there:
+            return None
+        pairs = zip(node.meta["val"].shape, nodes[node].meta["val"].shape, strict=True)
+        found = [d for d, (a, b) in enumerate(pairs) if a == here and b == there]
+        return found[0] if len(found) == 1 else None
+
+    return axis
+
+
+def _reason(site: Site, rule: Rule | None, config: QConfig, adapter_float: tuple[Rule, ...]) -> str | None:
+    """Why a site stays in float, or None."""
+    if rule is not None:
+        return f"keep_float ({rule.match})" if rule.keep_float else None
+    for r in adapter_float:
+        if r.precedence((site.name,), site.types, (site.kind,)) is not None:
+            return "published placement"
+    if config.keep_first_last and site.kind != "scan" and (site.first or site.last):
+        return "first layer" if site.first else "last layer"
+    if config.keep_gates and site.gate:
+        return "channel attention"
+    return None
+
+
+def _channel_axis(model: nn.Module, site: Site) -> int:
+    owner = dict(model.named_modules()).get(site.module)
+    return 1 if isinstance(owner, _ConvTransposeNd) else 0
+
+
+def make_plan(
+    model: nn.Module, trace: Trace, found: Sites, config: QConfig, adapter_float: tuple[str, ...] = (), *, check: bool = True
+) -> Plan:
+    """Decides every site.
+
+    Raises:
+        CoverageError: a rule matched nothing, or a parameter reaches a matmul, convolution or scan that no site covers
+            (only with ``check``).
+    """
+    adapter_rules = tuple(Rule(p, keep_float=True) for p in adapter_float)
+    axis_of = sample_axis(trace)
+    written = {s for n in trace.graph.nodes for s in n.meta.get("mutates", ())}
+    points: dict[object, Point] = {}
+    floats: dict[str, str] = {}
+    used: set[int] = set()
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    alias: dict[int, str] = {}
+    for name, p in weights.items():
+        alias.setdefault(id(p), name)
+
+    def pick(names: tuple[str, ...], site: Site) -> Rule | None:
+        kinds = (site.kind,)
+        for i, r in enumerate(config.all_rules()):
+            if r.precedence(names, site.types, kinds) is not None:
+                used.add(i)
+        return config.rule_for(names, site.types, kinds)
+
+    for site in found.sites:
+        rule = pick((site.name,), site)
+        reason = _reason(site, rule, config, adapter_rules)
+        if reason is not None:
+            floats[site.name] = reason
+            continue
+        quantized = False
+        if site.parameter is not None:
+            scheme = config.weight_scheme(rule)
+            if scheme.bits is not None:
+                quantized = True
+                parameter = weights[site.parameter]
+                name = alias[id(parameter)]
+                base = name[: -len(".weight")] if name.endswith(".weight") else name
+                key: object = ("weight", id(parameter), None if site.view_chain else site.node)
+                axis = _channel_axis(model, site) if scheme.granularity == "channel" else None
+                groups = parameter.shape[axis] if axis is not None else 1
+                operand = site.weight or Operand("weight", None, site.node)
+                if not site.view_chain:
+                    axis, groups = None, 1
+                point = Point(f"{base}:weight", "weight", scheme, operand.node, axis, groups)
+                point.parameter, point.weight_shape = site.parameter, tuple(parameter.shape)
+                point = points.setdefault(key, point)
+                point.uses.append((site, operand))
+        for o in site.inputs:
+            names = (f"{site.name}.{o.name}", site.name) if site.kind == "scan" else (site.name,)
+            scheme = config.activation_scheme(pick(names, site), scan=site.kind == "scan", reads_scan=site.reads_scan)
+            if scheme.bits is None:
+                continue
+            quantized = True
+            static = o.node in found.static
+            axis = axis_of(o.node) if config.statistics == "sample" and not static else None
+            # A value whose storage is written later may differ from one reader to the next: no sharing.
+            alone = site.node if o.node.meta.get("storage") in written else None
+            key = (o.node, scheme.bits, scheme.method, axis, alone)
+            name = f"{site.name}.{o.name}" if site.kind == "scan" else f"{site.name}:{o.name}"
+            what = "static" if static else "activation"
+            points.setdefault(key, Point(name, what, scheme, o.node, axis)).uses.append((site, o))
+        if not quantized:
+            floats[site.name] = "bits=None"
+    # A tied weight has one quantizer, an operand of several sites too; every point's name must be its own.
+    names = [p.name for p in points.values()]
+    assert len(names) == len(set(names)), "quantizer names collide"
+    parameters = [p for p in found.floats if p.name]
+    if check:
+        _check_coverage(config, used, parameters, found.sites, floats)
+    return Plan(list(points.values()), floats, parameters, found.sites)
+
+
+def _check_coverage(
+    config: QConfig, used: set[int], parameters: list[FloatParameter], sites: list[Site], floats: dict[str, str]
+) -> None:
+    problems = []
+    for i, rule in enumerate(config.all_rules()):
+        if i not in used:
+            hit = [p.name for p in parameters if rule.precedence((p.name, p.name.rpartition(".")[0]), (), ()) is not None]
+            if rule.keep_float and hit:
+                continue
+            if hit:
+                problems.append(f"rule {rule.match!r} matches {hit[0]}, which is no site ({_why(parameters, hit[0])})")
+            else:
+                near = ", ".join(s.name for s in sites[:4])
+                problems.append(f"rule {rule.match!r} matches no site; sites are named like {near or '(there are none)'}")
+    kept = [r for r in config.all_rules() if r.keep_float]
+    wanted = config.w_bits is not None or config.a_bits is not None
+    for p in parameters:
+        if p.must_cover and wanted:
+            names = (p.name, p.name.rpartition(".")[0])
+            if not any(r.precedence(names, (), ()) is not None for r in kept):
+                problems.append(f"parameter {p.name} {p.reason} at {p.where}, which no quantizer covers")
+    if problems:
+        raise CoverageError(
+            "\n".join(problems)
+            + "\nKeep such a parameter in float on purpose with QConfig(keep_float=['its name']), or correct the rule."
+        )
+
+
+def _why(parameters: list[FloatParameter], name: str) -> str:
+    return next((p.reason for p in parameters if p.name == name), "")

@@ -1,0 +1,199 @@
+"""Writes the quantized graph: the traced one with quantizers at every point of the plan.
+
+The prepared and the deployed model run the same graph; they differ in the modules behind its ``call_module`` nodes, and
+in that deployed weights and static operands take no argument, so that their float ancestors drop out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ssmquant.graph.plan import Plan, Point
+from ssmquant.graph.sites import Operand, Site
+from ssmquant.ops import selective_scan as _scan_front
+
+__all__ = ["ACTIVATIONS", "WEIGHTS", "rewrite"]
+
+WEIGHTS = "_ssmquant.weights"
+ACTIVATIONS = "_ssmquant.activations"
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def _target(point: Point) -> str:
+    return f"{WEIGHTS if point.what != 'activation' else ACTIVATIONS}.{point.key}"
+
+
+class _Writer:
+    def __init__(self, model: nn.Module, graph: fx.Graph, plan: Plan, deployed: bool) -> None:
+        self.model, self.plan, self.deployed = model, plan, deployed
+        self.graph = fx.Graph()
+        self.map: dict[fx.Node, fx.Node] = {}
+        for n in graph.nodes:
+            self.map[n] = self.graph.node_copy(n, lambda a: self.map[a])
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.quantized: dict[int, fx.Node] = {}
+
+    def new(self, like: fx.Node, op: str, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs or {})
+        for k in ("module", "where", "region"):
+            if k in like.meta:
+                node.meta[k] = like.meta[k]
+        return node
+
+    # ---- quantizers ----------------------------------------------------------------------------------------------
+    def place(self, point: Point) -> None:
+        """Inserts the point's quantizer and leads its uses through it."""
+        uses = sorted(point.uses, key=lambda u: self.order[u[0].node])
+        anchor = self.map[uses[0][0].node]
+        if point.what == "weight":
+            for site, operand in uses:
+                self._place_weight(point, site, operand)
+            return
+        with self.graph.inserting_before(anchor):
+            args = () if self.deployed and point.what == "static" else (self.map[point.node],)
+            q = self.new(anchor, "call_module", _target(point), args)
+            q.meta["point"] = point.name
+        if len({n.meta.get("region") for n in (self.map[s.node] for s, _ in uses)}) > 1:
+            q.meta.pop("region", None)
+        for site, operand in uses:
+            self._replace(site, operand, q)
+
+    def _place_weight(self, point: Point, site: Site, operand: Operand) -> None:
+        node = self.map[site.node]
+        with self.graph.inserting_before(node):
+            if site.weight is None:  # a called nn.Linear or conv: its weight becomes visible with the functional form
+                root: fx.Node | None = None
+                if not self.deployed:
+                    root = self.new(node, "get_attr", site.parameter, ())
+                q = self.new(node, "call_module", _target(point), () if root is None else (root,))
+                site.scan["weight"] = q
+            elif site.view_chain:
+                assert site.parameter_node is not None
+                source = self.map[site.parameter_node]
+                q = self.new(node, "call_module", _target(point), () if self.deployed else (source,))
+                chain = self._clone_chain(operand.node, site.parameter_node, q, node)
+                self._replace(site, operand, chain)
+            else:
+                q = self.new(node, "call_module", _target(point), () if self.deployed else (self.map[operand.node],))
+                self._replace(site, operand, q)
+            q.meta["point"] = point.name
+
+    def _clone_chain(self, node: fx.Node, root: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node:
+        """The views that lead from ``root`` to ``node``, applied to ``value`` instead."""
+        if node is root:
+            return value
+        done = {i: self._clone_chain(i, root, value, like) for i in node.all_input_nodes if self._leads(i, root)}
+        new = self.graph.node_copy(node, lambda a: done.get(a, self.map.get(a, a)))
+        new.meta.update({k: like.meta[k] for k in ("region",) if k in like.meta})
+        return new
+
+    def _leads(self, node: fx.Node, root: fx.Node) -> bool:
+        return node is root or any(self._leads(i, root) for i in node.all_input_nodes)
+
+    def _replace(self, site: Site, operand: Operand, value: fx.Node) -> None:
+        if site.kind == "scan":
+            site.scan[f"new:{operand.name}"] = value
+            return
+        node = self.map[site.node]
+        at = operand.at
+        if isinstance(at, str):
+            node.kwargs = {**node.kwargs, at: value}
+        elif isinstance(at, tuple):
+            inner = list(node.args[at[0]])  # type: ignore[arg-type]
+            inner[at[1]] = value
+            node.args = (*node.args[: at[0]], inner, *node.args[at[0] + 1 :])
+        else:
+            node.args = (*node.args[:at], value, *node.args[at + 1 :])
+
+    # ---- operators -----------------------------------------------------------------------------------------------
+    def functional(self, site: Site) -> None:
+        """A called module becomes the function it computes, on the quantized weight."""
+        weight = site.scan.pop("weight", None)
+        node = self.map[site.node]
+        node.meta["site"] = site.name
+        if weight is None:
+            return
+        mod = self.model.get_submodule(str(node.target))
+        x = node.args[0] if node.args else node.kwargs["input"]
+        with self.graph.inserting_before(node):
+            bias = self.new(node, "get_attr", f"{node.target}.bias", ()) if mod.bias is not None else None
+            if isinstance(mod, nn.Linear):
+                new = self.new(node, "call_function", F.linear, (x, weight, bias))
+            else:
+                assert isinstance(mod, _ConvNd)
+                new = self._conv(node, mod, x, weight, bias)
+        new.meta.update({k: v for k, v in node.meta.items() if k in ("val", "storage", "site")})
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        self.map[site.node] = new
+
+    def _conv(self, node: fx.Node, mod: _ConvNd, x: Any, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        dims = len(mod.kernel_size)
+        if isinstance(mod, _ConvTransposeNd):
+            args = (x, weight, bias, mod.stride, mod.padding, mod.output_padding, mod.groups, mod.dilation)
+            return self.new(node, "call_function", _TRANSPOSED[dims], args)
+        padding: Any = mod.padding
+        if mod.padding_mode != "zeros":
+            pad = tuple(mod._reversed_padding_repeated_twice)
+            x = self.new(node, "call_function", F.pad, (x, pad, mod.padding_mode))
+            padding = (0,) * dims
+        return self.new(node, "call_function", _CONVS[dims], (x, weight, bias, mod.stride, padding, mod.dilation, mod.groups))
+
+    def scan(self, site: Site) -> None:
+        """Any scan of the role tables becomes ours, on quantized operands."""
+        node = self.map[site.node]
+        node.meta["site"] = site.name
+        new = {k[4:]: site.scan.pop(k) for k in list(site.scan) if k.startswith("new:")}
+        if not new:
+            return
+        assert site.role is not None
+        old = {k: (self.map[v] if isinstance(v, fx.Node) else v) for k, v in site.scan.items()}
+        ops = {**old, **new}
+        names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+        args = (*(ops.get(k) for k in names), bool(ops.get("delta_softplus", False)))
+        with self.graph.inserting_before(node):
+            both = self.new(node, "call_function", torch.ops.ssmquant.selective_scan.default, args)
+            whole = site.role.always_state or ops.get("return_last_state", False)
+            out = both if whole else self.new(node, "call_function", _first, (both,))
+        both.meta["site"] = site.name
+        out.meta.update({k: v for k, v in node.meta.items() if k in ("val", "storage", "region")})
+        node.replace_all_uses_with(out)
+        self.graph.erase_node(node)
+        self.map[site.node] = both
+
+    def prune(self) -> None:
+        """Drops what nothing reads any more. Nodes with an effect stay, and so do the user's own modules."""
+        for n in reversed(list(self.graph.nodes)):
+            if n.users or n.op in ("placeholder", "output") or n.meta.get("impure") or "mutates" in n.meta:
+                continue
+            if n.meta.get("random") or (n.op == "call_module" and "point" not in n.meta):
+                continue
+            self.graph.erase_node(n)
+
+
+def _first(pair: Any) -> Any:
+    return pair[0]
+
+
+def rewrite(model: nn.Module, graph: fx.Graph, plan: Plan, *, deployed: bool = False) -> fx.Graph:
+    """A new graph with the plan's quantizers in it; ``graph`` stays as it is.
+
+    Nodes of quantizers carry ``meta["point"]`` (the point's name), nodes of sites ``meta["site"]``.
+    """
+    assert _scan_front is not None  # registers torch.ops.ssmquant
+    w = _Writer(model, graph, plan, deployed)
+    for point in plan.points:
+        w.place(point)
+    for site in plan.sites:
+        if site.kind == "scan":
+            w.scan(site)
+        else:
+            w.functional(site)
+    w.prune()
+    return w.graph

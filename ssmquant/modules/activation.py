@@ -1,0 +1,146 @@
+"""Quantizers in the data path: one a quantized value, with what calibration has seen of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ssmquant.errors import CalibrationError, ConfigError, NotCalibratedError
+from ssmquant.quantizers import DLS, Quantizer
+from ssmquant.quantizers.dls import dls_range
+from ssmquant.quantizers.base import Affine, QTensor, affine_decode
+
+__all__ = ["ActivationQuantizer", "FrozenRange"]
+
+_KEEP = 2**14
+"""Elements kept of one batch for calibration: enough for a squared error, small for a model with 400 of these."""
+
+
+class ActivationQuantizer(nn.Module):
+    """A quantizer with a name, and its calibration.
+
+    Buffer ``seen`` (4,): running mean, standard deviation, minimum and maximum of calibration data (NaN before), from
+    which ``convert(dls="frozen")`` derives static ranges.
+    """
+
+    seen: Tensor
+
+    def __init__(self, name: str, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.name = name
+        self.quantizer = quantizer
+        self.samples: list[Tensor] | None = None
+        self.stats: list[Tensor] = []
+        self.register_buffer("seen", torch.full((4,), float("nan")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.samples is not None:
+            return self._collect(x)
+        if not self.training and not self.quantizer.ready:
+            raise NotCalibratedError(
+                f"the range of '{self.name}' is not known yet: call ssmquant.calibrate(prepared, batches), or run one "
+                "training step, before evaluating"
+            )
+        return self.quantizer(x)  # type: ignore[no-any-return]
+
+    def encode(self, x: Tensor) -> QTensor:
+        return self.quantizer.encode(x)
+
+    # ---- calibration ---------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Collect from now on, and let values pass in float."""
+        self.samples, self.stats = [], []
+
+    @torch.no_grad()
+    def _collect(self, x: Tensor) -> Tensor:
+        assert self.samples is not None
+        if x.numel():
+            if not bool(x.isfinite().all()):
+                raise CalibrationError(
+                    f"calibration met NaN or inf at '{self.name}': check the batch and the float model's own output"
+                )
+            f = x.detach().float()
+            std = f.std() if f.numel() > 1 else f.new_zeros(())
+            self.stats.append(torch.stack((f.mean(), std, f.amin(), f.amax())))
+            self.samples.append(_thin(f, self.quantizer.axis))
+        return x
+
+    def finish(self) -> None:
+        """Fit the quantizer to what was collected."""
+        samples, self.samples = self.samples or [], None
+        if samples:
+            self.quantizer.fit(samples)
+            s = torch.stack(self.stats)
+            self.seen.copy_(torch.stack((s[:, 0].mean(), s[:, 1].mean(), s[:, 2].amin(), s[:, 3].amax())))
+        self.stats = []
+
+    def abandon(self) -> None:
+        """Forget what was collected, after an error."""
+        self.samples, self.stats = None, []
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+def _thin(x: Tensor, axis: int | None) -> Tensor:
+    """At most ``_KEEP`` elements, evenly strided along the flattened rest, the sample axis (if any) kept."""
+    if x.numel() <= _KEEP:
+        return x.clone()
+    if x.dim() == 1:
+        axis = None
+    rows = x.movedim(axis, 0).reshape(x.shape[axis], -1) if axis is not None else x.reshape(1, -1)
+    step = max(1, -(-x.numel() // _KEEP)) | 1  # odd: coprime to power-of-two layouts
+    thin = rows[:, ::step].contiguous()
+    if axis is None:
+        return thin[0]
+    shape = [1] * x.dim()
+    shape[axis], shape[axis - 1 if axis else x.dim() - 1] = thin.shape
+    return thin.reshape(shape) if axis == 0 else thin.t().contiguous().reshape(shape)
+
+
+class FrozenRange(Quantizer):
+    """A DLS quantizer with the range that it had on calibration data: static, so tiles and batches do not matter.
+
+    Raises:
+        ConfigError: the quantizer never saw calibration data.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    lo: Tensor
+    hi: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        for name in ("alpha", "beta", "lo", "hi"):
+            self.register_buffer(name, torch.zeros(()))
+        self._set_flag("initialized", True)
+
+    @property
+    def needs_data(self) -> bool:
+        return False
+
+    @classmethod
+    def from_dls(cls, wrapper: ActivationQuantizer) -> FrozenRange:
+        q, seen = wrapper.quantizer, wrapper.seen
+        if not isinstance(q, DLS) or q.bits is None:
+            raise ConfigError("only a DLS quantizer can be frozen")
+        if not bool(seen.isfinite().all()):
+            raise ConfigError(
+                f'convert(dls="frozen") needs calibrated ranges, and \'{wrapper.name}\' has none: run ssmquant.calibrate'
+            )
+        out = cls(q.bits)
+        alpha, beta = dls_range(seen, q.w, q.v, q.bits, q.eps)
+        out.alpha, out.beta = alpha.detach().clone(), beta.detach().clone()
+        # The ends are snapped to levels, which makes the frozen map a proper (idempotent) quantizer.
+        ends = seen[2:]
+        codes = ((ends + out.beta) / out.alpha).round().clamp(out.qmin, out.qmax)
+        out.lo, out.hi = (codes * out.alpha - out.beta).detach().unbind()
+        return out
+
+    def _affine(self, x: Tensor) -> Affine:
+        return Affine(self.alpha, self.beta, self.lo, self.hi)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        affine = self._affine(x)
+        return affine_decode(self._index(x.to(self.alpha.dtype), affine), affine, self.code_min).to(x.dtype)

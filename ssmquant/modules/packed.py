@@ -1,0 +1,76 @@
+"""A tensor stored as packed integer codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ssmquant.pack import pack, packed_size, unpack
+from ssmquant.quantizers.base import QTensor
+
+__all__ = ["PackedTensor"]
+
+
+class PackedTensor(nn.Module):
+    """A weight or a static operand after ``convert``: packed codes and the map that decodes them.
+
+    Calling it returns the decoded values, of the shape and dtype of the tensor that was encoded; they equal the
+    prepared model's fake-quantized values bit for bit.
+
+    Buffers: ``codes`` (uint8, 1-D, layout of ``ssmquant.pack``), ``scale`` and ``shift`` (float32, one element a
+    group), and ``lo``/``hi``, the end clamp of DLS.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor
+    lo: Tensor | None
+    hi: Tensor | None
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        bits: int,
+        code_min: int,
+        dtype: torch.dtype,
+        *,
+        groups: Sequence[int] = (),
+        clamped: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.bits, self.code_min, self.dtype = tuple(shape), bits, code_min, dtype
+        numel = 1
+        for s in self.shape:
+            numel *= s
+        self.register_buffer("codes", torch.zeros(packed_size(numel, bits), dtype=torch.uint8, device=device))
+        for name in ("scale", "shift", "lo", "hi"):
+            empty = name in ("lo", "hi") and not clamped
+            self.register_buffer(name, None if empty else torch.zeros(tuple(groups), device=device))
+
+    @classmethod
+    def from_qtensor(cls, q: QTensor) -> PackedTensor:
+        """Packs an encoded tensor."""
+        out = cls(
+            q.codes.shape, q.bits, q.code_min, q.dtype,
+            groups=q.scale.shape, clamped=q.lo is not None, device=q.codes.device,
+        )  # fmt: skip
+        out.codes = pack(q.codes, q.bits)
+        for name in ("scale", "shift", "lo", "hi"):
+            value = getattr(q, name)
+            if value is not None:
+                setattr(out, name, value.detach().clone().expand(q.scale.shape).contiguous())
+        return out
+
+    def qtensor(self) -> QTensor:
+        """The codes, unpacked, with their map."""
+        codes = unpack(self.codes, self.bits, self.shape)
+        return QTensor(codes, self.bits, self.code_min, self.scale, self.shift, self.lo, self.hi, self.dtype)
+
+    def forward(self) -> Tensor:
+        return self.qtensor().decode()
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, bits={self.bits}, {self.codes.numel()} bytes"

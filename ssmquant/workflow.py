@@ -1,0 +1,358 @@
+"""prepare, calibrate, convert: the only orchestration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmquant.adapter import Adapter, find_adapter, get_adapter
+from ssmquant.config import QConfig
+from ssmquant.errors import CalibrationError, ConfigError, InputError, TraceError
+from ssmquant.graph.plan import Point
+from ssmquant.graph.runtime import (
+    Runtime,
+    _Values,
+    attach,
+    bind,
+    describe_call,
+    initialize_weights,
+    is_prepared,
+    refuse_elsewhere,
+    runtime_of,
+)
+from ssmquant.graph.trace import same_graph
+from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
+from ssmquant.quantizers import DLS, Quantizer, get_quantizer
+
+__all__ = ["calibrate", "convert", "param_groups", "prepare"]
+
+
+def prepare(
+    model: nn.Module,
+    qconfig: QConfig,
+    *,
+    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    method: str = "forward",
+    adapter: str | Adapter | None = None,
+) -> Any:
+    """Returns a fake-quantized copy of ``model`` that trains like any module; ``model`` stays as it is.
+
+    The copy is an instance of a subclass of the model's own class: same submodules, parameter names and methods, and
+    a float checkpoint of the model loads strictly. Weights are initialised here, activation ranges by
+    :func:`calibrate` or else by the first training batch.
+
+    Args:
+        model: Any module that computes with torch operators.
+        qconfig: What to quantize, see :class:`QConfig`.
+        example_inputs: Arguments of one call; only shapes and dtypes matter. Batch size and resolution stay free.
+            May be omitted where an adapter knows the model.
+        example_kwargs: Keyword arguments of that call.
+        method: The method to prepare.
+        adapter: Name of an adapter, or an ``Adapter``; by default the one that names the model's class.
+
+    Raises:
+        ConfigError: bad arguments, or no example where none is known.
+        TraceError: the model's code cannot be traced; names the line.
+        CoverageError: something would silently stay in float, or a rule matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"prepare: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(qconfig, QConfig):
+        raise ConfigError(f"prepare: expected a QConfig, got {type(qconfig).__name__}; e.g. QConfig(w_bits=4, a_bits=4)")
+    if is_prepared(model):
+        raise ConfigError("this model is prepared already: prepare the float model again, or use QConfig rules")
+    if not callable(getattr(model, method, None)):
+        raise ConfigError(f"prepare: {type(model).__name__} has no method {method!r}")
+    if isinstance(adapter, str):
+        adapter = get_adapter(adapter)
+    adapter = adapter or find_adapter(model)
+    if example_inputs is None and not example_kwargs:
+        if adapter is None or adapter.example is None:
+            raise ConfigError(
+                f"no adapter knows an example input for {type(model).__name__}: pass prepare(..., example_inputs=(x,))"
+            )
+        example_inputs = adapter.example(model)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    new = copy.deepcopy(model)
+    runtime = Runtime(qconfig, adapter, method)
+    attach(new, runtime)
+    runtime.train(new.training)
+    try:
+        bound = bind(runtime.signature(new), tuple(example_inputs or ()), dict(example_kwargs or {}))
+    except TypeError as e:
+        raise ConfigError(f"prepare: the example does not fit {type(model).__name__}.{method}: {e}") from None
+    trace_example(new, bound)
+    _make_quantizers(new)
+    initialize_weights(new)
+    refuse_elsewhere(new, runtime)
+    return new
+
+
+def trace_example(model: nn.Module, bound: tuple[Any, ...]) -> None:
+    """Traces the example call in both modes and makes the first records (one, where both modes gave the same graph)."""
+    runtime = runtime_of(model)
+    call = describe_call(bound)
+    if not call.tensors:
+        raise ConfigError("the example inputs hold no tensor")
+    if any(t.numel() == 0 for t in call.tensors):
+        raise InputError("an example input is empty: give one of a usual size")
+    runtime.example = bound
+    modes = {m: m.training for m in model.modules() if m is not runtime and not _inside(runtime, m)}
+    try:
+        for m in modes:
+            m.training = False
+        at_eval = runtime.make_trace(model, call)
+        for m in modes:
+            m.training = True
+        at_train = runtime.make_trace(model, call)
+    except TraceError:
+        raise
+    finally:
+        for m, flag in modes.items():
+            m.training = flag
+    if same_graph(at_eval.traced, at_train.traced):
+        runtime.records = [runtime.build(model, call, at_eval, mode=None, check=True)]
+    else:
+        names = set(at_eval.traced.mode_modules) | set(at_train.traced.mode_modules)
+        runtime.records = [
+            runtime.build(model, call, at_eval, mode=dict.fromkeys(names, False), check=True),
+            runtime.build(model, call, at_train, mode=dict.fromkeys(names, True)),
+        ]
+    runtime.known = {p.name for r in runtime.records for p in r.plan.points}
+    runtime.notes = sorted({n for r in runtime.records for n in r.trace.notes})
+
+
+def _inside(runtime: nn.Module, mod: nn.Module) -> bool:
+    return any(mod is m for m in runtime.modules())
+
+
+def make_quantizer(point: Point, config: QConfig) -> Quantizer:
+    """The quantizer of a point, as its scheme says."""
+    cls = get_quantizer(point.scheme.method)
+    weight = point.what == "weight"
+    kwargs: dict[str, Any] = {"official": config.official}
+    if weight:
+        kwargs |= {"axis": point.axis, "num_groups": point.groups} if point.groups > 1 else {}
+    elif issubclass(cls, DLS):
+        kwargs["axis"] = point.axis
+    # Weights and static operands are the same on all ranks.
+    return cls(point.scheme.bits, is_weight=point.what != "activation", **kwargs)
+
+
+def _make_quantizers(model: nn.Module) -> None:
+    runtime = runtime_of(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for record in runtime.records:
+        for p in record.plan.points:
+            if p.what == "activation":
+                if p.key not in runtime.activations:
+                    runtime.activations[p.key] = ActivationQuantizer(p.name, make_quantizer(p, runtime.config))
+            elif p.key not in runtime.weights:
+                runtime.weights[p.key] = make_quantizer(p, runtime.config)
+    runtime.to(device)
+    runtime.train(model.training)
+
+
+# ---- calibrate -----------------------------------------------------------------------------------------------------
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)) and batch:
+        return model(batch[0])
+    raise InputError(
+        f"calibrate: a batch of type {type(batch).__name__} is neither a tensor, a tuple or list (its first element is "
+        "the input) nor a dict (keyword arguments); pass forward=lambda model, batch: ..."
+    )
+
+
+@torch.no_grad()
+def calibrate(
+    prepared: nn.Module,
+    batches: Iterable[Any],
+    max_batches: int | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Initialises the activation ranges from data, by squared error. Returns ``prepared``.
+
+    Runs in evaluation mode, with quantized weights and float activations.
+
+    Args:
+        batches: An iterable. A tensor is passed as it is, of a tuple or list the first element, a dict as keywords.
+        max_batches: Stop after so many.
+        forward: ``forward(model, batch)`` overrides how a batch is passed.
+        progress: Show a progress bar; by default where stderr is a terminal and rich is installed.
+
+    Raises:
+        CalibrationError: there is no batch, or a value is NaN or inf (names where). The model is left as it was.
+    """
+    runtime = runtime_of(prepared, "prepared")
+    if max_batches is not None and max_batches < 1:
+        raise ConfigError(f"calibrate: max_batches={max_batches}")
+    quantizers = [m for m in runtime.activations.values() if isinstance(m, ActivationQuantizer)]
+    modes = {m: m.training for m in prepared.modules()}
+    n = 0
+    try:
+        prepared.eval()
+        for q in quantizers:
+            q.start()
+        for batch in _limited(batches, max_batches, progress):
+            (forward or _call)(prepared, batch)
+            n += 1
+        if n == 0:
+            raise CalibrationError("calibrate: there was no batch; check the loader (or pass a list, not a used-up iterator)")
+        if quantizers and not any(q.samples for q in quantizers):
+            raise CalibrationError("calibrate: the batches reached no quantizer (are they empty?)")
+        for q in quantizers:
+            q.finish()
+    except BaseException:
+        for q in quantizers:
+            q.abandon()
+        raise
+    finally:
+        for m, flag in modes.items():
+            m.training = flag
+    return prepared
+
+
+def _limited(batches: Iterable[Any], limit: int | None, progress: bool | None) -> Iterable[Any]:
+    import itertools
+    import sys
+
+    it = itertools.islice(batches, limit)
+    if progress or (progress is None and sys.stderr.isatty()):
+        try:
+            from rich.console import Console
+            from rich.progress import track
+        except ImportError:
+            return it
+        total = len(batches) if hasattr(batches, "__len__") else None
+        total = min(t for t in (total, limit) if t is not None) if total is not None or limit is not None else None
+        return track(it, "calibrating", total=total, console=Console(stderr=True))
+    return it
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def param_groups(
+    prepared: nn.Module, lr: float, weight_decay: float = 0.0, quantizer_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser: the model's own, and the quantizers' scalars without weight decay.
+
+    Args:
+        lr, weight_decay: For the model's parameters.
+        quantizer_lr: For the quantizers' scalars; ``lr`` by default, as published.
+    """
+    runtime = runtime_of(prepared, "prepared")
+    ours = {id(p) for p in runtime.parameters()}
+    own = [p for p in prepared.parameters() if id(p) not in ours and p.requires_grad]
+    scalars = [p for p in runtime.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": own, "lr": lr, "weight_decay": weight_decay}]
+    if scalars:
+        groups.append({"params": scalars, "lr": lr if quantizer_lr is None else quantizer_lr, "weight_decay": 0.0})
+    return groups
+
+
+# ---- convert -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype | None = None) -> Any:
+    """Returns a deployed copy: weights and static operands as packed integer codes. ``prepared`` stays trainable.
+
+    Args:
+        prepared: A prepared model, calibrated or trained.
+        dls: ``"dynamic"`` keeps DLS's statistics per sample, exactly as trained; ``"frozen"`` uses calibrated ranges,
+            so that outputs do not depend on tiles or batches (not the trained function: check the accuracy).
+        float_dtype: dtype of the parameters that stay in float (``torch.float16`` makes the file smaller; they are
+            cast back when the model runs, so activations keep their dtype).
+
+    Raises:
+        ConfigError: not a prepared model, or bad arguments.
+        NotCalibratedError: activation ranges are not known.
+    """
+    runtime = runtime_of(prepared, "prepared")
+    if dls not in ("dynamic", "frozen"):
+        raise ConfigError(f"convert: dls={dls!r}: expected 'dynamic' or 'frozen'")
+    if float_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"convert: float_dtype={float_dtype}: expected float32, float16, bfloat16 or None")
+    for q in runtime.activations.values():
+        if isinstance(q, ActivationQuantizer) and not q.quantizer.ready:
+            from ssmquant.errors import NotCalibratedError
+
+            raise NotCalibratedError(
+                f"convert: the range of '{q.name}' is not known: call ssmquant.calibrate(prepared, batches) or train first"
+            )
+    new = copy.deepcopy(prepared).eval()
+    rt = runtime_of(new)
+    for record in rt.records:
+        values = _Values(new)
+        for p in record.plan.points:
+            if p.what != "activation" and isinstance(rt.weights[p.key], Quantizer):
+                quantizer = rt.weights[p.key]
+                rt.weights[p.key] = PackedTensor.from_qtensor(quantizer.encode(values(p.node)))
+    if dls == "frozen":
+        for key, m in list(rt.activations.items()):
+            if isinstance(m, ActivationQuantizer) and isinstance(m.quantizer, DLS):
+                m.quantizer = FrozenRange.from_dls(m)
+    rt.stage = "deployed"
+    rt.rebuild(new)
+    drop_parameters(new)
+    if float_dtype is not None:
+        halve(new, float_dtype)
+    for p in new.parameters():
+        p.requires_grad_(False)
+    return new
+
+
+def drop_parameters(model: nn.Module) -> None:
+    """Removes the parameters that no graph reads any more; their shapes stay known, for tracing again."""
+    runtime = runtime_of(model)
+    needed = {str(n.target) for r in runtime.records for n in r.graph.nodes if n.op == "get_attr"}
+    called = {str(n.target) for r in runtime.records for n in r.graph.nodes if n.op == "call_module"}
+    packed: set[str] = set()
+    for r in runtime.records:
+        for p in r.plan.points:
+            if p.what == "weight" and p.parameter:
+                packed.add(p.parameter)
+            elif p.what == "static":
+                packed |= {str(n.target) for n in _ancestors(p.node) if n.op == "get_attr"}
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    ids = {id(by_name[n]) for n in packed if n in by_name}
+    keep = {id(by_name[n]) for n in needed if n in by_name}
+    for name, p in by_name.items():
+        owner, _, attr = name.rpartition(".")
+        if id(p) in ids and id(p) not in keep and owner not in called and not name.startswith("_ssmquant."):
+            runtime.dropped[name] = (tuple(p.shape), p.dtype)
+            model.get_submodule(owner)._parameters[attr] = None
+
+
+def _ancestors(node: Any) -> set[Any]:
+    out = {node}
+    for i in node.all_input_nodes:
+        out |= _ancestors(i)
+    return out
+
+
+def halve(model: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds the float remainder to ``dtype``; values are kept in their own dtype, so that the graph is the same."""
+    runtime = runtime_of(model)
+    ours = {id(p) for p in runtime.parameters()} | {id(b) for b in runtime.buffers()}
+    for p in model.parameters():
+        if id(p) not in ours and p.is_floating_point():
+            p.data = p.data.to(dtype).to(p.dtype)
+    runtime.float_dtype = dtype
+
+
