@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ssmquant.errors import ConfigError
-from ssmquant.quantizers.base import (
+from ssmquant.quantizers.affine import (
     Affine,
-    Quantizer,
     affine_decode,
     affine_index,
     compute_dtype,
     group_dims,
     group_sum,
 )
+from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.dls_fit import search_coefficients
 from ssmquant.quantizers.observers import GroupStats, group_rows
 

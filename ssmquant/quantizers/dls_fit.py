@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ssmquant.quantizers.base import Affine, affine_decode, affine_index
+from ssmquant.quantizers.affine import Affine, affine_decode, affine_index
 from ssmquant.quantizers.observers import sample_rows
 
 __all__ = ["search_coefficients"]

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ssmquant.quantizers.base import Affine, Quantizer, affine_decode, affine_index, compute_dtype, group_sum
+from ssmquant.quantizers.affine import Affine, affine_decode, affine_index, compute_dtype, group_sum
+from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.observers import GroupStats, group_rows, sample_rows
 
 __all__ = ["LSQ", "LearnedScale", "floored"]

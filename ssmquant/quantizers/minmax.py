@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmquant.quantizers.base import Affine, Quantizer, compute_dtype
+from ssmquant.quantizers.affine import Affine, compute_dtype
+from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.lsq import _LSQFunction
 from ssmquant.quantizers.observers import GroupStats
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmquant.quantizers.base import Affine, affine_decode, compute_dtype, group_sum
+from ssmquant.quantizers.affine import Affine, affine_decode, compute_dtype, group_sum
 from ssmquant.quantizers.lsq import LearnedScale
 from ssmquant.quantizers.observers import GroupStats
 
