@@ -1,0 +1,148 @@
+"""What the restoration examples share: quantization schemes by name, the way from a float model to a checked file."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from patches import PatchData
+from PIL import Image
+from torch import Tensor, nn
+from training import Recipe, Result, fit, reporter
+
+import ssmquant
+from ssmquant.errors import ConfigError
+from ssmquant.restore import Task, evaluate, find_images, open_image
+
+SCHEMES = ("dls_rfa", "lsq", "minmax")
+
+
+def qconfig(scheme: str, w_bits: int, a_bits: int) -> Any:
+    """The configuration of a scheme: the published one, LSQ everywhere, or min-max everywhere."""
+    if scheme == "dls_rfa":
+        if w_bits == a_bits:
+            return ssmquant.QConfig.qmambair(w_bits)
+        return ssmquant.QConfig(w_bits=w_bits, a_bits=a_bits)
+    if scheme == "lsq":
+        return ssmquant.QConfig.lsq(w_bits, a_bits)
+    if scheme == "minmax":
+        return ssmquant.QConfig.minmax(w_bits, a_bits)
+    raise ConfigError(f"scheme must be one of {', '.join(SCHEMES)}, not {scheme!r}")
+
+
+def read_folder(folder: str | os.PathLike[str]) -> list[tuple[str, Image.Image]]:
+    """Named RGB pictures of a folder."""
+    return [(path.name, open_image(path).convert("RGB")) for path in find_images(folder)]
+
+
+def score(
+    model: nn.Module | None,
+    images: Sequence[tuple[str, Image.Image]],
+    task: Task,
+    title: str,
+    each: Callable[[str, Tensor], None] | None = None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Mean PSNR and SSIM over the pictures, and the rows of all."""
+    with reporter(title, len(images)) as report:
+
+        def progress(items: Iterable[Any]) -> Iterable[Any]:
+            for index, item in enumerate(items):
+                yield item
+                report(index + 1, item[0])
+
+        rows = evaluate(model, images, task, progress=progress, each=each)
+    return {key: statistics.fmean(row[key] for row in rows) for key in ("psnr", "ssim")}, rows
+
+
+def quantize(
+    model: nn.Module,
+    config: Any,
+    data: PatchData,
+    recipe: Recipe,
+    *,
+    calibration: int,
+    side: int | None = None,
+) -> nn.Module:
+    """A prepared copy of ``model``, calibrated on ``calibration`` batches of ``data``; ``model`` stays as it is.
+
+    ``side``: the input side that the summary's BitOPs are counted at (default: a training patch's).
+    """
+    device = next(model.parameters()).device
+    side = side or data.patch
+    example = torch.zeros(1, 3, side, side, device=device)  # only its shape matters
+    prepared: nn.Module = ssmquant.prepare(model, config, example_inputs=(example,))
+    ssmquant.calibrate(prepared, list(data.batches(calibration, recipe.batch)))
+    return prepared
+
+
+def fine_tune(
+    prepared: nn.Module,
+    data: PatchData,
+    recipe: Recipe,
+    *,
+    lr_quantizer: float,
+    title: str,
+    resume: bool = False,
+) -> Result:
+    """Train a prepared model; quantizer scalars have a learning rate of their own and no weight decay."""
+    groups = ssmquant.param_groups(prepared, recipe.lr, recipe.weight_decay, lr_quantizer)
+    return fit(prepared, data, recipe, groups=list(groups), title=title, resume=resume)
+
+
+def deploy(prepared: nn.Module, x: Tensor, path: Path) -> tuple[nn.Module, float]:
+    """Convert, compare with the prepared model on ``x``, save; the model *loaded from the file*, the worst error."""
+    deployed = ssmquant.convert(prepared)
+    worst = float(ssmquant.verify(prepared, deployed, (x,)).worst_rel)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ssmquant.save(deployed, path)
+    loaded: nn.Module = ssmquant.load(path)
+    return loaded.to(x.device), worst
+
+
+def bitops(model: nn.Module) -> float | None:
+    """BitOPs of the whole model as its summary counts them, if it does."""
+    value = getattr(ssmquant.summary(model), "bitops", None)
+    return None if value is None else float(value)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def write_json(value: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """One table, by rich where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(title)
+        for row in (header, *rows):
+            print("  ".join(f"{cell:>12}" for cell in row))
+        return
+    table = Table(title=title)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if os.environ.get("COLUMNS") or os.isatty(1) else 120).print(table)
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() - self.start

@@ -1,0 +1,303 @@
+"""A training loop for restoration models, float or prepared: plain PyTorch, resumable bit by bit,
+GPU-efficient.
+
+Per step the host only launches work: learning rates and losses stay on the device, the loss is read back
+once every ``log_every`` steps. With ``cuda_graph`` the whole step (forward, backward, clipping, Adam, EMA)
+is one graph launch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ssmquant.errors import ConfigError, FormatError, SsmquantError
+
+
+class Data(Protocol):
+    """What :func:`fit` asks of its data (:class:`patches.PatchData` has it)."""
+
+    def sample(self, batch: int) -> tuple[Tensor, Tensor]: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; ``steps=None`` needs ``time_limit`` (seconds) and anneals the learning rate over that."""
+
+    steps: int | None = 1000
+    batch: int = 16
+    lr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup: int = 50
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    loss: str = "l1"  # or "charbonnier"
+    clip: float | None = 1.0  # largest norm of the gradient of all parameters
+    ema: float | None = None  # decay, such as 0.999; the averaged weights are what fit leaves in the model
+    bf16: bool = False
+    cuda_graph: bool = False
+    compile: bool = False
+    time_limit: float | None = None
+    log_every: int = 50
+    checkpoint: Path | None = None
+    checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.time_limit is None:
+            raise ConfigError("give steps, time_limit, or both")
+        if self.loss not in ("l1", "charbonnier"):
+            raise ConfigError(f"loss must be 'l1' or 'charbonnier', not {self.loss!r}")
+
+
+@dataclass
+class Result:
+    """What :func:`fit` did: steps in all, seconds of this call, (step, mean loss) log, whether all steps are done."""
+
+    step: int
+    seconds: float
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    finished: bool = True
+
+
+def learning_rate(recipe: Recipe, step: int, elapsed: float) -> float:
+    """Linear warm-up, then a cosine down to ``min_lr``, over the steps or else over the time."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    if recipe.steps is not None:
+        done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    else:
+        done = elapsed / (recipe.time_limit or 1.0)
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@contextmanager
+def reporter(title: str, total: float) -> Iterator[Callable[[float, str], None]]:
+    """A progress callback: a bar with rich on a terminal, else a plain line now and then."""
+    try:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        interactive = False
+    else:
+        interactive = sys.stderr.isatty()
+    if interactive:
+        from rich.console import Console
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=total, note="")
+            yield lambda done, note: bar.update(task, completed=done, note=note)
+        return
+    last = time.monotonic()
+
+    def line(done: float, note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10 or done >= total:
+            last = time.monotonic()
+            print(f"{title}: {100 * done / max(total, 1e-9):3.0f} %  {note}", file=sys.stderr, flush=True)
+
+    yield line
+
+
+class _Step:
+    """One optimiser step on static buffers; callable eagerly, or captured as a CUDA graph."""
+
+    def __init__(
+        self, model: nn.Module, groups: list[dict[str, Any]], recipe: Recipe, device: torch.device
+    ) -> None:
+        self.model, self.recipe, self.device = model, recipe, device
+        self.forward = torch.compile(model) if recipe.compile else model
+        gpu = device.type == "cuda"
+        self.base = [float(group.get("lr", recipe.lr)) for group in groups]
+        groups = [
+            {**g, "lr": torch.tensor(lr, device=device) if gpu else lr}
+            for g, lr in zip(groups, self.base, strict=True)
+        ]
+        self.params = [p for g in groups for p in g["params"]]
+        options: dict[str, Any] = {"fused": True, "capturable": True} if gpu else {"foreach": True}
+        make = torch.optim.AdamW if any(g.get("weight_decay") for g in groups) else torch.optim.Adam
+        self.optimizer = make(groups, betas=recipe.betas, **options)
+        self.ema = [p.detach().clone() for p in self.params] if recipe.ema is not None else []
+        self.loss_sum = torch.zeros((), device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.x = self.y = torch.empty(0)
+
+    def set_rate(self, factor: float) -> None:
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = base * factor
+
+    def _work(self, x: Tensor, y: Tensor) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            out = self.forward(x)
+        error = out.float() - y
+        loss = error.abs().mean() if self.recipe.loss == "l1" else (error.square() + 1e-6).sqrt().mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.recipe.clip is not None:
+            nn.utils.clip_grad_norm_(self.params, self.recipe.clip)
+        self.optimizer.step()
+        if self.ema:
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - (self.recipe.ema or 0.0))
+        self.loss_sum += loss.detach()
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        if self.graph is None:
+            return self._work(x, y)
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.graph.replay()
+
+    def capture(self, x: Tensor, y: Tensor) -> None:
+        """Record the step; nothing runs. ``x`` and ``y`` only tell the shapes."""
+        self.x, self.y = x.clone(), y.clone()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._work(self.x, self.y)
+        self.graph = graph
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    groups: list[dict[str, Any]] | None = None,
+    title: str = "train",
+    resume: bool = False,
+) -> Result:
+    """Train ``model`` in place, on its own device, and leave it in eval mode.
+
+    ``groups``: optimiser parameter groups with their own peak ``lr`` (``ssmquant.param_groups(prepared,
+    ...)``); all parameters by default. ``resume`` goes on from ``recipe.checkpoint`` if that exists: on a
+    CPU (and, with deterministic kernels, on a GPU) 3 + 3 steps equal 6 bit by bit. Reaching ``time_limit``
+    stops after a whole step with a checkpoint written. Raises :class:`SsmquantError` as soon as a loss that
+    is not finite is seen.
+    """
+    model.train()
+    device = next(model.parameters()).device
+    step = _Step(
+        model, groups or [{"params": [p for p in model.parameters() if p.requires_grad]}], recipe, device
+    )
+    done = 0
+    if resume and recipe.checkpoint is not None and recipe.checkpoint.exists():
+        done = _load(recipe.checkpoint, model, step, data)
+    started = time.monotonic()
+    result = Result(done, 0.0)
+    logged, saved = done, done
+    running: deque[torch.cuda.Event] = deque()
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    warm = done + 5 if recipe.cuda_graph and side is not None else -1
+    with reporter(title, recipe.steps or recipe.time_limit or 1.0) as report:
+        while recipe.steps is None or done < recipe.steps:
+            elapsed = time.monotonic() - started
+            if recipe.time_limit is not None and elapsed >= recipe.time_limit:
+                result.finished = recipe.steps is None
+                break
+            x, y = data.sample(recipe.batch)
+            if done == warm:
+                _try_capture(step, x, y)
+            step.set_rate(learning_rate(recipe, done, elapsed) / recipe.lr)
+            if side is not None and done < warm:  # a capture wants its warm-up on a side stream
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    step(x, y)
+                torch.cuda.current_stream().wait_stream(side)
+            else:
+                step(x, y)
+            done += 1
+            if side is not None:  # the host may run at most 4 steps ahead, or time limits would not hold
+                running.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+                running[-1].record()
+                if len(running) > 4:
+                    running.popleft().synchronize()
+            if done - logged >= recipe.log_every or done == recipe.steps:
+                result.losses.append((done, _read(step, done - logged)))
+                logged = done
+                speed = (done - result.step) / (time.monotonic() - started)
+                note = f"step {done}  loss {result.losses[-1][1]:.5f}  {speed:.2f} steps/s"
+                report(done if recipe.steps else elapsed, note)
+            if recipe.checkpoint is not None and done - saved >= recipe.checkpoint_every:
+                _save(recipe.checkpoint, model, step, data, done)
+                saved = done
+    if recipe.checkpoint is not None and saved != done:
+        _save(recipe.checkpoint, model, step, data, done)
+    if done > logged:
+        result.losses.append((done, _read(step, done - logged)))
+    with torch.no_grad():
+        for p, average in zip(step.params, step.ema, strict=False):
+            p.copy_(average)
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    result.step, result.seconds = done, time.monotonic() - started
+    return result
+
+
+def _try_capture(step: _Step, x: Tensor, y: Tensor) -> None:
+    try:
+        step.capture(x, y)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        print(f"no CUDA graph, going on step by step: {reason}", file=sys.stderr)
+
+
+def _read(step: _Step, count: int) -> float:
+    mean = step.loss_sum.item() / count
+    step.loss_sum.zero_()
+    if not math.isfinite(mean):
+        raise SsmquantError(
+            "the training loss is not finite; lower lr, or look for broken pictures in the data"
+        )
+    return mean
+
+
+def _save(path: Path, model: nn.Module, step: _Step, data: Data, done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Any] = {
+        "step": done,
+        "model": model.state_dict(),
+        "optimizer": step.optimizer.state_dict(),
+        "ema": step.ema,
+        "data": data.state(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(step.device) if step.device.type == "cuda" else None,
+    }
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _load(path: Path, model: nn.Module, step: _Step, data: Data) -> int:
+    try:
+        state = torch.load(path, map_location=step.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        rates = [group["lr"] for group in step.optimizer.param_groups]
+        step.optimizer.load_state_dict(copy.copy(state["optimizer"]))
+        for group, rate in zip(step.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # the tensor that the captured step reads
+        for average, value in zip(step.ema, state["ema"], strict=True):
+            average.copy_(value)
+        data.load_state({name: value.cpu() for name, value in state["data"].items()})
+        torch.set_rng_state(state["rng"].cpu())
+        if step.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), step.device)
+        return int(state["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise FormatError(f"cannot resume from {path}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,163 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ssmquant import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    io = pytest.importorskip("ssmquant.io")
+    from ssmquant import zoo
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "float.safetensors"
+    io.save_float(zoo.build("mambair_tiny", upscale=2), path, half=True)
+    return path
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "in.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (11, 18, 4), dtype=np.uint8)).save(path)
+    return path
+
+
+def run(*args: str | Path) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+def test_restores_a_picture(model_file: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = picture.with_name("out.png")
+    assert run("restore", picture, "--model", model_file, "-o", out, "--device", "cpu") == 0
+    assert "18x11 -> 36x22, float model on cpu" in capsys.readouterr().out
+    with Image.open(out) as image:
+        assert (image.size, image.mode) == ((36, 22), "RGBA")
+    assert sorted(p.name for p in picture.parent.iterdir()) == ["in.png", "out.png"]
+
+
+@pytest.mark.slow
+def test_restores_with_a_quantized_file(
+    model_file: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ssmquant
+    from ssmquant.io import load_float
+
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    prepared = ssmquant.prepare(load_float(model_file), ssmquant.QConfig.qmambair(4), example_inputs=(x,))
+    ssmquant.calibrate(prepared, [x])
+    quantized = picture.with_name("w4.safetensors")
+    ssmquant.save(ssmquant.convert(prepared), quantized)
+    out = picture.with_name("out.png")
+    assert (
+        run(
+            "restore",
+            picture,
+            "--model",
+            quantized,
+            "-o",
+            out,
+            "--device",
+            "cpu",
+            "--tile",
+            "16",
+            "--overlap",
+            "4",
+        )
+        == 0
+    )
+    assert "quantized model" in capsys.readouterr().out
+    with Image.open(out) as image:
+        assert image.size == (36, 22)
+    assert run("summary", quantized) == 0
+    assert "quantized" in capsys.readouterr().out
+
+
+def test_summary_of_a_float_file(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("summary", model_file) == 0
+    assert "140,154 parameters" in capsys.readouterr().out
+
+
+def failure(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    assert run(*args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ssmquant: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_never_writes_over_the_input(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = picture.read_bytes()
+    (tmp_path / "link.png").symlink_to(picture)
+    for out in (picture, tmp_path / "link.png"):
+        assert "is the input" in failure(capsys, "restore", picture, "--model", "m", "-o", out, "--force")
+    (tmp_path / "old.png").write_bytes(b"old")
+    assert "--force" in failure(capsys, "restore", picture, "--model", "m", "-o", tmp_path / "old.png")
+    assert picture.read_bytes() == before
+    assert (tmp_path / "old.png").read_bytes() == b"old"
+
+
+def test_errors_are_one_line(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.png"
+    (tmp_path / "bad.png").write_bytes(b"nonsense")
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+
+    def restore(image: Path = picture, model: str = "foreign", out: Path = out, *more: str) -> str:
+        file = tmp_path / f"{model}.safetensors"
+        return failure(capsys, "restore", image, "--model", file, "-o", out, "--device", "cpu", *more)
+
+    assert "not written by ssmquant" in restore()
+    assert "no such file" in restore(model="missing")
+    assert "not a whole safetensors file" in restore(model="bad")
+    assert "No such file" in restore(tmp_path / "missing.png")
+    assert "cannot read" in restore(tmp_path / "bad.png")
+    assert "no such folder" in restore(out=tmp_path / "nowhere" / "out.png")
+    assert "it is a folder" in restore(out=tmp_path)
+    assert "suffix '.xyz'" in restore(out=tmp_path / "out.xyz")
+    assert "JPEG cannot hold" in restore(out=tmp_path / "out.jpg")
+    assert "device 'cuda:99'" in failure(
+        capsys, "restore", picture, "--model", "m", "-o", out, "--device", "cuda:99"
+    )
+    assert "not a whole safetensors file" in failure(capsys, "summary", tmp_path / "bad.safetensors")
+    assert not out.exists()
+
+
+def test_a_bad_tile_is_refused(model_file: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = picture.with_name("out.png")
+    assert "twice the overlap" in failure(
+        capsys, "restore", picture, "--model", model_file, "-o", out, "--tile", "20"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("args", [[], ["restore"], ["frobnicate"], ["summary"], ["restore", "a", "--model"]])
+def test_usage_errors(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_env_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ssmquant", "env"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert {"ssmquant", "python", "torch", "triton", "cpu", "cuda"} <= set(names)
+    assert done.stderr == ""

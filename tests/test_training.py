@@ -1,0 +1,181 @@
+"""The training data and the training loop of the examples."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ssmquant.errors import ConfigError, FormatError, InputError, SsmquantError
+from ssmquant.restore import Task, open_image, to_tensor
+
+ROOT = Path(__file__).parent.parent
+PHOTOS = ROOT / "examples" / "photos"
+sys.path.insert(0, str(ROOT / "examples"))
+
+from patches import PatchData, read_images  # noqa: E402
+from training import Recipe, fit, learning_rate  # noqa: E402
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def undo(patch: Tensor, turn: int) -> Tensor:
+    if turn & 1:
+        patch = patch.transpose(-1, -2)
+    return patch.flip([axis for axis, bit in ((-2, 2), (-1, 4)) if turn & bit])
+
+
+def test_pairs_of_patches_are_aligned() -> None:
+    images = [
+        ("a", noise(40, 52)),
+        ("b", open_image(PHOTOS / "coffee.png").crop((0, 0, 71, 49))),
+        ("small", noise(9, 60)),
+    ]
+    task = Task("sr", 2)
+    data = PatchData(images, task, patch=8, seed=1)
+    assert (len(data), data.skipped) == (2, ["small"])
+    x, y = data.sample(32)
+    assert x.shape == (32, 3, 8, 8)
+    assert y.shape == (32, 3, 16, 16)
+    data.seed(1)
+    drawn = torch.rand(32, 4, generator=data._positions, dtype=torch.float64)
+    turns = set()
+    for k, (a, b, c, d) in enumerate(drawn.tolist()):
+        _, image = images[int(a * 2)]
+        low, high = to_tensor(task.degrade_image(image))[0], to_tensor(task.target(image))[0]
+        top, left = int(b * (low.shape[1] - 7)), int(c * (low.shape[2] - 7))
+        turns.add(turn := int(d * 8))
+        assert torch.equal(undo(x[k], turn), low[:, top : top + 8, left : left + 8])
+        assert torch.equal(undo(y[k], turn), high[:, 2 * top : 2 * top + 16, 2 * left : 2 * left + 16])
+    assert len(turns) == 8
+
+
+def test_noise_and_jpeg_patches() -> None:
+    images = [("a", open_image(PHOTOS / "camera.png"))]
+    x, y = PatchData(images, Task("denoise", sigma=30), patch=32).sample(16)
+    assert (x - y).std().item() == pytest.approx(30 / 255, rel=0.02)
+    x, y = PatchData(images, Task("jpeg", quality=10), patch=32).sample(16)
+    assert 0.005 < (x - y).abs().mean().item() < 0.1
+
+
+def test_packs_of_encoded_files(tmp_path: Path) -> None:
+    files = [encoded(noise(20, 18, seed=i)) for i in range(3)]
+    blob, offset = np.frombuffer(b"".join(files), np.uint8), np.cumsum([0, *map(len, files)])
+    np.savez(tmp_path / "pack.npz", blob=blob, offset=offset)
+    images = read_images(tmp_path / "pack.npz")
+    assert [name for name, _ in images] == ["pack[0]", "pack[1]", "pack[2]"]
+    assert np.array_equal(np.asarray(images[2][1]), np.asarray(noise(20, 18, seed=2)))
+    np.savez(tmp_path / "bad.npz", blob=blob, offset=offset[::-1])
+    np.savez(tmp_path / "other.npz", x=blob)
+    np.savez(tmp_path / "object.npz", blob=np.array([{}], dtype=object), offset=offset)
+    for name in ("bad", "other", "object"):
+        with pytest.raises(FormatError, match="no image pack"):
+            read_images(tmp_path / f"{name}.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no pictures"):
+        read_images(tmp_path / "empty")
+    with pytest.raises(InputError, match="smaller patches"):
+        PatchData(images, Task("sr", 2), patch=48)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.GELU(),
+            nn.Dropout(0.2),
+            nn.Conv2d(8, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + F.interpolate(x, scale_factor=2)
+
+
+@pytest.mark.parametrize("kind", ["sr", "denoise"])
+def test_resuming_is_exact(tmp_path: Path, kind: str) -> None:
+    task = Task(kind, 2)
+    images = [("a", noise(40, 40)), ("b", noise(60, 44, seed=1))]
+    torch.manual_seed(0)
+    start = Small() if kind == "sr" else nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Dropout(0.1))
+
+    def run(steps: int, path: Path, resume: bool, seed: int) -> nn.Module:
+        model = (
+            type(start)() if kind == "sr" else nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Dropout(0.1))
+        )
+        model.load_state_dict(start.state_dict())
+        data = PatchData(images, task, patch=12, seed=seed)
+        torch.manual_seed(seed)
+        recipe = Recipe(
+            steps=steps, batch=2, warmup=10, ema=0.9, loss="charbonnier", log_every=2, checkpoint=path
+        )
+        result = fit(model, data, recipe, resume=resume)
+        assert result.step == steps
+        assert result.finished
+        return model
+
+    whole = run(6, tmp_path / "whole.pt", False, 5)
+    run(3, tmp_path / "half.pt", False, 5)
+    resumed = run(6, tmp_path / "half.pt", True, 77)  # another seed: all state comes from the file
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(next(whole.parameters()), next(start.parameters()))
+
+
+def test_training_learns_and_ends(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = PatchData([("a", open_image(PHOTOS / "coffee.png"))], Task("sr", 2), patch=12)
+    model = Small()
+    result = fit(model, data, Recipe(steps=40, batch=4, lr=3e-3, warmup=5, log_every=10))
+    assert [step for step, _ in result.losses] == [10, 20, 30, 40]
+    assert result.losses[-1][1] < result.losses[0][1]
+    assert not model.training
+    stopped = fit(model, data, Recipe(steps=10**6, time_limit=0.3, batch=2, checkpoint=tmp_path / "c.pt"))
+    assert not stopped.finished
+    assert 0 < stopped.step < 10**6
+    assert fit(model, data, Recipe(steps=None, time_limit=0.3, batch=2)).finished
+
+
+def test_training_fails_clearly(tmp_path: Path) -> None:
+    data = PatchData([("a", noise(40, 40))], Task("sr", 2), patch=12)
+    model = Small()
+    nn.init.constant_(model.body[0].weight, math.nan)
+    with pytest.raises(SsmquantError, match="not finite"):
+        fit(model, data, Recipe(steps=3, batch=2, log_every=1))
+    (tmp_path / "bad.pt").write_bytes(b"nonsense")
+    with pytest.raises(SsmquantError, match="cannot resume"):
+        fit(Small(), data, Recipe(steps=3, checkpoint=tmp_path / "bad.pt"), resume=True)
+    with pytest.raises(ConfigError, match="steps"):
+        Recipe(steps=None)
+
+
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    recipe = Recipe(steps=100, warmup=10, lr=1.0, min_lr=0.1)
+    rates = [learning_rate(recipe, step, 0) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == 1
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    timed = Recipe(steps=None, warmup=0, lr=1.0, min_lr=0, time_limit=10)
+    assert learning_rate(timed, 10**6, 5) == pytest.approx(0.5)
