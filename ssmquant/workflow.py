@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssmquant.adapter import Adapter, find_adapter, get_adapter
 from ssmquant.config import QConfig
-from ssmquant.errors import CalibrationError, ConfigError, InputError, TraceError
+from ssmquant.errors import CalibrationError, ConfigError, InputError, NotCalibratedError
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import (
     Runtime,
@@ -24,7 +24,6 @@ from ssmquant.graph.runtime import (
     refuse_elsewhere,
     runtime_of,
 )
-from ssmquant.graph.trace import same_graph
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.quantizers import DLS, Quantizer, get_quantizer
 
@@ -95,7 +94,7 @@ def prepare(
 
 
 def trace_example(model: nn.Module, bound: tuple[Any, ...]) -> None:
-    """Traces the example call in both modes and makes the first records (one, where both modes gave the same graph)."""
+    """Traces the example call and makes the first records: one, or two where the code reads ``self.training``."""
     runtime = runtime_of(model)
     call = describe_call(bound)
     if not call.tensors:
@@ -103,33 +102,21 @@ def trace_example(model: nn.Module, bound: tuple[Any, ...]) -> None:
     if any(t.numel() == 0 for t in call.tensors):
         raise InputError("an example input is empty: give one of a usual size")
     runtime.example = bound
-    modes = {m: m.training for m in model.modules() if m is not runtime and not _inside(runtime, m)}
+    modes = {m: m.training for m in model.modules()}
+    runtime.records = []
     try:
-        for m in modes:
-            m.training = False
-        at_eval = runtime.make_trace(model, call)
-        for m in modes:
-            m.training = True
-        at_train = runtime.make_trace(model, call)
-    except TraceError:
-        raise
+        for flag in (False, True):
+            for m in modes:
+                m.training = flag
+            t = runtime.make_trace(model, call)
+            runtime.records.append(runtime.build(model, call, t, check=not flag))
+            if not t.traced.training_read:  # the code never asked for the mode: one graph serves both
+                break
     finally:
         for m, flag in modes.items():
             m.training = flag
-    if same_graph(at_eval.traced, at_train.traced):
-        runtime.records = [runtime.build(model, call, at_eval, mode=None, check=True)]
-    else:
-        names = set(at_eval.traced.mode_modules) | set(at_train.traced.mode_modules)
-        runtime.records = [
-            runtime.build(model, call, at_eval, mode=dict.fromkeys(names, False), check=True),
-            runtime.build(model, call, at_train, mode=dict.fromkeys(names, True)),
-        ]
     runtime.known = {p.name for r in runtime.records for p in r.plan.points}
     runtime.notes = sorted({n for r in runtime.records for n in r.trace.notes})
-
-
-def _inside(runtime: nn.Module, mod: nn.Module) -> bool:
-    return any(mod is m for m in runtime.modules())
 
 
 def make_quantizer(point: Point, config: QConfig) -> Quantizer:
@@ -290,8 +277,6 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
         raise ConfigError(f"convert: float_dtype={float_dtype}: expected float32, float16, bfloat16 or None")
     for q in runtime.activations.values():
         if isinstance(q, ActivationQuantizer) and not q.quantizer.ready:
-            from ssmquant.errors import NotCalibratedError
-
             raise NotCalibratedError(
                 f"convert: the range of '{q.name}' is not known: call ssmquant.calibrate(prepared, batches) or train first"
             )

@@ -37,7 +37,7 @@ class Record:
     static: tuple[Any, ...]
     meta: tuple[Any, ...]
     ndims: tuple[int, ...]
-    mode: dict[str, bool] | None  # training flags that matter; None: none do
+    mode: dict[str, bool]  # the training flags that the code read
     autocast: Any
     trace: Trace
     plan: Plan
@@ -55,8 +55,9 @@ class Record:
             return False
         if t.reads_dtype and self.autocast != _autocast(call):
             return False
-        if self.mode is not None and any(model.get_submodule(n).training != v for n, v in self.mode.items()):
-            return False
+        for name, flag in self.mode.items():
+            if model.get_submodule(name).training != flag:
+                return False
         return self.guard(call.shapes)
 
 
@@ -159,7 +160,7 @@ class Runtime(nn.Module):
                 if n.op == "get_attr" and str(n.target).startswith("_ssmquant.constants.const_"):
                     n.target = "_ssmquant.constants." + done[str(n.target).rpartition(".")[2]]
 
-    def build(self, model: nn.Module, call: Call, t: Trace, *, mode: dict[str, bool] | None, check: bool = False) -> Record:
+    def build(self, model: nn.Module, call: Call, t: Trace, *, check: bool = False) -> Record:
         """Plans and rewrites a trace."""
         self.adopt(model, t)
         scans = self.adapter.scans if self.adapter else ()
@@ -184,7 +185,8 @@ class Runtime(nn.Module):
             graph = rewrite(model, t.graph, plan, deployed=self.stage == "deployed")
         run, code = compile_graph(graph)
         return Record(
-            call.spec, call.static, call.meta, tuple(x.dim() for x in call.tensors), mode, _autocast(call), t, plan,
+            call.spec, call.static, call.meta, tuple(x.dim() for x in call.tensors),
+            t.traced.training_read, _autocast(call), t, plan,
             _compile_guards(t), graph, code, run,
         )  # fmt: skip
 
@@ -217,12 +219,7 @@ class Runtime(nn.Module):
         return False
 
     def retrace(self, model: nn.Module, call: Call) -> Record:
-        t = self.make_trace(model, call)
-        used = t.traced.mode_modules
-        same = [r for r in self.records if r.mode is None]
-        # Where both modes gave one graph before, the mode matters for no graph of this model.
-        mode = None if same else {n: model.get_submodule(n).training for n in used}
-        record = self.build(model, call, t, mode=mode)
+        record = self.build(model, call, self.make_trace(model, call))
         self.records.append(record)
         return record
 

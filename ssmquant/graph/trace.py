@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,11 +120,48 @@ def is_leaf(extra: tuple[str, ...] = ()) -> Callable[[nn.Module], bool]:
 # ---- patches, snapshot ---------------------------------------------------------------------------------------------
 
 
+_apply_hook: Callable[..., Any] | None = None
+
+
+def _swap_apply(hook: Callable[..., Any]) -> Callable[[], None]:
+    """Leads ``autograd.Function.apply`` to ``hook(cls, args, kwargs, original)`` until the returned function is called.
+
+    The code of the function is exchanged, not the attribute: ``pscan = PScan.apply`` at the top of a module is an
+    alias that a new attribute would not reach.
+    """
+    global _apply_hook
+    function = torch.autograd.Function.__dict__["apply"].__func__
+    code = function.__code__
+    original = types.FunctionType(code, function.__globals__, "apply", function.__defaults__, function.__closure__)
+
+    def make(__class__: Any) -> Any:  # the exchanged code must close over the same names: (__class__,)
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            __class__  # noqa: B018
+            from ssmquant.graph import trace
+
+            return trace._apply_hook(cls, args, kwargs)
+
+        return apply
+
+    _apply_hook = functools.partial(_call_hook, hook, original)
+    function.__code__ = make(None).__code__
+
+    def restore() -> None:
+        global _apply_hook
+        function.__code__ = code
+        _apply_hook = None
+
+    return restore
+
+
+def _call_hook(hook: Any, original: Any, cls: Any, args: Any, kwargs: Any) -> Any:
+    return hook(cls, args, kwargs, original)
+
+
 @contextlib.contextmanager
 def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
     """The two patches (and the seams of checkpoint, autocast and ``int``), thread-local in effect, always undone."""
     module_call = nn.Module.__call__
-    function_apply = torch.autograd.Function.__dict__["apply"]
     autocast = torch.amp.autocast_mode.autocast
     enter, leave = autocast.__enter__, autocast.__exit__
     generator = torch.utils.checkpoint._checkpoint_without_reentrant_generator
@@ -134,9 +173,9 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return rec.module(self, args, kwargs, module_call) if active() else module_call(self, *args, **kwargs)
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        original = function_apply.__get__(None, cls)
-        return rec.function(cls, args, original) if active() and not kwargs else original(*args, **kwargs)
+    def apply(cls: Any, args: Any, kwargs: Any, original: Callable[..., Any]) -> Any:
+        call_original = functools.partial(original, cls)
+        return rec.function(cls, args, call_original) if active() and not kwargs else call_original(*args, **kwargs)
 
     def autocast_enter(self: Any) -> Any:
         if active():
@@ -167,11 +206,26 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
         with rec.checkpointed():
             yield
 
+    class Training:
+        """``self.training`` as the user's code reads it: what is read is a guard, what is not read does not matter."""
+
+        def __get__(self, mod: Any, owner: Any = None) -> Any:
+            if mod is None:
+                return self
+            if active():
+                rec.read_training(mod)
+            return vars(mod)["training"]
+
+        def __set__(self, mod: Any, value: bool) -> None:
+            vars(mod)["training"] = value
+
     shimmed: list[dict[str, Any]] = []
+    restore_apply: Callable[[], None] = lambda: None  # noqa: E731
     with _PATCH_LOCK:
         try:
+            nn.Module.training = Training()  # type: ignore[assignment]
             nn.Module.__call__ = call  # type: ignore[method-assign]
-            torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+            restore_apply = _swap_apply(apply)
             autocast.__enter__, autocast.__exit__ = autocast_enter, autocast_exit  # type: ignore[method-assign]
             torch.utils.checkpoint._checkpoint_without_reentrant_generator = region
             for cls in {c for m in model.modules() for c in type(m).__mro__}:
@@ -185,8 +239,9 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
             yield
         finally:
             _t._LOCAL.recorder = None
+            del nn.Module.training
             nn.Module.__call__ = module_call  # type: ignore[method-assign]
-            torch.autograd.Function.apply = function_apply  # type: ignore[method-assign]
+            restore_apply()
             autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
             torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
             for space in shimmed:
@@ -276,7 +331,6 @@ def run_once(
         try:
             with _patched(rec, model), _snapshot(model, rec), torch.enable_grad(), _t._Net(rec), rec:
                 rec.stack.append("")
-                rec.mode_modules.setdefault("")
                 out = method(*args, **kwargs)
                 rec.stack.clear()
                 result = _output(rec, out)
@@ -287,7 +341,7 @@ def run_once(
         rec.graph.output(result)
         return Traced(
             rec.graph, rec.guards, rec.constants, rec.functions, None, rec.baked, rec.rebound,
-            rec.reads_dtype, rec.uses_device, tuple(rec.mode_modules),
+            rec.reads_dtype, rec.uses_device, dict(rec.training_read),
         )  # fmt: skip
     raise AssertionError("unreachable")
 

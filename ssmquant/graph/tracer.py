@@ -91,7 +91,7 @@ class Traced:
     rebound: dict[str, str]  # attributes rebound to a computed tensor -> line
     reads_dtype: bool = False
     uses_device: bool = False
-    mode_modules: tuple[str, ...] = ()  # modules whose Python code ran
+    training_read: dict[str, bool] = field(default_factory=dict)  # modules whose ``training`` the code read
     notes: list[str] = field(default_factory=list)
 
 
@@ -138,7 +138,7 @@ class Recorder(TorchFunctionMode):
         self.size_nodes: dict[tuple[fx.Node, int], fx.Node] = {}
         self.expr_nodes: dict[Any, fx.Node] = {}
         self.stack: list[str] = []
-        self.mode_modules: dict[str, None] = {}
+        self.training_read: dict[str, bool] = {}
         self.region: int | None = None
         self.regions = 0
         self.reads_dtype = self.uses_device = False
@@ -158,8 +158,10 @@ class Recorder(TorchFunctionMode):
 
     def add_input(self, name: str, example: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A placeholder of ``shape`` with the dtype and device of ``example``."""
+        self.busy += 1
         with self.fake:
             t = torch.empty(shape, dtype=example.dtype, device=example.device)
+        self.busy -= 1
         node = self.graph.placeholder(name)
         self._bind(t, node, t)
         return t
@@ -181,6 +183,12 @@ class Recorder(TorchFunctionMode):
         place, text = user_frame()
         module = f" in module '{self.stack[-1]}'" if self.stack and self.stack[-1] else ""
         return TraceError(f"{what}\n  at {place}{module}: {text}\n{remedy}")
+
+    def read_training(self, mod: nn.Module) -> None:
+        """The user's code asked for ``mod.training``."""
+        name = self.module_names.get(id(mod))
+        if name is not None:
+            self.training_read[name] = vars(mod)["training"]
 
     def guard(self, expr: Any, value: Any) -> None:
         self.guards.append(Guard(expr, value, self.where()))
@@ -231,8 +239,12 @@ class Recorder(TorchFunctionMode):
         return self._get_attr(t, f"_ssmquant.constants.{name}", prefix="const")
 
     def _get_attr(self, t: Tensor, name: str, prefix: str | None = None) -> tuple[fx.Node, Tensor]:
-        with torch.no_grad(), self.fake:
-            fake = self.fake.from_tensor(t.detach(), static_shapes=True)
+        self.busy += 1
+        try:
+            with torch.no_grad(), self.fake:
+                fake = self.fake.from_tensor(t.detach(), static_shapes=True)
+        finally:
+            self.busy -= 1
         node = self.graph.get_attr(name)
         node.meta["module"], node.meta["where"] = "", ""
         self._bind(t, node, fake)
@@ -348,13 +360,12 @@ class Recorder(TorchFunctionMode):
                         out = torch.ops.aten.alias.default(fake)
                     self.busy -= 1
                     break
-            if not isinstance(out, FakeTensor):
-                with torch.no_grad(), self.fake:
-                    out = self.fake.from_tensor(out.detach(), static_shapes=True)
-            if id(out) in self.values and out is self.values[id(out)][0]:
+            if not isinstance(out, FakeTensor) or (id(out) in self.values and out is self.values[id(out)][0]):
+                # A constant that a leaf returned, or an object that another node made already.
                 self.busy += 1
                 with torch.no_grad(), self.fake:
-                    out = torch.ops.aten.alias.default(out)
+                    real = not isinstance(out, FakeTensor)
+                    out = self.fake.from_tensor(out.detach(), static_shapes=True) if real else torch.ops.aten.alias.default(out)
                 self.busy -= 1
             self._bind(out, node, out)
             return out
@@ -496,7 +507,6 @@ class Recorder(TorchFunctionMode):
         if self.leaf(mod) and (sized or tensors):
             return self.record("call_module", name, args, kwargs, lambda *a, **k: call(mod, *a, **k))
         self.stack.append(name)
-        self.mode_modules.setdefault(name)
         try:
             return call(mod, *args, **kwargs)
         finally:

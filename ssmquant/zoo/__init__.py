@@ -10,8 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError
-from .mambair import MambaIR, mambair_classic, mambair_denoise, mambair_light, mambair_tiny, unwrap_state_dict
+from ssmquant.errors import ConfigError
+from ssmquant.zoo.mambair import (
+    MambaIR,
+    mambair_classic,
+    mambair_denoise,
+    mambair_light,
+    mambair_tiny,
+    unwrap_state_dict,
+)
 
 __all__ = [
     "REGISTRY",
@@ -74,5 +81,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """
     config = getattr(model, "zoo_config", None)
     if not isinstance(config, dict):
-        raise ConfigError(f"{type(model).__name__} is not a zoo model; a file of it loads with the model passed in")
+        raise ConfigError(
+            f"{type(model).__name__} is not a zoo model; a file of it loads with the model passed in"
+        )
     return copy.deepcopy(config)

@@ -15,10 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..ops import selective_scan
+from ssmquant.errors import ConfigError
+from ssmquant.ops import selective_scan
 
-__all__ = ["MambaIR", "mambair_classic", "mambair_denoise", "mambair_light", "mambair_tiny", "unwrap_state_dict"]
+__all__ = [
+    "MambaIR",
+    "mambair_classic",
+    "mambair_denoise",
+    "mambair_light",
+    "mambair_tiny",
+    "unwrap_state_dict",
+]
 
 _DIRECTIONS = 4
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K
@@ -63,7 +70,9 @@ class ChannelAttention(nn.Module):
 class CAB(nn.Module):
     """The convolutional half of a block: two 3x3, or in the light model pointwise, depthwise and dilated depthwise ones."""
 
-    def __init__(self, num_feat: int, is_light_sr: bool = False, compress_ratio: int = 3, squeeze_factor: int = 30):
+    def __init__(
+        self, num_feat: int, is_light_sr: bool = False, compress_ratio: int = 3, squeeze_factor: int = 30
+    ):
         super().__init__()
         inner = num_feat // (2 if is_light_sr else compress_ratio)
         layers: list[nn.Module]
@@ -90,7 +99,9 @@ class CAB(nn.Module):
 class SS2D(nn.Module):
     """Selective scans of an image along rows and columns, forwards and backwards, with weights of their own, summed."""
 
-    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 3, expand: float = 2.0, dropout: float = 0.0):
+    def __init__(
+        self, d_model: int, d_state: int = 16, d_conv: int = 3, expand: float = 2.0, dropout: float = 0.0
+    ):
         super().__init__()
         self.d_model = d_model
         self.d_state = d_state
@@ -100,7 +111,9 @@ class SS2D(nn.Module):
         self.dt_rank = math.ceil(d_model / 16)
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
-        self.conv2d = nn.Conv2d(self.d_inner, self.d_inner, d_conv, padding=(d_conv - 1) // 2, groups=self.d_inner)
+        self.conv2d = nn.Conv2d(
+            self.d_inner, self.d_inner, d_conv, padding=(d_conv - 1) // 2, groups=self.d_inner
+        )
         self.act = nn.SiLU()
         self.x_proj_weight = nn.Parameter(torch.empty(_DIRECTIONS, self.dt_rank + 2 * d_state, self.d_inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(_DIRECTIONS, self.d_inner, self.dt_rank))
@@ -175,7 +188,9 @@ class SS2D(nn.Module):
 class VSSBlock(nn.Module):
     """A scan and a convolution, each with a scaled skip connection."""
 
-    def __init__(self, hidden_dim: int, drop_path: float, d_state: int, expand: float, is_light_sr: bool) -> None:
+    def __init__(
+        self, hidden_dim: int, drop_path: float, d_state: int, expand: float, is_light_sr: bool
+    ) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(hidden_dim)
         self.self_attention = SS2D(hidden_dim, d_state=d_state, expand=expand)
@@ -315,7 +330,10 @@ class MambaIR(nn.Module):
         _validate(arguments)
         depths = [int(d) for d in depths]
         size = img_size if isinstance(img_size, int) else [int(s) for s in img_size]
-        self.zoo_config: dict[str, Any] = {"name": "MambaIR", "args": {**arguments, "depths": depths, "img_size": size}}
+        self.zoo_config: dict[str, Any] = {
+            "name": "MambaIR",
+            "args": {**arguments, "depths": depths, "img_size": size},
+        }
         light = upsampler == "pixelshuffledirect" if is_light_sr is None else is_light_sr
         self.img_range = img_range
         self.mean = torch.tensor(_RGB_MEAN).view(1, 3, 1, 1) if in_chans == 3 else torch.zeros(1, 1, 1, 1)
@@ -390,7 +408,11 @@ def _validate(args: Mapping[str, Any]) -> None:
     depths = args["depths"]
     need(len(depths) > 0 and all(type(d) is int and d >= 1 for d in depths), "depths", "positive integers")
     need(args["patch_size"] == 1, "patch_size", "1 (a token is a pixel)")
-    need(int(args["mlp_ratio"] * args["embed_dim"]) >= 1, "mlp_ratio", "a ratio that leaves at least one channel")
+    need(
+        int(args["mlp_ratio"] * args["embed_dim"]) >= 1,
+        "mlp_ratio",
+        "a ratio that leaves at least one channel",
+    )
     need(args["img_range"] > 0, "img_range", "a positive number")
     need(args["resi_connection"] in ("1conv", "3conv"), "resi_connection", "'1conv' or '3conv'")
     uppers = ("pixelshuffle", "pixelshuffledirect", "")
@@ -403,7 +425,12 @@ def _validate(args: Mapping[str, Any]) -> None:
 def mambair_light(upscale: int = 2) -> MambaIR:
     """The published lightweight super-resolution model, 0.9 M parameters."""
     return MambaIR(
-        embed_dim=60, depths=(6,) * 4, d_state=10, mlp_ratio=1.2, upscale=upscale, upsampler="pixelshuffledirect"
+        embed_dim=60,
+        depths=(6,) * 4,
+        d_state=10,
+        mlp_ratio=1.2,
+        upscale=upscale,
+        upsampler="pixelshuffledirect",
     )
 
 
@@ -420,7 +447,12 @@ def mambair_denoise(in_chans: int = 3) -> MambaIR:
 def mambair_tiny(upscale: int = 2) -> MambaIR:
     """A small model of the light kind that trains on a CPU: width 40, three groups of two blocks, 4 states."""
     return MambaIR(
-        embed_dim=40, depths=(2,) * 3, d_state=4, mlp_ratio=1.2, upscale=upscale, upsampler="pixelshuffledirect"
+        embed_dim=40,
+        depths=(2,) * 3,
+        d_state=4,
+        mlp_ratio=1.2,
+        upscale=upscale,
+        upsampler="pixelshuffledirect",
     )
 
 
@@ -439,5 +471,7 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any], key: str | None = None) -> 
     keys = (key,) if key is not None else ("params", "params_ema", "state_dict")
     found: Any = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), Mapping)), checkpoint)
     if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ConfigError(f"no state dict found in a checkpoint with the entries {sorted(map(str, checkpoint))[:8]}")
+        raise ConfigError(
+            f"no state dict found in a checkpoint with the entries {sorted(map(str, checkpoint))[:8]}"
+        )
     return {str(k).removeprefix("module."): v for k, v in found.items()}

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import InputError
-from . import chunked
-from .chunked import PIECE
+from ssmquant.errors import InputError
+from ssmquant.ops.selective_scan import chunked
+from ssmquant.ops.selective_scan.chunked import PIECE
 
 __all__ = ["backend", "selective_scan"]
 
@@ -39,7 +39,14 @@ def _fail(name: str, tensor: Tensor, wanted: str) -> None:
 
 
 def _check(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
 ) -> None:
     named = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias}
     for name, tensor in named.items():
@@ -48,9 +55,13 @@ def _check(
         if tensor.is_complex():
             raise InputError(f"selective_scan: {name} is complex; only real state spaces are supported")
         if not tensor.is_floating_point():
-            raise InputError(f"selective_scan: {name} has dtype {tensor.dtype}, expected a floating point dtype")
+            raise InputError(
+                f"selective_scan: {name} has dtype {tensor.dtype}, expected a floating point dtype"
+            )
         if tensor.device != u.device:
-            raise InputError(f"selective_scan: {name} is on {tensor.device}, u on {u.device}; move them together")
+            raise InputError(
+                f"selective_scan: {name} is on {tensor.device}, u on {u.device}; move them together"
+            )
     if u.dim() != 3:
         _fail("u", u, "(B, D, L)")
     batch, channels, length = u.shape
@@ -63,7 +74,12 @@ def _check(
     groups: dict[str, int] = {}
     for name, tensor in (("B", B), ("C", C)):
         shape, rank = tuple(tensor.shape), tensor.dim()
-        if rank == 4 and shape[1] > 0 and channels % shape[1] == 0 and shape == (batch, shape[1], states, length):
+        if (
+            rank == 4
+            and shape[1] > 0
+            and channels % shape[1] == 0
+            and shape == (batch, shape[1], states, length)
+        ):
             groups[name] = shape[1]
         elif rank == 3 and shape == (batch, states, length):
             groups[name] = 1
@@ -75,14 +91,18 @@ def _check(
                 f"or ({channels}, {states})",
             )
     if len(set(groups.values())) > 1:
-        raise InputError(f"selective_scan: B has {groups['B']} groups but C has {groups['C']}; give both the same number")
+        raise InputError(
+            f"selective_scan: B has {groups['B']} groups but C has {groups['C']}; give both the same number"
+        )
     for name, tensor in (("D", D), ("delta_bias", bias)):
         if tensor is not None and tuple(tensor.shape) != (channels,):
             _fail(name, tensor, f"({channels},)")
 
 
 def _state_dtype(*operands: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
+    )
 
 
 def backend(device: torch.device, dtype: torch.dtype, states: int) -> str:
@@ -94,7 +114,9 @@ def backend(device: torch.device, dtype: torch.dtype, states: int) -> str:
 
 def _kernels(u: Tensor, dtype: torch.dtype, states: int) -> Any:
     if backend(u.device, dtype, states) == "triton":
-        from . import triton  # not at the top: Triton is optional and slow to import
+        from ssmquant.ops.selective_scan import (
+            triton,
+        )  # not at the top: Triton is optional and slow to import
 
         return triton
     return chunked
@@ -167,7 +189,9 @@ def _backward(
             optional[0].copy_((g.to(dtype) * u).sum((0, 2)))
         return (*grads, *optional)
     kernels = _kernels(u, dtype, A.shape[1])
-    result: tuple[Tensor, ...] = kernels.backward(g, g_last, saved, u, delta, A, B, C, D, bias, softplus, dtype)
+    result: tuple[Tensor, ...] = kernels.backward(
+        g, g_last, saved, u, delta, A, B, C, D, bias, softplus, dtype
+    )
     return result
 
 
@@ -185,7 +209,10 @@ def _fake_backward(
     softplus: bool,
 ) -> tuple[Tensor, ...]:
     full = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (u, delta, A, B, C)]
-    some = [u.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (D, bias)]
+    some = [
+        u.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in (D, bias)
+    ]
     return (*full, *some)
 
 
@@ -220,7 +247,9 @@ def _compose(
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (u, delta, A, B, C, D, delta_bias)
     )
-    y, last, _ = torch.ops.ssmquant._selective_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, save)
+    y, last, _ = torch.ops.ssmquant._selective_scan_fwd(
+        u, delta, A, B, C, D, delta_bias, delta_softplus, save
+    )
     if z is not None:
         dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
         y = (y.to(dtype) * F.silu(z.to(dtype))).to(u.dtype)
@@ -232,7 +261,9 @@ _LIBRARY.impl("_selective_scan_fwd", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("_selective_scan_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("ssmquant::_selective_scan_fwd", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("ssmquant::_selective_scan_bwd", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("ssmquant::_selective_scan_fwd", _autograd, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd(
+    "ssmquant::_selective_scan_fwd", _autograd, setup_context=_setup, lib=_LIBRARY
+)
 
 
 def selective_scan(
