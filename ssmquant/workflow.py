@@ -116,7 +116,11 @@ def trace_example(model: nn.Module, bound: tuple[Any, ...]) -> None:
         for m, flag in modes.items():
             m.training = flag
     runtime.known = {p.name for r in runtime.records for p in r.plan.points}
-    runtime.notes = sorted({n for r in runtime.records for n in r.trace.notes})
+    notes = {n for r in runtime.records for n in r.trace.notes}
+    for r in runtime.records:
+        for name, where in r.trace.traced.baked.items():
+            notes.add(f"parameter '{name}' is read as a Python number at {where}: its value is fixed in the graph")
+    runtime.notes = sorted(notes)
 
 
 def make_quantizer(point: Point, config: QConfig) -> Quantizer:

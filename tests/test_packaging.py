@@ -107,6 +107,15 @@ def test_the_contract_is_public() -> None:
     assert contract <= set(ssmquant.__all__), f"missing: {sorted(contract - set(ssmquant.__all__))}"
 
 
+def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(examples) == 2  # the workflow, and the rules
+    monkeypatch.chdir(tmp_path)
+    for code in examples:
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert (tmp_path / "restorer.safetensors").stat().st_size > 0
+
+
 def test_errors_are_ours() -> None:
     errors = [v for v in vars(ssmquant.errors).values() if isinstance(v, type) and issubclass(v, Exception)]
     assert len(errors) > 1

@@ -140,6 +140,8 @@ for _n in ("eq", "ne", "lt", "le", "gt", "ge"):
 _COMMON["__bool__"] = _ask("value", bool)
 _COMMON["__float__"] = _ask("value", float)
 _COMMON["__int__"] = _ask("value", int)
+_COMMON["__str__"] = _COMMON["__repr__"] = _ask("value", repr)  # text may become a key of a cache
+_COMMON["__format__"] = lambda self, spec: format(_ask("value", lambda v: v)(self), spec)
 _COMMON["__divmod__"] = lambda self, other: (self // other, self % other)
 _COMMON["__rdivmod__"] = lambda self, other: (other // self, other % self)
 _COMMON["__round__"] = lambda self, *n: _arith("round")(self, *n)

@@ -45,7 +45,7 @@ class Record:
     graph: fx.Graph
     code: str
     run: Callable[..., Any]
-    verified: set[Shapes] = field(default_factory=set)
+    verified: list[Shapes] = field(default_factory=list)
 
     def accepts(self, model: nn.Module, call: Call) -> bool:
         if self.static != call.static or self.spec != call.spec or self.ndims != tuple(t.dim() for t in call.tensors):
@@ -209,19 +209,30 @@ class Runtime(nn.Module):
         return self.retrace(model, call)
 
     def _verify(self, model: nn.Module, r: Record, call: Call) -> bool:
-        if call.shapes in r.verified or call.shapes == r.trace.shapes:
-            return True
+        # A loop of comparisons, not a set: torch.compile then turns each into a guard.
+        for known in (r.trace.shapes, *r.verified):
+            if known == call.shapes:
+                return True
+        self._refuse_while_compiling()
         again = self.make_trace(model, call, exact=True)
         self.adopt(model, again)
         if same_graph(r.trace.traced, again.traced):
-            r.verified.add(call.shapes)
+            r.verified.append(call.shapes)
             return True
         return False
 
     def retrace(self, model: nn.Module, call: Call) -> Record:
+        self._refuse_while_compiling()
         record = self.build(model, call, self.make_trace(model, call))
         self.records.append(record)
         return record
+
+    def _refuse_while_compiling(self) -> None:
+        if torch.compiler.is_compiling():
+            raise TraceError(
+                "torch.compile met a call for which there is no graph yet: call the prepared model once, eagerly, with "
+                "an input of these sizes, dtypes and flags before compiling it"
+            )
 
     # ---- state ---------------------------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Runtime:
@@ -339,7 +350,12 @@ def _entry(method: str, sig: inspect.Signature) -> Callable[..., Any]:
     body = f"def {method}(self, {', '.join(parts)}):\n    return _run(self, ({', '.join(names)}{',' * bool(names)}))\n"
     space: dict[str, Any] = {"_run": _run, **defaults}
     exec(compile(body, "<ssmquant forward>", "exec"), space)  # the signature is the user's; only names go in
-    return space[method]  # type: ignore[no-any-return]
+    entry = space[method]
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    positional_only = any(p.kind is inspect.Parameter.POSITIONAL_ONLY for p in sig.parameters.values())
+    me = me if positional_only else me.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    entry.__signature__ = sig.replace(parameters=[me, *sig.parameters.values()])
+    return entry  # type: ignore[no-any-return]
 
 
 def _run(model: Any, bound: tuple[Any, ...]) -> Any:
@@ -405,6 +421,9 @@ def _load_state(model: nn.Module, base: Any, state: Any, strict: bool, assign: b
     own = model.state_dict()
     full = {**{k: v for k, v in own.items() if k.startswith("_ssmquant.")}, **state}
     result = base.load_state_dict(model, full, strict=strict, assign=assign)
+    if any(r.trace.traced.baked for r in runtime.records):  # numbers read from the old parameters are in the graph
+        runtime.records = []
+        runtime.retrace(model, describe_call(runtime.example))
     initialize_weights(model)
     return result
 

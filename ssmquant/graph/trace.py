@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,8 +86,7 @@ def describe_call(bound: tuple[Any, ...]) -> Call:
 class Trace:
     """A graph with its conditions.
 
-    ``inner_guards`` read sizes of intermediate values: they are checked by a fake retrace, once per new set of sizes
-    (``verified``).
+    ``inner_guards`` read sizes of intermediate values: they are checked by a fake retrace, once per new set of sizes.
     """
 
     traced: Traced
@@ -95,7 +95,6 @@ class Trace:
     shapes: Shapes  # sizes that it was traced at
     other: Traced | None = None  # the second trace, at other sizes
     free: frozenset[tuple[int, int]] = frozenset()
-    verified: set[Shapes] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -274,6 +273,13 @@ def _snapshot(model: nn.Module, rec: Recorder) -> Iterator[None]:
         torch.random.set_rng_state(states[2])
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _note_rebinding(rec: Recorder, saved: list[Any]) -> None:
     for name, mod, attrs, inner in saved:
         for store, before in ((vars(mod), attrs), (mod._buffers, inner.get("_buffers", {}))):
@@ -329,7 +335,8 @@ def run_once(
         values = [inputs[s.index] if isinstance(s, TensorSlot) else s for s in call.static]
         args, kwargs = unbind(pytree.tree_unflatten(values, call.spec))
         try:
-            with _patched(rec, model), _snapshot(model, rec), torch.enable_grad(), _t._Net(rec), rec:
+            # The code runs several times here; its warnings are for when the model runs.
+            with _quiet(), _patched(rec, model), _snapshot(model, rec), torch.enable_grad(), _t._Net(rec), rec:
                 rec.stack.append("")
                 out = method(*args, **kwargs)
                 rec.stack.clear()

@@ -235,7 +235,9 @@ class Recorder(TorchFunctionMode):
     def constant(self, t: Tensor) -> tuple[fx.Node, Tensor]:
         """A tensor that is neither an input nor the model's own: kept beside the graph."""
         name = f"const_{len(self.constants)}"
+        self.busy += 1
         self.constants[name] = t.detach()
+        self.busy -= 1
         return self._get_attr(t, f"_ssmquant.constants.{name}", prefix="const")
 
     def _get_attr(self, t: Tensor, name: str, prefix: str | None = None) -> tuple[fx.Node, Tensor]:
@@ -505,12 +507,23 @@ class Recorder(TorchFunctionMode):
         tensors: list[Tensor] = []
         sized = _collect_tensors((args, kwargs), tensors)
         if self.leaf(mod) and (sized or tensors):
-            return self.record("call_module", name, args, kwargs, lambda *a, **k: call(mod, *a, **k))
+            return self.record("call_module", name, args, kwargs, lambda *a, **k: self._leaf_run(mod, call, a, k))
         self.stack.append(name)
         try:
             return call(mod, *args, **kwargs)
         finally:
             self.stack.pop()
+
+    def _leaf_run(self, mod: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs a leaf on fakes, with fakes in the place of its buffers: BatchNorm counts batches in one of them."""
+        real = [(m, k, b) for m in mod.modules() for k, b in m._buffers.items() if b is not None]
+        try:
+            for m, k, b in real:
+                m._buffers[k] = self.fake.from_tensor(b.detach(), static_shapes=True)
+            return call(mod, *args, **kwargs)
+        finally:
+            for m, k, b in real:
+                m._buffers[k] = b
 
     def function(self, cls: Any, args: Any, call: Callable[..., Any]) -> Any:
         if cls is torch.utils.checkpoint.CheckpointFunction:

@@ -1,4 +1,4 @@
-"""The selective scan: definition (``reference``), plain torch (``chunked``), Triton kernels, and the operator (``op``)."""
+"""The selective scan: its definition (``reference``), plain torch (``chunked``), Triton, and the operator (``op``)."""
 
 from ssmquant.ops.selective_scan.op import selective_scan
 from ssmquant.ops.selective_scan.reference import selective_scan_reference

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops.selective_scan import chunked
-from ssmquant.ops.selective_scan.chunked import PIECE
+from ssmquant.ops.selective_scan.plan import PIECE
 
 __all__ = ["backend", "selective_scan"]
 
