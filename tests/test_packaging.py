@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,8 +112,10 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     assert len(examples) == 2  # the workflow, and the rules
     monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "readme"}
     for code in examples:
-        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(code, "README.md", "exec"), names)
+    ssmquant.prepare(names["model"], names["config"])  # no rule matches in vain
     assert (tmp_path / "restorer.safetensors").stat().st_size > 0
 
 

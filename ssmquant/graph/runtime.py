@@ -187,7 +187,7 @@ class Runtime(nn.Module):
         return Record(
             call.spec, call.static, call.meta, tuple(x.dim() for x in call.tensors),
             t.traced.training_read, _autocast(call), t, plan,
-            _compile_guards(t), graph, code, run,
+            _compile_guards(t), graph, code, run, [call.shapes],
         )  # fmt: skip
 
     def rebuild(self, model: nn.Module) -> None:
@@ -209,9 +209,9 @@ class Runtime(nn.Module):
         return self.retrace(model, call)
 
     def _verify(self, model: nn.Module, r: Record, call: Call) -> bool:
-        # A loop of comparisons, not a set: torch.compile then turns each into a guard.
-        for known in (r.trace.shapes, *r.verified):
-            if known == call.shapes:
+        # Comparisons of numbers, not a set: torch.compile then turns each into a guard.
+        for known in r.verified:
+            if all(a == b for s, t in zip(known, call.shapes, strict=True) for a, b in zip(s, t, strict=True)):
                 return True
         self._refuse_while_compiling()
         again = self.make_trace(model, call, exact=True)
@@ -327,7 +327,7 @@ def bind(sig: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return tuple(b.arguments[name] for name in sig.parameters)
 
 
-def _entry(method: str, sig: inspect.Signature) -> Callable[..., Any]:
+def _entry(owner: str, method: str, sig: inspect.Signature) -> Callable[..., Any]:
     """A method of the user's own signature that hands its arguments, in order, to the runtime."""
     parts, names, seen_star = [], [], False
     defaults: dict[str, Any] = {}
@@ -349,7 +349,7 @@ def _entry(method: str, sig: inspect.Signature) -> Callable[..., Any]:
                 parts.append(f"{p.name}=_default_{p.name}")
     body = f"def {method}(self, {', '.join(parts)}):\n    return _run(self, ({', '.join(names)}{',' * bool(names)}))\n"
     space: dict[str, Any] = {"_run": _run, **defaults}
-    exec(compile(body, "<ssmquant forward>", "exec"), space)  # the signature is the user's; only names go in
+    exec(compile(body, f"<ssmquant {owner}.{method}>", "exec"), space)  # the signature is the user's; only names go in
     entry = space[method]
     me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     positional_only = any(p.kind is inspect.Parameter.POSITIONAL_ONLY for p in sig.parameters.values())
@@ -379,7 +379,7 @@ def _subclass(base: type[nn.Module], method: str, sig: inspect.Signature) -> typ
         return _load_state(self, base, state, strict, assign)
 
     space = {
-        method: _entry(method, sig),
+        method: _entry(base.__qualname__, method, sig),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

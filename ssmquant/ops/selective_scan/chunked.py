@@ -124,7 +124,7 @@ def _backward_block(
     carry: Tensor,
     buffers: tuple[Tensor, ...],
 ) -> Tensor:
-    """One block, its gradients added to ``sums``; takes dL/d(state after it), (B, N, D), returns it before the block."""
+    """One block, its gradients put into ``sums``; from dL/d(state after it), (B, N, D), to that before it."""
     p, groups = scan.p, scan.groups
     decay, drive, grad, h = buffers  # all (T, K, B, N, D), h with one step more in front
     fill(scan, samples, s, decay, drive)

@@ -132,6 +132,7 @@ def prepare(
     softplus: bool,
     dtype: torch.dtype,
 ) -> Scan:
+    """Bring the operands of a call, (B, D, L) and so on, into the layout of this file."""
     batch, channels, length = u.shape
     p = plan(batch, channels, A.shape[1], length)
     groups = next((x.shape[1] for x in (B, C) if x.dim() == 4), 1)

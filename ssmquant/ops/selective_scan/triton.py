@@ -1,8 +1,8 @@
 """The selective scan on a GPU by Triton: float32 state, operands of any dtype up to that.
 
-Time is cut into pieces of PIECE steps which run in parallel: each first from a zero state, a small kernel then carries states
-from piece to piece, and all run once more from the right ones; at vision sizes the lanes alone would leave most of a
-GPU idle. The backward pass does the same in reverse. Sums over channels and samples are of one order: results are
+Time is cut into pieces of PIECE steps which run in parallel: each first from a zero state, a small kernel then carries
+states from piece to piece, and all run once more from the right ones; at vision sizes the lanes alone would leave most
+of a GPU idle. The backward pass does the same in reverse. Sums over channels and samples are of one order: results are
 reproducible bit for bit. Import this module only where Triton is installed.
 """
 

@@ -1,14 +1,15 @@
 """Triton kernels of the selective scan. Imported by ``triton`` alone, which says what they are for.
 
 Tensors are channels-last, so that a step of a program reads and writes contiguous rows: u, dt, y (B, L, D), B and C
-(B, L, G, N) or constant (D, N), states and decays (.., N, D). A program owns one piece of T steps of ``BLOCK_D`` channels
-of one group, its states a (BLOCK_D, BLOCK_N) tile in registers. ``a`` holds A / ln 2, since the hardware's exponential is
-2 ** x.
+(B, L, G, N) or constant (D, N), states and decays (.., N, D). A program owns one piece of T steps of ``BLOCK_D``
+channels of one group, its states a (BLOCK_D, BLOCK_N) tile in registers. ``a`` holds A / ln 2, since the hardware's
+exponential is 2 ** x.
 """
 
-from __future__ import annotations
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton compiles the functions with their annotations, and would take any but its own for an access to a global.)
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -17,7 +18,7 @@ __all__ = ["backward_ends", "backward_main", "carry_states", "forward_ends", "fo
 
 
 @triton.jit
-def _where(piece: Any, DG: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _where(piece, DG: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sample, group, channels, states of this program, and the masks of the latter two."""
     blocks: tl.constexpr = (DG + BLOCK_D - 1) // BLOCK_D
     sample = tl.program_id(1).to(tl.int64)
@@ -28,7 +29,7 @@ def _where(piece: Any, DG: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 
 
 @triton.jit
-def _delta(raw: Any, bias: Any, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _delta(raw, bias, SOFTPLUS: tl.constexpr):
     """Step size. log(1 + e) loses all of a small e; the quotient corrects what rounding 1 + e has lost."""
     x = raw.to(tl.float32) + bias
     if SOFTPLUS:
@@ -39,19 +40,17 @@ def _delta(raw: Any, bias: Any, SOFTPLUS: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def _matrix(
-    ptr: Any, row: Any, d: Any, n: Any, dm: Any, nm: Any, G, group, N: tl.constexpr, CONSTANT: tl.constexpr
-):  # type: ignore[no-untyped-def]
+def _matrix(ptr, row, d, n, dm, nm, G, group, N: tl.constexpr, CONSTANT: tl.constexpr):
     """B or C of one step as a tile that broadcasts to (BLOCK_D, BLOCK_N)."""
     if CONSTANT:
-        return tl.load(ptr + d[:, None] * N + n[None, :], mask=dm[:, None] & nm[None, :], other=0.0).to(
-            tl.float32
-        )
-    return tl.load(ptr + (row * G + group) * N + n[None, :], mask=nm[None, :], other=0.0).to(tl.float32)
+        value = tl.load(ptr + d[:, None] * N + n[None, :], mask=dm[:, None] & nm[None, :], other=0.0)
+    else:
+        value = tl.load(ptr + (row * G + group) * N + n[None, :], mask=nm[None, :], other=0.0)
+    return value.to(tl.float32)
 
 
 @triton.jit
-def forward_ends(  # type: ignore[no-untyped-def]
+def forward_ends(
     u, dt, a, bias, b, ends, totals, batch, L, D, G,
     DG: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr,
@@ -78,11 +77,11 @@ def forward_ends(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def carry_states(  # type: ignore[no-untyped-def]
+def carry_states(
     ends, totals, a, initial, final, batch, P, D,
     N: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Turn what pieces add into the states that enter them, in place; ``initial`` enters the first, ``final`` leaves."""
+    """Turn what pieces add into the states that enter them, in place; from ``initial`` to ``final``."""
     sample = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # n * D + d
     mask = lane < N * D
@@ -101,12 +100,12 @@ def carry_states(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def forward_main(  # type: ignore[no-untyped-def]
+def forward_main(
     u, dt, a, bias, b, c, skip, starts, y, batch, L, D, G,
     DG: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
 ):  # fmt: skip
-    """y of each piece from the state that enters it."""
+    """Outputs of each piece from the state that enters it."""
     piece = tl.program_id(0)
     sample, group, d, n, dm, nm = _where(piece, DG, N, BLOCK_D, BLOCK_N)
     tile = dm[:, None] & nm[None, :]
@@ -127,7 +126,7 @@ def forward_main(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward_ends(  # type: ignore[no-untyped-def]
+def backward_ends(
     g, dt, a, bias, c, ends, totals, batch, L, D, G,
     DG: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTPLUS: tl.constexpr, CONSTANT_C: tl.constexpr,
@@ -155,7 +154,7 @@ def backward_ends(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward_main(  # type: ignore[no-untyped-def]
+def backward_main(
     g, u, dt, a, bias, b, c, skip, starts, laters, scratch, gu, gdt, ga, gb, gc, piece0, batch, L, D, G,
     DG: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
