@@ -85,7 +85,7 @@ def get_adapter(name: str) -> Adapter:
     if name not in modules:
         raise ConfigError(f"adapter {name!r}: known adapters are {', '.join(sorted({*modules, *_REGISTERED}))}")
     module, _, attr = modules[name].partition(":")
-    return getattr(importlib.import_module(module), attr or "ADAPTER")  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), attr or "ADAPTER")
 
 
 def find_adapter(model: nn.Module) -> Adapter | None:

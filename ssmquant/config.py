@@ -28,7 +28,9 @@ def _check_bits(name: str, bits: object, *, inherit: bool = False) -> None:
     if bits is None or (inherit and bits == "inherit"):
         return
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ConfigError(f"{name}={bits!r}: bit widths are whole numbers from 2 to 8, or None to stay in float")
+        raise ConfigError(
+            f"{name}={bits!r}: bit widths are whole numbers from 2 to 8, or None to stay in float"
+        )
 
 
 def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -150,8 +152,9 @@ class QConfig:
             _check_method(name, getattr(self, name))
         _check_choice("granularity", self.granularity, ("tensor", "channel"))
         _check_choice("statistics", self.statistics, ("sample", "tensor"))
-        if isinstance(self.keep_float, str):
-            raise ConfigError(f"keep_float={self.keep_float!r}: expected a list of patterns, e.g. [{self.keep_float!r}]")
+        patterns: object = self.keep_float
+        if isinstance(patterns, str):
+            raise ConfigError(f"keep_float={patterns!r}: expected a list of patterns, such as [{patterns!r}]")
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
         for r in self.rules:
@@ -176,7 +179,13 @@ class QConfig:
     @classmethod
     def minmax(cls, w_bits: Bits, a_bits: Bits, **changes: Any) -> QConfig:
         """Min-max quantization everywhere: needs calibration only, for 8 bits and comparisons."""
-        base = {"w_bits": w_bits, "a_bits": a_bits, "weight": "minmax", "activation": "minmax", "scan": "minmax"}
+        base = {
+            "w_bits": w_bits,
+            "a_bits": a_bits,
+            "weight": "minmax",
+            "activation": "minmax",
+            "scan": "minmax",
+        }
         return cls(**{**base, **changes})
 
     # ---- resolution ----------------------------------------------------------------------------------------------
@@ -204,7 +213,7 @@ class QConfig:
         return Scheme(bits, method, self.granularity)
 
     def activation_scheme(self, rule: Rule | None, *, scan: bool = False, reads_scan: bool = False) -> Scheme:
-        """How an input is quantized. ``scan``: it is a scan's operand. ``reads_scan``: it is made of a scan's output."""
+        """How an input is quantized. ``scan``: a scan's operand. ``reads_scan``: made of a scan's output."""
         bits = self.a_bits
         if scan and self.scan_bits != "inherit":
             bits = self.scan_bits

@@ -112,7 +112,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tenso
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as f:
-            return dict(f.metadata() or {}), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            return dict(f.metadata() or {}), {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
         raise FormatError(f"{path} is not a whole safetensors file: {e}") from None
 
@@ -137,7 +137,9 @@ def _site_hash(points: list[dict[str, Any]]) -> str:
 
 
 def _point_table(points: list[Point]) -> list[dict[str, Any]]:
-    return [{"name": p.name, "what": p.what, "bits": p.scheme.bits, "method": p.scheme.method} for p in points]
+    return [
+        {"name": p.name, "what": p.what, "bits": p.scheme.bits, "method": p.scheme.method} for p in points
+    ]
 
 
 def _all_points(runtime: Runtime) -> list[Point]:
@@ -150,7 +152,9 @@ def _all_points(runtime: Runtime) -> list[Point]:
 
 def _float_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters (tied ones once) and persistent buffers outside the runtime, in the model's order."""
-    hidden = {f"{m}.{b}" if m else b for m, mod in model.named_modules() for b in mod._non_persistent_buffers_set}
+    hidden = {
+        f"{m}.{b}" if m else b for m, mod in model.named_modules() for b in mod._non_persistent_buffers_set
+    }
     tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n not in hidden)]
     return [(n, t) for n, t in tensors if not n.startswith("_ssmquant.")]
 
@@ -163,7 +167,9 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     runtime = runtime_of(deployed, "deployed")
     if not runtime.records:
-        raise ConfigError("save: call the model once before saving it (it was unpickled and has no graph yet)")
+        raise ConfigError(
+            "save: call the model once before saving it (it was unpickled and has no graph yet)"
+        )
     points = _all_points(runtime)
     codes: list[Tensor] = []
     scales: list[Tensor] = []
@@ -179,12 +185,16 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
                 table.append([k, list(v.shape), _NAMES[v.dtype]])
                 state.append(v.detach().float().reshape(-1).cpu())
             frozen = isinstance(wrapper.quantizer, FrozenRange)
-            activations.append({"name": p.name, "frozen": frozen, "axis": wrapper.quantizer.axis, "state": table})
+            activations.append(
+                {"name": p.name, "frozen": frozen, "axis": wrapper.quantizer.axis, "state": table}
+            )
             continue
         packed = runtime.weights[p.key]
         assert isinstance(packed, PackedTensor)
         if packed.scale.dtype != torch.float32:
-            raise ConfigError("save: scales are stored in float32, and this model computes in float64; prepare it in float32")
+            raise ConfigError(
+                "save: scales are stored in float32, and this model computes in float64; prepare it in float32"
+            )
         codes.append(packed.codes.cpu())
         parts = [packed.scale, packed.shift, packed.lo, packed.hi]
         scales += [t.float().reshape(-1).cpu() for t in parts if t is not None]
@@ -245,7 +255,9 @@ class _Reader:
     def done(self) -> None:
         for k, t in self.tensors.items():
             if k != "meta" and self.at.get(k, 0) != t.numel():
-                raise self.fail(f"tensor '{k}' holds {t.numel() - self.at.get(k, 0)} values that nothing refers to")
+                raise self.fail(
+                    f"tensor '{k}' holds {t.numel() - self.at.get(k, 0)} values that nothing refers to"
+                )
 
 
 def _meta(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -254,7 +266,9 @@ def _meta(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> di
     if metadata.get("format") != _FORMAT:
         raise FormatError(f"{path} was not written by ssmquant.save (no format entry in its header)")
     if metadata.get("format_version") != _VERSION:
-        raise FormatError(f"{path} has format version {metadata.get('format_version')!r}; this ssmquant reads {_VERSION}")
+        raise FormatError(
+            f"{path} has format version {metadata.get('format_version')!r}; this ssmquant reads {_VERSION}"
+        )
     blob = tensors.get("meta")
     if blob is None or blob.dtype != torch.uint8:
         raise FormatError(f"{path}: tensor 'meta' is missing")
@@ -322,14 +336,16 @@ def _load(path: Any, meta: dict[str, Any], reader: _Reader, model: nn.Module | N
     except SsmquantError:
         raise
     except Exception as e:
-        raise reader.fail(f"the model does not run on the file's example input ({type(e).__name__}: {e})") from e
+        raise reader.fail(
+            f"the model does not run on the file's example input ({type(e).__name__}: {e})"
+        ) from e
     points = _all_points(runtime)
     sites = _point_table(points)
     if sites != meta["sites"] or _site_hash(sites) != meta["sites_sha256"]:
         theirs, ours = {s["name"] for s in meta["sites"]}, {s["name"] for s in sites}
         odd = sorted(theirs ^ ours)[:3] or ["the schemes"]
         raise reader.fail(
-            f"made for another model or configuration: its {len(theirs)} quantized operands and the model's {len(ours)} "
+            f"made for another model or configuration: its {len(theirs)} quantized operands and the model's "
             f"differ ({', '.join(odd)} ...)"
         )
     _fill_points(runtime, points, meta, reader)
@@ -355,10 +371,18 @@ def _fill_points(runtime: Runtime, points: list[Point], meta: dict[str, Any], re
         shape, groups, bits = _shape(e["shape"]), _shape(e["groups"]), e["bits"]
         expected = _operand_shape(p)
         if shape != expected or bits != p.scheme.bits:
-            raise reader.fail(f"'{p.name}' has shape {list(shape)} at {bits} bits, the model's is {list(expected)}")
-        if not isinstance(e["code_min"], int) or abs(e["code_min"]) > 128 or math.prod(groups) > max(1, math.prod(shape)):
+            raise reader.fail(
+                f"'{p.name}' has shape {list(shape)} at {bits} bits, the model's is {list(expected)}"
+            )
+        if (
+            not isinstance(e["code_min"], int)
+            or abs(e["code_min"]) > 128
+            or math.prod(groups) > max(1, math.prod(shape))
+        ):
             raise reader.fail(f"'{p.name}' is malformed")
-        out = PackedTensor(shape, bits, e["code_min"], _dtype(e["dtype"]), groups=groups, clamped=bool(e["clamped"]))
+        out = PackedTensor(
+            shape, bits, e["code_min"], _dtype(e["dtype"]), groups=groups, clamped=bool(e["clamped"])
+        )
         out.codes = reader.take("codes", packed_size(math.prod(shape), bits), torch.uint8, p.name)
         for name in ("scale", "shift", "lo", "hi") if e["clamped"] else ("scale", "shift"):
             value = reader.take("scales", math.prod(groups), torch.float32, p.name)
@@ -480,6 +504,8 @@ def load_checkpoint(model: nn.Module, source: Mapping[str, Any] | str | os.PathL
     if missing or extra or wrong:
         parts = [f"missing {missing[:3]}" * bool(missing), f"unexpected {extra[:3]}" * bool(extra)]
         parts += [f"{k}: {list(state[k].shape)} instead of {list(expected[k].shape)}" for k in wrong[:3]]
-        raise FormatError(f"the checkpoint does not fit {type(model).__name__}: " + "; ".join(p for p in parts if p))
+        raise FormatError(
+            f"the checkpoint does not fit {type(model).__name__}: " + "; ".join(p for p in parts if p)
+        )
     model.load_state_dict(state)
     return model

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -18,12 +20,12 @@ from ssmquant.graph.runtime import (
     _Values,
     attach,
     bind,
-    describe_call,
     initialize_weights,
     is_prepared,
     refuse_elsewhere,
     runtime_of,
 )
+from ssmquant.graph.trace import describe_call
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.quantizers import DLS, Quantizer, get_quantizer
 
@@ -62,9 +64,13 @@ def prepare(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"prepare: expected an nn.Module, got {type(model).__name__}")
     if not isinstance(qconfig, QConfig):
-        raise ConfigError(f"prepare: expected a QConfig, got {type(qconfig).__name__}; e.g. QConfig(w_bits=4, a_bits=4)")
+        raise ConfigError(
+            f"prepare: expected a QConfig, got {type(qconfig).__name__}; e.g. QConfig(w_bits=4, a_bits=4)"
+        )
     if is_prepared(model):
-        raise ConfigError("this model is prepared already: prepare the float model again, or use QConfig rules")
+        raise ConfigError(
+            "this model is prepared already: prepare the float model again, or use QConfig rules"
+        )
     if not callable(getattr(model, method, None)):
         raise ConfigError(f"prepare: {type(model).__name__} has no method {method!r}")
     if isinstance(adapter, str):
@@ -119,7 +125,9 @@ def trace_example(model: nn.Module, bound: tuple[Any, ...]) -> None:
     notes = {n for r in runtime.records for n in r.trace.notes}
     for r in runtime.records:
         for name, where in r.trace.traced.baked.items():
-            notes.add(f"parameter '{name}' is read as a Python number at {where}: its value is fixed in the graph")
+            notes.add(
+                f"parameter '{name}' is read as a Python number at {where}: its value is fixed in the graph"
+            )
     runtime.notes = sorted(notes)
 
 
@@ -143,7 +151,9 @@ def _make_quantizers(model: nn.Module) -> None:
         for p in record.plan.points:
             if p.what == "activation":
                 if p.key not in runtime.activations:
-                    runtime.activations[p.key] = ActivationQuantizer(p.name, make_quantizer(p, runtime.config))
+                    runtime.activations[p.key] = ActivationQuantizer(
+                        p.name, make_quantizer(p, runtime.config)
+                    )
             elif p.key not in runtime.weights:
                 runtime.weights[p.key] = make_quantizer(p, runtime.config)
     runtime.to(device)
@@ -202,7 +212,9 @@ def calibrate(
             (forward or _call)(prepared, batch)
             n += 1
         if n == 0:
-            raise CalibrationError("calibrate: there was no batch; check the loader (or pass a list, not a used-up iterator)")
+            raise CalibrationError(
+                "calibrate: there was no batch; check the loader (or pass a list, not a used-up iterator)"
+            )
         if quantizers and not any(q.samples for q in quantizers):
             raise CalibrationError("calibrate: the batches reached no quantizer (are they empty?)")
         for q in quantizers:
@@ -218,9 +230,6 @@ def calibrate(
 
 
 def _limited(batches: Iterable[Any], limit: int | None, progress: bool | None) -> Iterable[Any]:
-    import itertools
-    import sys
-
     it = itertools.islice(batches, limit)
     if progress or (progress is None and sys.stderr.isatty()):
         try:
@@ -228,8 +237,8 @@ def _limited(batches: Iterable[Any], limit: int | None, progress: bool | None) -
             from rich.progress import track
         except ImportError:
             return it
-        total = len(batches) if hasattr(batches, "__len__") else None
-        total = min(t for t in (total, limit) if t is not None) if total is not None or limit is not None else None
+        known = [n for n in (len(batches) if isinstance(batches, Sized) else None, limit) if n is not None]
+        total = min(known) if known else None
         return track(it, "calibrating", total=total, console=Console(stderr=True))
     return it
 
@@ -252,7 +261,9 @@ def param_groups(
     scalars = [p for p in runtime.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": own, "lr": lr, "weight_decay": weight_decay}]
     if scalars:
-        groups.append({"params": scalars, "lr": lr if quantizer_lr is None else quantizer_lr, "weight_decay": 0.0})
+        groups.append(
+            {"params": scalars, "lr": lr if quantizer_lr is None else quantizer_lr, "weight_decay": 0.0}
+        )
     return groups
 
 
@@ -282,18 +293,18 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
     for q in runtime.activations.values():
         if isinstance(q, ActivationQuantizer) and not q.quantizer.ready:
             raise NotCalibratedError(
-                f"convert: the range of '{q.name}' is not known: call ssmquant.calibrate(prepared, batches) or train first"
+                f"convert: the range of '{q.name}' is not known: call ssmquant.calibrate, or train first"
             )
     new = copy.deepcopy(prepared).eval()
     rt = runtime_of(new)
     for record in rt.records:
         values = _Values(new)
         for p in record.plan.points:
-            if p.what != "activation" and isinstance(rt.weights[p.key], Quantizer):
-                quantizer = rt.weights[p.key]
+            quantizer = rt.weights[p.key] if p.what != "activation" else None
+            if isinstance(quantizer, Quantizer):
                 rt.weights[p.key] = PackedTensor.from_qtensor(quantizer.encode(values(p.node)))
     if dls == "frozen":
-        for key, m in list(rt.activations.items()):
+        for m in rt.activations.values():
             if isinstance(m, ActivationQuantizer) and isinstance(m.quantizer, DLS):
                 m.quantizer = FrozenRange.from_dls(m)
     rt.stage = "deployed"
@@ -301,8 +312,8 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
     drop_parameters(new)
     if float_dtype is not None:
         halve(new, float_dtype)
-    for p in new.parameters():
-        p.requires_grad_(False)
+    for parameter in new.parameters():
+        parameter.requires_grad_(False)
     return new
 
 
@@ -321,10 +332,15 @@ def drop_parameters(model: nn.Module) -> None:
     by_name = dict(model.named_parameters(remove_duplicate=False))
     ids = {id(by_name[n]) for n in packed if n in by_name}
     keep = {id(by_name[n]) for n in needed if n in by_name}
-    for name, p in by_name.items():
+    for name, parameter in by_name.items():
         owner, _, attr = name.rpartition(".")
-        if id(p) in ids and id(p) not in keep and owner not in called and not name.startswith("_ssmquant."):
-            runtime.dropped[name] = (tuple(p.shape), p.dtype)
+        if (
+            id(parameter) in ids
+            and id(parameter) not in keep
+            and owner not in called
+            and not name.startswith("_ssmquant.")
+        ):
+            runtime.dropped[name] = (tuple(parameter.shape), parameter.dtype)
             model.get_submodule(owner)._parameters[attr] = None
 
 
@@ -343,5 +359,3 @@ def halve(model: nn.Module, dtype: torch.dtype) -> None:
         if id(p) not in ours and p.is_floating_point():
             p.data = p.data.to(dtype).to(p.dtype)
     runtime.float_dtype = dtype
-
-

@@ -48,11 +48,13 @@ class Summary:
 
     def __str__(self) -> str:
         width = max([len(r.name) for r in self.rows] or [4])
-        head = f"{'site':<{width}}  {'kind':<6}  {'scheme':<7}  {'quantizers':<11}  {'bytes':>9}  {'MBitOPs':>10}  kernel"
+        columns = f"{'kind':<6}  {'scheme':<7}  {'quantizers':<11}  {'bytes':>9}  {'MBitOPs':>10}  kernel"
+        head = f"{'site':<{width}}  {columns}"
         lines = [head, "-" * len(head)]
         for r in self.rows:
             lines.append(
-                f"{r.name:<{width}}  {r.kind:<6}  {r.scheme:<7}  {r.methods:<11}  {r.bytes:>9,}  {r.bitops / 1e6:>10,.1f}  "
+                f"{r.name:<{width}}  {r.kind:<6}  {r.scheme:<7}  {r.methods:<11}  "
+                f"{r.bytes:>9,}  {r.bitops / 1e6:>10,.1f}  "
                 f"{r.kernel}" + (f"  ({r.note})" if r.note else "")
             )
         counts: dict[str, int] = {}
@@ -79,7 +81,13 @@ def _macs(site: Site) -> int:
     if name == "einsum":
         spec = str(site.node.args[0]).replace(" ", "").split("->")[0].split(",")
         shapes = [o.node.meta["val"].shape for o in (*site.inputs, *([site.weight] if site.weight else []))]
-        order = sorted(zip([str(o.at) for o in (*site.inputs, *([site.weight] if site.weight else []))], shapes, strict=True))
+        order = sorted(
+            zip(
+                [str(o.at) for o in (*site.inputs, *([site.weight] if site.weight else []))],
+                shapes,
+                strict=True,
+            )
+        )
         sizes: dict[str, int] = {}
         for labels, (_, shape) in zip(spec, order, strict=False):
             sizes.update(zip(labels, shape, strict=False))
@@ -125,7 +133,9 @@ def _point_bytes(point: Point, model: nn.Module, runtime: Runtime) -> int:
         return sum(4 * p.numel() for p in runtime.activations[point.key].parameters())
     name = point.parameter
     if point.what == "weight" and name:
-        shape = runtime.dropped[name][0] if name in runtime.dropped else tuple(model.get_parameter(name).shape)
+        shape = (
+            runtime.dropped[name][0] if name in runtime.dropped else tuple(model.get_parameter(name).shape)
+        )
     else:
         shape = tuple(point.node.meta["val"].shape)
     assert point.scheme.bits is not None
@@ -159,12 +169,18 @@ def summary(model: nn.Module) -> Summary:
         w = (weight.scheme.bits if weight else None) or 32
         a = max([p.scheme.bits or 32 for p in acts], default=32)
         scheme = f"A{a}" if site.kind == "scan" else f"W{w}A{a}"
-        methods = "/".join(dict.fromkeys([*([weight.scheme.method] if weight else []), *(p.scheme.method for p in acts)]))
-        folded = [p.name for p in acts if p.what == "activation" and p.scheme.method == "dls" and p.axis is None]
+        methods = "/".join(
+            dict.fromkeys([*([weight.scheme.method] if weight else []), *(p.scheme.method for p in acts)])
+        )
+        folded = [
+            p.name for p in acts if p.what == "activation" and p.scheme.method == "dls" and p.axis is None
+        ]
         note = record.plan.floats.get(site.name, "")
         if folded and runtime.config.statistics == "sample":
             note = "statistics per tensor: the code folds the batch away"
-        kernel = ("dequantize + torch" if points else "torch") if runtime.stage == "deployed" else "fake-quantized"
+        kernel = (
+            ("dequantize + torch" if points else "torch") if runtime.stage == "deployed" else "fake-quantized"
+        )
         size = owned.get(site.name, 0)
         if weight is None and site.parameter:
             size += 4 * math.prod(_weight_shape(model, site))
@@ -212,7 +228,9 @@ def _ancestors(node: Any) -> set[Any]:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    skip = {f"{m}.{b}" if m else b for m, mod in model.named_modules() for b in mod._non_persistent_buffers_set}
+    skip = {
+        f"{m}.{b}" if m else b for m, mod in model.named_modules() for b in mod._non_persistent_buffers_set
+    }
     buffers = [(n, b) for n, b in model.named_buffers() if n not in skip]
     return [*model.named_parameters(), *buffers]
 
@@ -221,4 +239,6 @@ def raise_if_unpickled(model: nn.Module) -> None:
     """A model fresh from pickle has no graph until its first call."""
     from ssmquant.errors import ConfigError
 
-    raise ConfigError("this model has not been called since it was unpickled: call it once, then ask for a summary")
+    raise ConfigError(
+        "this model has not been called since it was unpickled: call it once, then ask for a summary"
+    )

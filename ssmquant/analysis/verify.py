@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ssmquant.errors import ConfigError
-from ssmquant.graph.runtime import Record, bind, describe_call, runtime_of
+from ssmquant.graph.runtime import Record, bind, runtime_of
+from ssmquant.graph.trace import describe_call
 
 __all__ = ["SiteError", "VerifyReport", "verify"]
 
@@ -48,7 +49,10 @@ class VerifyReport:
         worst = sorted(self.rows, key=lambda r: -r.max_rel)
         width = max([len(r.name) for r in worst[:10]] or [4])
         lines = [f"{len(self.rows)} sites, worst relative error {self.worst_rel:.2e}"]
-        lines += [f"  {r.name:<{width}}  rel {r.max_rel:.2e}  abs {r.max_abs:.2e}  SQNR {r.sqnr_db:6.1f} dB" for r in worst[:10]]
+        lines += [
+            f"  {r.name:<{width}}  rel {r.max_rel:.2e}  abs {r.max_abs:.2e}  SQNR {r.sqnr_db:6.1f} dB"
+            for r in worst[:10]
+        ]
         return "\n".join(lines)
 
 
@@ -63,7 +67,9 @@ class _Teacher(fx.Interpreter):
         out = super().run_node(n)
         if "site" in n.meta:
             # A copy: the user's code may go on in place.
-            self.outputs[n.meta["site"]] = fx.node.map_aggregate(out, lambda t: t.clone() if isinstance(t, Tensor) else t)
+            self.outputs[n.meta["site"]] = fx.node.map_aggregate(
+                out, lambda t: t.clone() if isinstance(t, Tensor) else t
+            )
         return out
 
 
@@ -127,7 +133,9 @@ def verify(
             m.training = flag
     names = {n.meta["site"] for n in second.graph.nodes if "site" in n.meta}
     if names != set(teacher.outputs):
-        raise ConfigError("verify: the two models have different sites; compare a model with its own conversion")
+        raise ConfigError(
+            "verify: the two models have different sites; compare a model with its own conversion"
+        )
     student = _Student(deployed, second, teacher.outputs)
     student.run(*call.tensors)
     return VerifyReport(tuple(student.rows))

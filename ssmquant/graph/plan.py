@@ -98,7 +98,13 @@ def _channel_axis(model: nn.Module, site: Site) -> int:
 
 
 def make_plan(
-    model: nn.Module, trace: Trace, found: Sites, config: QConfig, adapter_float: tuple[str, ...] = (), *, check: bool = True
+    model: nn.Module,
+    trace: Trace,
+    found: Sites,
+    config: QConfig,
+    adapter_float: tuple[str, ...] = (),
+    *,
+    check: bool = True,
 ) -> Plan:
     """Decides every site.
 
@@ -150,7 +156,9 @@ def make_plan(
                 point.uses.append((site, operand))
         for o in site.inputs:
             names = (f"{site.name}.{o.name}", site.name) if site.kind == "scan" else (site.name,)
-            scheme = config.activation_scheme(pick(names, site), scan=site.kind == "scan", reads_scan=site.reads_scan)
+            scheme = config.activation_scheme(
+                pick(names, site), scan=site.kind == "scan", reads_scan=site.reads_scan
+            )
             if scheme.bits is None:
                 continue
             quantized = True
@@ -165,8 +173,7 @@ def make_plan(
         if not quantized:
             floats[site.name] = "bits=None"
     # A tied weight has one quantizer, an operand of several sites too; every point's name must be its own.
-    names = [p.name for p in points.values()]
-    assert len(names) == len(set(names)), "quantizer names collide"
+    assert len({p.name for p in points.values()}) == len(points), "quantizer names collide"
     parameters = [p for p in found.floats if p.name]
     if check:
         _check_coverage(config, used, parameters, found.sites, floats)
@@ -174,31 +181,41 @@ def make_plan(
 
 
 def _check_coverage(
-    config: QConfig, used: set[int], parameters: list[FloatParameter], sites: list[Site], floats: dict[str, str]
+    config: QConfig,
+    used: set[int],
+    parameters: list[FloatParameter],
+    sites: list[Site],
+    floats: dict[str, str],
 ) -> None:
     problems = []
     for i, rule in enumerate(config.all_rules()):
         if i not in used:
-            hit = [p.name for p in parameters if rule.precedence((p.name, p.name.rpartition(".")[0]), (), ()) is not None]
+            hit = [p.name for p in parameters if rule.precedence(_names(p), (), ()) is not None]
             if rule.keep_float and hit:
                 continue
             if hit:
-                problems.append(f"rule {rule.match!r} matches {hit[0]}, which is no site ({_why(parameters, hit[0])})")
+                problems.append(
+                    f"rule {rule.match!r} matches {hit[0]}, which is no site ({_why(parameters, hit[0])})"
+                )
             else:
                 near = ", ".join(s.name for s in sites[:4])
-                problems.append(f"rule {rule.match!r} matches no site; sites are named like {near or '(there are none)'}")
+                problems.append(f"rule {rule.match!r} matches no site; there are: {near or 'none'}")
     kept = [r for r in config.all_rules() if r.keep_float]
     wanted = config.w_bits is not None or config.a_bits is not None
     for p in parameters:
         if p.must_cover and wanted:
-            names = (p.name, p.name.rpartition(".")[0])
-            if not any(r.precedence(names, (), ()) is not None for r in kept):
+            if not any(r.precedence(_names(p), (), ()) is not None for r in kept):
                 problems.append(f"parameter {p.name} {p.reason} at {p.where}, which no quantizer covers")
     if problems:
         raise CoverageError(
             "\n".join(problems)
             + "\nKeep such a parameter in float on purpose with QConfig(keep_float=['its name']), or correct the rule."
         )
+
+
+def _names(p: FloatParameter) -> tuple[str, str]:
+    """A parameter's own name and its module's."""
+    return p.name, p.name.rpartition(".")[0]
 
 
 def _why(parameters: list[FloatParameter], name: str) -> str:

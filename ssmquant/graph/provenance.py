@@ -86,8 +86,7 @@ def _expr(x: Any) -> Expr:
 def _wrap(rec: Any, expr: Expr, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
-    cls = SInt if isinstance(value, int) else SFloat
-    out: Any = cls.__new__(cls, value)
+    out: Any = SInt(value) if isinstance(value, int) else SFloat(value)
     out.expr, out.rec = expr, rec
     return out
 
@@ -141,16 +140,19 @@ _COMMON["__bool__"] = _ask("value", bool)
 _COMMON["__float__"] = _ask("value", float)
 _COMMON["__int__"] = _ask("value", int)
 _COMMON["__str__"] = _COMMON["__repr__"] = _ask("value", repr)  # text may become a key of a cache
-_COMMON["__format__"] = lambda self, spec: format(_ask("value", lambda v: v)(self), spec)
+_COMMON["__format__"] = lambda self, spec: format(_ask("value")(self), spec)
 _COMMON["__divmod__"] = lambda self, other: (self // other, self % other)
 _COMMON["__rdivmod__"] = lambda self, other: (other // self, other % self)
 _COMMON["__round__"] = lambda self, *n: _arith("round")(self, *n)
 _COMMON["__pos__"] = lambda self: self
 _COMMON["__reduce__"] = lambda self: (type(_strip(self)), (_strip(self),))
 _COMMON["__deepcopy__"] = lambda self, memo: self
-_INT = {f"__{n}__": _arith(f"{n}_" if n in ("and", "or") else n) for n in ("and", "or", "xor", "lshift", "rshift")}
+_INT = {
+    f"__{n}__": _arith(f"{n}_" if n in ("and", "or") else n) for n in ("and", "or", "xor", "lshift", "rshift")
+}
 _INT |= {
-    f"__r{n}__": _arith(f"{n}_" if n in ("and", "or") else n, swap=True) for n in ("and", "or", "xor", "lshift", "rshift")
+    f"__r{n}__": _arith(f"{n}_" if n in ("and", "or") else n, swap=True)
+    for n in ("and", "or", "xor", "lshift", "rshift")
 }
 
 
@@ -187,7 +189,7 @@ class SSize(tuple[Any, ...]):
         out: Any = 1
         for s in self:
             out = s * out
-        return out  # type: ignore[no-any-return]
+        return out
 
     def __getitem__(self, i: Any) -> Any:
         out = tuple.__getitem__(self, i)
@@ -217,7 +219,7 @@ class _IntMeta(type):
 class IntShim(metaclass=_IntMeta):
     """Stands in for ``int`` in the model's modules while it is traced: CPython turns ``__int__`` into a plain int."""
 
-    def __new__(cls, x: Any = 0, *args: Any) -> Any:  # type: ignore[misc]
+    def __new__(cls, x: Any = 0, *args: Any) -> Any:
         if isinstance(x, SInt):
             return x
         if isinstance(x, SFloat):

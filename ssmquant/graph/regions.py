@@ -17,7 +17,9 @@ OWNER = "_ssmquant_owner"
 def _python(graph: fx.Graph, name: str) -> tuple[Callable[..., Any], str]:
     code = graph.python_code("self", verbose=False)
     space = dict(code.globals)
-    exec(compile(code.src, f"<ssmquant graph {name}>", "exec"), space)  # fx's own way to make a graph runnable
+    exec(
+        compile(code.src, f"<ssmquant graph {name}>", "exec"), space
+    )  # fx's own way to make a graph runnable
     return space["forward"], code.src
 
 
@@ -29,7 +31,9 @@ def _region_call(fn: Callable[..., Any], index: int) -> Callable[..., Any]:
     return run
 
 
-def _extract(graph: fx.Graph, region: int, nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
+def _extract(
+    graph: fx.Graph, region: int, nodes: list[fx.Node]
+) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
     inside = set(nodes)
     inputs: list[fx.Node] = []
     outputs: list[fx.Node] = []

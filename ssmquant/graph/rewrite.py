@@ -67,7 +67,9 @@ class _Writer:
     def _place_weight(self, point: Point, site: Site, operand: Operand) -> None:
         node = self.map[site.node]
         with self.graph.inserting_before(node):
-            if site.weight is None:  # a called nn.Linear or conv: its weight becomes visible with the functional form
+            if (
+                site.weight is None
+            ):  # a called nn.Linear or conv: its weight becomes visible with the functional form
                 root: fx.Node | None = None
                 if not self.deployed:
                     root = self.new(node, "get_attr", site.parameter, ())
@@ -80,7 +82,9 @@ class _Writer:
                 chain = self._clone_chain(operand.node, site.parameter_node, q, node)
                 self._replace(site, operand, chain)
             else:
-                q = self.new(node, "call_module", _target(point), () if self.deployed else (self.map[operand.node],))
+                q = self.new(
+                    node, "call_module", _target(point), () if self.deployed else (self.map[operand.node],)
+                )
                 self._replace(site, operand, q)
             q.meta["point"] = point.name
 
@@ -88,7 +92,9 @@ class _Writer:
         """The views that lead from ``root`` to ``node``, applied to ``value`` instead."""
         if node is root:
             return value
-        done = {i: self._clone_chain(i, root, value, like) for i in node.all_input_nodes if self._leads(i, root)}
+        done = {
+            i: self._clone_chain(i, root, value, like) for i in node.all_input_nodes if self._leads(i, root)
+        }
         new = self.graph.node_copy(node, lambda a: done.get(a, self.map.get(a, a)))
         new.meta.update({k: like.meta[k] for k in ("region",) if k in like.meta})
         return new
@@ -143,7 +149,12 @@ class _Writer:
             pad = tuple(mod._reversed_padding_repeated_twice)
             x = self.new(node, "call_function", F.pad, (x, pad, mod.padding_mode))
             padding = (0,) * dims
-        return self.new(node, "call_function", _CONVS[dims], (x, weight, bias, mod.stride, padding, mod.dilation, mod.groups))
+        return self.new(
+            node,
+            "call_function",
+            _CONVS[dims],
+            (x, weight, bias, mod.stride, padding, mod.dilation, mod.groups),
+        )
 
     def scan(self, site: Site) -> None:
         """Any scan of the role tables becomes ours, on quantized operands."""

@@ -25,8 +25,18 @@ from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.sites import find_sites
 from ssmquant.graph.trace import Call, Shapes, Trace, describe_call, is_leaf, run_once, same_graph, trace
 from ssmquant.graph.tracer import active_recorder
+from ssmquant.quantizers import Quantizer
 
-__all__ = ["Record", "Runtime", "attach", "is_prepared", "runtime_of"]
+__all__ = [
+    "Record",
+    "Runtime",
+    "attach",
+    "bind",
+    "initialize_weights",
+    "is_prepared",
+    "refuse_elsewhere",
+    "runtime_of",
+]
 
 
 @dataclass
@@ -48,7 +58,11 @@ class Record:
     verified: list[Shapes] = field(default_factory=list)
 
     def accepts(self, model: nn.Module, call: Call) -> bool:
-        if self.static != call.static or self.spec != call.spec or self.ndims != tuple(t.dim() for t in call.tensors):
+        if (
+            self.static != call.static
+            or self.spec != call.spec
+            or self.ndims != tuple(t.dim() for t in call.tensors)
+        ):
             return False
         t = self.trace.traced
         if (t.reads_dtype or t.uses_device) and self.meta != call.meta:
@@ -71,7 +85,8 @@ def _compile_guards(trace_: Trace) -> Callable[[Shapes], bool]:
     index = {n: i for i, n in enumerate(n for n in trace_.graph.nodes if n.op == "placeholder")}
     symbols = {
         "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": "/", "pow": "**", "and_": "&",
-        "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
+        "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>", "eq": "==", "ne": "!=", "lt": "<", "le": "<=",
+        "gt": ">",
         "ge": ">=",
     }  # fmt: skip
 
@@ -83,13 +98,20 @@ def _compile_guards(trace_: Trace) -> Callable[[Shapes], bool]:
         args = [source(a) for a in e[1:]]
         if e[0] in symbols:
             return f"({args[0]} {symbols[e[0]]} {args[1]})"
-        unary = {"neg": "-{}", "abs": "abs({})", "value": "{}", "trunc": "int({})", "ceil": "-int(-{} // 1)", "floor": "int({} // 1)"}
+        unary = {
+            "neg": "-{}",
+            "abs": "abs({})",
+            "value": "{}",
+            "trunc": "int({})",
+            "ceil": "-int(-{} // 1)",
+            "floor": "int({} // 1)",
+        }
         return "(" + unary.get(e[0], f"{e[0]}({{}})").format(", ".join(args)) + ")"
 
     terms = sorted({f"{source(g.expr)} == {g.value!r}" for g in trace_.input_guards})
     if not terms:
         return lambda s: True
-    return eval(f"lambda s: {' and '.join(terms)}")  # type: ignore[no-any-return]  # built from our own expressions
+    return eval(f"lambda s: {' and '.join(terms)}")  # built from our own expressions
 
 
 class Constants(nn.Module):
@@ -97,7 +119,12 @@ class Constants(nn.Module):
 
     def add(self, t: Tensor) -> str:
         for name, old in self._buffers.items():
-            if old is not None and old.shape == t.shape and old.dtype == t.dtype and torch.equal(old.cpu(), t.cpu()):
+            if (
+                old is not None
+                and old.shape == t.shape
+                and old.dtype == t.dtype
+                and torch.equal(old.cpu(), t.cpu())
+            ):
                 return name
         name = f"c{len(self._buffers)}"
         self.register_buffer(name, t.detach().clone(), persistent=False)
@@ -129,9 +156,9 @@ class Runtime(nn.Module):
 
     def user_method(self, model: nn.Module) -> Callable[..., Any]:
         if self.method == "forward" and self.instance_forward is not None:
-            return self.instance_forward  # type: ignore[no-any-return]
+            return self.instance_forward
         base = type(model).__mro__[1] if is_prepared(model) else type(model)
-        return getattr(base, self.method).__get__(model)  # type: ignore[no-any-return]
+        return getattr(base, self.method).__get__(model)
 
     def make_trace(self, model: nn.Module, call: Call, *, exact: bool = False) -> Trace:
         """Traces the model for a call, at its current training mode and autocast state."""
@@ -139,6 +166,7 @@ class Runtime(nn.Module):
         leaf = is_leaf(self.adapter.leaf if self.adapter else ())
         method = self.user_method(model)
         with _Stand(self, model):
+
             def run(shapes: Shapes) -> Any:
                 return run_once(model, method, call, shapes, leaf, unbind)
 
@@ -172,8 +200,8 @@ class Runtime(nn.Module):
             if baked:
                 name = sorted(str(b) for b in baked)[0]
                 raise TraceError(
-                    f"the value of parameter '{name}' is read as a Python number at {t.traced.baked[name]}, so it cannot "
-                    f"be quantized. Keep it in float: QConfig(keep_float=['{name}'])"
+                    f"the value of parameter '{name}' is read as a Python number at {t.traced.baked[name]}, so it "
+                    f"cannot be quantized. Keep it in float: QConfig(keep_float=['{name}'])"
                 )
             if self.known is not None:
                 new = {p.name for p in plan.points} - self.known
@@ -211,7 +239,9 @@ class Runtime(nn.Module):
     def _verify(self, model: nn.Module, r: Record, call: Call) -> bool:
         # Comparisons of numbers, not a set: torch.compile then turns each into a guard.
         for known in r.verified:
-            if all(a == b for s, t in zip(known, call.shapes, strict=True) for a, b in zip(s, t, strict=True)):
+            if all(
+                a == b for s, t in zip(known, call.shapes, strict=True) for a, b in zip(s, t, strict=True)
+            ):
                 return True
         self._refuse_while_compiling()
         again = self.make_trace(model, call, exact=True)
@@ -238,7 +268,7 @@ class Runtime(nn.Module):
     def train(self, mode: bool = True) -> Runtime:
         if mode and self.stage == "deployed":
             raise SsmquantError(
-                "a converted model holds packed codes and cannot be trained: train the prepared model, then convert again"
+                "a converted model holds packed codes and cannot be trained: train the prepared one and convert again"
             )
         return super().train(mode)
 
@@ -283,6 +313,7 @@ class _Stand:
 
 
 def is_prepared(model: nn.Module) -> bool:
+    """Whether ``prepare``, ``convert`` or ``load`` made the model."""
     return isinstance(getattr(model, "_ssmquant", None), Runtime)
 
 
@@ -349,13 +380,15 @@ def _entry(owner: str, method: str, sig: inspect.Signature) -> Callable[..., Any
                 parts.append(f"{p.name}=_default_{p.name}")
     body = f"def {method}(self, {', '.join(parts)}):\n    return _run(self, ({', '.join(names)}{',' * bool(names)}))\n"
     space: dict[str, Any] = {"_run": _run, **defaults}
-    exec(compile(body, f"<ssmquant {owner}.{method}>", "exec"), space)  # the signature is the user's; only names go in
+    exec(
+        compile(body, f"<ssmquant {owner}.{method}>", "exec"), space
+    )  # the signature is the user's; only names go in
     entry = space[method]
     me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     positional_only = any(p.kind is inspect.Parameter.POSITIONAL_ONLY for p in sig.parameters.values())
     me = me if positional_only else me.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
     entry.__signature__ = sig.replace(parameters=[me, *sig.parameters.values()])
-    return entry  # type: ignore[no-any-return]
+    return entry
 
 
 def _run(model: Any, bound: tuple[Any, ...]) -> Any:
@@ -391,7 +424,7 @@ def _subclass(base: type[nn.Module], method: str, sig: inspect.Signature) -> typ
         "code": property(lambda self: self._ssmquant.records[0].code if self._ssmquant.records else ""),
     }
     cls: Any = type(base.__name__, (base,), space)
-    return cls  # type: ignore[no-any-return]
+    return cls
 
 
 def _restore(base: type[nn.Module], method: str) -> nn.Module:
@@ -421,7 +454,9 @@ def _load_state(model: nn.Module, base: Any, state: Any, strict: bool, assign: b
     own = model.state_dict()
     full = {**{k: v for k, v in own.items() if k.startswith("_ssmquant.")}, **state}
     result = base.load_state_dict(model, full, strict=strict, assign=assign)
-    if any(r.trace.traced.baked for r in runtime.records):  # numbers read from the old parameters are in the graph
+    if any(
+        r.trace.traced.baked for r in runtime.records
+    ):  # numbers read from the old parameters are in the graph
         runtime.records = []
         runtime.retrace(model, describe_call(runtime.example))
     initialize_weights(model)
@@ -438,6 +473,7 @@ def initialize_weights(model: nn.Module) -> None:
             if p.what in ("weight", "static") and p.key not in done:
                 done.add(p.key)
                 quantizer = runtime.weights[p.key]
+                assert isinstance(quantizer, Quantizer)
                 quantizer.reset()
                 quantizer.initialize(values(p.node))
 
@@ -462,7 +498,9 @@ class _Values:
                 kwargs = fx.node.map_arg(node.kwargs, self)
                 target: Any = node.target
                 self.known[node] = (
-                    target(*args, **kwargs) if node.op == "call_function" else getattr(args[0], target)(*args[1:], **kwargs)
+                    target(*args, **kwargs)
+                    if node.op == "call_function"
+                    else getattr(args[0], target)(*args[1:], **kwargs)
                 )
         return self.known[node]
 
@@ -480,8 +518,8 @@ class _Refuse:
         if active_recorder() is None:
             raise MethodError(
                 f"'{self.name}' is quantized, but this call does not go through the prepared method "
-                f"'{self.method}'. Prepare the method you call: ssmquant.prepare(..., method='its_name'); for the whole "
-                "model call model(...)"
+                f"'{self.method}'. Prepare the method you call: ssmquant.prepare(..., method='its_name'); for the "
+                "whole model call model(...)"
             )
 
 

@@ -28,8 +28,10 @@ _PROJECTIONS: dict[str, tuple[str, tuple[int, int]]] = {
     "matmul": ("matmul", (0, 1)), "mm": ("matmul", (0, 1)), "bmm": ("matmul", (0, 1)), "mv": ("matmul", (0, 1)),
     "addmm": ("matmul", (1, 2)), "baddbmm": ("matmul", (1, 2)), "addbmm": ("matmul", (1, 2)),
 }  # fmt: skip
+_KEYWORDS = (("input", "mat1", "batch1"), ("weight", "other", "mat2", "batch2", "vec"))
 VIEWS = {
-    "view", "reshape", "permute", "transpose", "t", "T", "mT", "unsqueeze", "squeeze", "getitem", "flatten", "contiguous",
+    "view", "reshape", "permute", "transpose", "t", "T", "mT", "unsqueeze", "squeeze", "getitem", "flatten",
+    "contiguous",
     "float", "half", "bfloat16", "double", "to", "type_as", "alias", "clone", "detach", "expand", "movedim", "swapaxes",
     "chunk", "split", "unbind", "narrow", "select", "view_as", "unflatten", "data", "type", "expand_as", "moveaxis",
 }  # fmt: skip
@@ -98,6 +100,8 @@ class FloatParameter:
 
 @dataclass
 class Sites:
+    """All sites of a trace, the parameters outside them, and the nodes that depend on parameters only."""
+
     sites: list[Site]
     floats: list[FloatParameter]
     static: set[fx.Node]
@@ -126,7 +130,9 @@ class _Finder:
                 name = str(n.target)
                 if name in self.parameters or name.startswith("_ssmquant.constants."):
                     out.add(n)
-            elif n.op in ("call_function", "call_method") and _inputs(n) and all(i in out for i in _inputs(n)):
+            elif (
+                n.op in ("call_function", "call_method") and _inputs(n) and all(i in out for i in _inputs(n))
+            ):
                 if not n.meta.get("random") and not n.meta.get("impure") and "mutates" not in n.meta:
                     out.add(n)
         return {n for n in out if n.meta.get("storage") is None or n.meta["storage"] not in written}
@@ -146,13 +152,19 @@ class _Finder:
 
     def _types(self, module: str) -> tuple[str, ...]:
         mod = self.modules.get(module)
-        return () if mod is None else tuple(c.__name__ for c in type(mod).__mro__ if c not in (nn.Module, object))
+        return (
+            ()
+            if mod is None
+            else tuple(c.__name__ for c in type(mod).__mro__ if c not in (nn.Module, object))
+        )
 
     # ---- projections ---------------------------------------------------------------------------------------------
     def projection(self, node: fx.Node) -> Site | None:
         if node.op == "call_module":
             mod = self.modules.get(str(node.target))
-            own = isinstance(mod, (nn.Linear, _ConvNd)) and type(mod).forward.__module__.startswith("torch.nn.")
+            own = isinstance(mod, (nn.Linear, _ConvNd)) and type(mod).forward.__module__.startswith(
+                "torch.nn."
+            )
             if mod is None or not own or "forward" in vars(mod):
                 return None
             kind = "linear" if isinstance(mod, nn.Linear) else "conv"
@@ -160,7 +172,15 @@ class _Finder:
             at: Any = 0 if node.args else "input"
             x = node.args[0] if node.args else node.kwargs["input"]
             assert isinstance(x, fx.Node)
-            return Site(name, kind, node, name, self._types(name), [Operand("input", at, x)], parameter=f"{name}.weight")
+            return Site(
+                name,
+                kind,
+                node,
+                name,
+                self._types(name),
+                [Operand("input", at, x)],
+                parameter=f"{name}.weight",
+            )
         name = op_name(node)
         operands = self._operands(node, name)
         if operands is None:
@@ -175,7 +195,10 @@ class _Finder:
         pname = str(pnode.target)
         owner = pname.rpartition(".")[0]
         site = pname[: -len(".weight")] if pname.endswith(".weight") else pname
-        inputs = [Operand("input" if len(dynamic) == 1 else f"input{i}", o.at, o.node) for i, o in enumerate(dynamic)]
+        inputs = [
+            Operand("input" if len(dynamic) == 1 else f"input{i}", o.at, o.node)
+            for i, o in enumerate(dynamic)
+        ]
         return Site(site, kind, node, owner, self._types(owner), inputs, weights[0], pname, pnode, views)
 
     def _operands(self, node: fx.Node, name: str) -> list[Operand] | None:
@@ -188,13 +211,13 @@ class _Finder:
             return [Operand("", i + 1, n) for i, n in enumerate(rest) if isinstance(n, fx.Node)]
         if name not in _PROJECTIONS:
             return None
-        out = []
-        for i, keys in zip(_PROJECTIONS[name][1], (("input", "mat1", "batch1"), ("weight", "other", "mat2", "batch2", "vec")), strict=True):
+        found: list[tuple[Any, Any]] = []
+        for i, keys in zip(_PROJECTIONS[name][1], _KEYWORDS, strict=True):
             if i < len(node.args):
-                out.append(Operand("", i, node.args[i]))
+                found.append((i, node.args[i]))
             else:
-                out += [Operand("", k, node.kwargs[k]) for k in keys if k in node.kwargs]
-        return [o for o in out if isinstance(o.node, fx.Node)]
+                found += [(k, node.kwargs[k]) for k in keys if k in node.kwargs]
+        return [Operand("", at, n) for at, n in found if isinstance(n, fx.Node)]
 
     def scan(self, node: fx.Node) -> Site | None:
         found = scan_operands(self.model, node, self.scans)
@@ -207,7 +230,9 @@ class _Finder:
         return Site(name, "scan", node, module, self._types(module), inputs, scan=operands, role=role)
 
     # ---- neighbourhood -------------------------------------------------------------------------------------------
-    def closure(self, node: fx.Node, step: Callable[[fx.Node], Iterator[fx.Node] | list[fx.Node]]) -> set[fx.Node]:
+    def closure(
+        self, node: fx.Node, step: Callable[[fx.Node], Iterator[fx.Node] | list[fx.Node]]
+    ) -> set[fx.Node]:
         """Nodes reached from ``node`` by ``step``, up to and including the nearest sites."""
         seen: set[fx.Node] = set()
         todo = list(step(node))
@@ -233,10 +258,14 @@ class _Finder:
             gated = any(self._named(n) & _SIGMOIDS for n in ahead)
             pooled_before = any(s.gate for s in near)
             later = any(
-                self._named(n) & _SIGMOIDS for s in after for n in self.closure(s.node, lambda n: list(n.users))
+                self._named(n) & _SIGMOIDS
+                for s in after
+                for n in self.closure(s.node, lambda n: list(n.users))
             )
             ones = site.kind == "conv" and self._spatial(site.inputs[0].node)
-            site.gate = bool((pooled and (gated or later) and (ones or site.kind != "conv")) or (pooled_before and gated))
+            site.gate = bool(
+                (pooled and (gated or later) and (ones or site.kind != "conv")) or (pooled_before and gated)
+            )
 
     def _spatial(self, node: fx.Node) -> bool:
         val = node.meta.get("val")

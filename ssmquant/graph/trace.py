@@ -44,7 +44,7 @@ class TensorSlot:
 
 @dataclass
 class Call:
-    """One call of the method, its arguments flattened. ``static`` and the tensors' dtypes decide which graph serves it."""
+    """One call of the method, flattened. ``static`` and the tensors' dtypes decide which graph serves it."""
 
     spec: Any
     static: tuple[Any, ...]
@@ -119,42 +119,35 @@ def is_leaf(extra: tuple[str, ...] = ()) -> Callable[[nn.Module], bool]:
 # ---- patches, snapshot ---------------------------------------------------------------------------------------------
 
 
-_apply_hook: Callable[..., Any] | None = None
-
-
 def _swap_apply(hook: Callable[..., Any]) -> Callable[[], None]:
     """Leads ``autograd.Function.apply`` to ``hook(cls, args, kwargs, original)`` until the returned function is called.
 
     The code of the function is exchanged, not the attribute: ``pscan = PScan.apply`` at the top of a module is an
     alias that a new attribute would not reach.
     """
-    global _apply_hook
     function = torch.autograd.Function.__dict__["apply"].__func__
     code = function.__code__
-    original = types.FunctionType(code, function.__globals__, "apply", function.__defaults__, function.__closure__)
+    original = types.FunctionType(
+        code, function.__globals__, "apply", function.__defaults__, function.__closure__
+    )
 
     def make(__class__: Any) -> Any:  # the exchanged code must close over the same names: (__class__,)
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             __class__  # noqa: B018
-            from ssmquant.graph import trace
+            from ssmquant.graph.tracer import APPLY_HOOK
 
-            return trace._apply_hook(cls, args, kwargs)
+            return APPLY_HOOK[-1](cls, args, kwargs)
 
         return apply
 
-    _apply_hook = functools.partial(_call_hook, hook, original)
+    _t.APPLY_HOOK.append(lambda cls, args, kwargs: hook(cls, args, kwargs, original))
     function.__code__ = make(None).__code__
 
     def restore() -> None:
-        global _apply_hook
         function.__code__ = code
-        _apply_hook = None
+        _t.APPLY_HOOK.pop()
 
     return restore
-
-
-def _call_hook(hook: Any, original: Any, cls: Any, args: Any, kwargs: Any) -> Any:
-    return hook(cls, args, kwargs, original)
 
 
 @contextlib.contextmanager
@@ -174,7 +167,11 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
 
     def apply(cls: Any, args: Any, kwargs: Any, original: Callable[..., Any]) -> Any:
         call_original = functools.partial(original, cls)
-        return rec.function(cls, args, call_original) if active() and not kwargs else call_original(*args, **kwargs)
+        return (
+            rec.function(cls, args, call_original)
+            if active() and not kwargs
+            else call_original(*args, **kwargs)
+        )
 
     def autocast_enter(self: Any) -> Any:
         if active():
@@ -190,7 +187,9 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
 
     def autocast_exit(self: Any, *exc: Any) -> Any:
         if active():
-            node = rec._node("call_function", torch.amp.autocast_mode._exit_autocast, (self._ssmquant_node,), {})
+            node = rec._node(
+                "call_function", torch.amp.autocast_mode._exit_autocast, (self._ssmquant_node,), {}
+            )
             node.meta["impure"] = True
         rec.busy += 1
         try:
@@ -229,8 +228,10 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
             torch.utils.checkpoint._checkpoint_without_reentrant_generator = region
             for cls in {c for m in model.modules() for c in type(m).__mro__}:
                 name = cls.__module__
-                if name.split(".")[0] not in ("torch", "builtins", "ssmquant") or name.startswith("ssmquant.zoo"):
-                    space = vars(sys.modules[name]) if name in sys.modules else {"int": None}
+                if name.split(".")[0] not in ("torch", "builtins", "ssmquant") or name.startswith(
+                    "ssmquant.zoo"
+                ):
+                    space = vars(sys.modules[name]) if name in sys.modules else dict[str, Any](int=int)
                     if "int" not in space:
                         space["int"] = IntShim
                         shimmed.append(space)
@@ -331,12 +332,21 @@ def run_once(
     """Traces ``method`` once at ``shapes``. ``unbind`` turns bound arguments back into ``*args, **kwargs``."""
     for hashable in (False, True):
         rec = Recorder(model, leaf, hashable=hashable)
-        inputs = [rec.add_input(f"arg_{i}", t, s) for i, (t, s) in enumerate(zip(call.tensors, shapes, strict=True))]
+        inputs = [
+            rec.add_input(f"arg_{i}", t, s) for i, (t, s) in enumerate(zip(call.tensors, shapes, strict=True))
+        ]
         values = [inputs[s.index] if isinstance(s, TensorSlot) else s for s in call.static]
         args, kwargs = unbind(pytree.tree_unflatten(values, call.spec))
         try:
             # The code runs several times here; its warnings are for when the model runs.
-            with _quiet(), _patched(rec, model), _snapshot(model, rec), torch.enable_grad(), _t._Net(rec), rec:
+            with (
+                _quiet(),
+                _patched(rec, model),
+                _snapshot(model, rec),
+                torch.enable_grad(),
+                _t._Net(rec),
+                rec,
+            ):
                 rec.stack.append("")
                 out = method(*args, **kwargs)
                 rec.stack.clear()
@@ -451,12 +461,14 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
         pins = _pins(exact, shapes, {(i, d) for i, s in enumerate(shapes) for d in range(len(s))})
         return Trace(exact, pins, [], shapes, notes=[f"holds for input sizes {list(map(list, shapes))} only"])
 
+    start = first
+
     def holds(c: dict[tuple[int, int], int]) -> Traced | None:
         try:
             again = run(_resized(hint, c))
         except Exception:  # whatever the code raises there: it does not accept these sizes
             return None
-        return again if same_graph(first, again) else None
+        return again if same_graph(start, again) else None
 
     # Multiples keep whatever divisibility the model wants; equal sizes change together, unequal ones differently.
     wide = dict.fromkeys(batch, 5)
@@ -469,20 +481,26 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
         if other is not None:
             free |= set(wide)
         elif wide:  # the batch size was baked: start from the given one
-            hint, first = shapes, run(shapes)
+            hint, start = shapes, run(shapes)
         for key, size in space.items():
             single = holds({key: size})
             if single is not None:
                 free.add(key)
                 other = other or single
     # Channels and the like are not tried: the model's own operators check them again at run time.
-    inputs, inner = _split(first)
-    return Trace(first, inputs + _pins(first, hint, set(wide | space) - free), inner, hint, other, frozenset(free))
+    inputs, inner = _split(start)
+    return Trace(
+        start, inputs + _pins(start, hint, set(wide | space) - free), inner, hint, other, frozenset(free)
+    )
 
 
 def _pins(traced: Traced, shapes: Shapes, dims: set[tuple[int, int]]) -> list[Guard]:
     nodes = [n for n in traced.graph.nodes if n.op == "placeholder"]
     return [
-        Guard(("value", ("size", nodes[i], d)), shapes[i][d], f"size {d} of input {i} is fixed by the model's code")
+        Guard(
+            ("value", ("size", nodes[i], d)),
+            shapes[i][d],
+            f"size {d} of input {i} is fixed by the model's code",
+        )
         for i, d in sorted(dims)
     ]

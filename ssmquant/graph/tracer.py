@@ -10,11 +10,13 @@ This file holds the recorder; ``trace`` decides at which sizes to run it and wha
 
 from __future__ import annotations
 
+import functools
 import linecache
 import operator
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +34,8 @@ from ssmquant.graph.roles import FunctionModule, function_rule
 __all__ = ["Recorder", "active_recorder"]
 
 _LOCAL = threading.local()
+APPLY_HOOK: list[Callable[..., Any]] = []
+"""What ``autograd.Function.apply`` leads to while a trace runs (see ``trace``)."""
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
@@ -69,12 +73,12 @@ def active_recorder() -> Recorder | None:
 
 def user_frame() -> tuple[str, str]:
     """``file:line`` and the source text of the innermost frame of the user's code."""
-    f = sys._getframe(1)
+    f: types.FrameType | None = sys._getframe(1)
     while f is not None:
         name = f.f_code.co_filename
         if not name.startswith((_HERE, _TORCH)) and not name.startswith("<"):
             return f"{name}:{f.f_lineno}", linecache.getline(name, f.f_lineno).strip()
-        f = f.f_back  # type: ignore[assignment]
+        f = f.f_back
     return "<unknown>", ""
 
 
@@ -106,7 +110,7 @@ class _Net(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.rec.busy:
             return func(*args, **kwargs)
-        return self.rec.record("call_function", func, args, kwargs, lambda *a, **k: func(*a, **k))
+        return self.rec.record("call_function", func, args, kwargs, func)
 
 
 class Recorder(TorchFunctionMode):
@@ -335,13 +339,16 @@ class Recorder(TorchFunctionMode):
                 new = self._node("call_method", "clone", (old,), {})
                 self._bind(t, new, fake)
                 swap = {old: new}
-                nargs = fx.node.map_arg(nargs, lambda n, s=swap: s.get(n, n))
-                nkwargs = fx.node.map_arg(nkwargs, lambda n, s=swap: s.get(n, n))
+                nargs, nkwargs = fx.node.map_arg((nargs, nkwargs), functools.partial(_swapped, swap))
         return nargs, nkwargs
 
     def _explain(self, e: Exception, target: Any) -> Exception:
         text = f"{type(e).__name__}: {e}"
-        if "DataDependent" in type(e).__name__ or "data-dependent" in text.lower() or "DynamicOutputShape" in text:
+        if (
+            "DataDependent" in type(e).__name__
+            or "data-dependent" in text.lower()
+            or "DynamicOutputShape" in text
+        ):
             return self.fail(
                 f"The code depends on the values of a tensor ({getattr(target, '__name__', target)}).",
                 "Traced graphs cannot follow values. Compute this outside forward, or make the module a leaf: "
@@ -349,7 +356,9 @@ class Recorder(TorchFunctionMode):
             )
         return e
 
-    def _wrap_output(self, out: Any, node: fx.Node, inputs: list[tuple[Tensor, Tensor]], mutated: set[int]) -> Any:
+    def _wrap_output(
+        self, out: Any, node: fx.Node, inputs: list[tuple[Tensor, Tensor]], mutated: set[int]
+    ) -> Any:
         if isinstance(out, Tensor):
             for user, fake in inputs:
                 if out is fake:
@@ -367,7 +376,11 @@ class Recorder(TorchFunctionMode):
                 self.busy += 1
                 with torch.no_grad(), self.fake:
                     real = not isinstance(out, FakeTensor)
-                    out = self.fake.from_tensor(out.detach(), static_shapes=True) if real else torch.ops.aten.alias.default(out)
+                    out = (
+                        self.fake.from_tensor(out.detach(), static_shapes=True)
+                        if real
+                        else torch.ops.aten.alias.default(out)
+                    )
                 self.busy -= 1
             self._bind(out, node, out)
             return out
@@ -375,7 +388,11 @@ class Recorder(TorchFunctionMode):
             items = []
             for i, v in enumerate(out):
                 if isinstance(v, (Tensor, tuple, list)):
-                    items.append(self._wrap_output(v, self._node("call_function", operator.getitem, (node, i), {}), inputs, mutated))
+                    items.append(
+                        self._wrap_output(
+                            v, self._node("call_function", operator.getitem, (node, i), {}), inputs, mutated
+                        )
+                    )
                 else:
                     items.append(v)
             if type(out) in (tuple, list):
@@ -418,7 +435,7 @@ class Recorder(TorchFunctionMode):
             return self._plain(func, args, kwargs)
         if name == "__iter__":
             return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0], 0)))
-        if name == "requires_grad_" or (name == "__hash__"):
+        if name in ("requires_grad_", "__hash__"):
             return args[0] if name == "requires_grad_" and traced else self._plain(func, args, kwargs)
         if not (traced or owned or sized or symbolic or name in _RANDOM):
             return self._plain(func, args, kwargs)
@@ -450,8 +467,7 @@ class Recorder(TorchFunctionMode):
         finally:
             self.busy -= 1
         if isinstance(out, Tensor) and (isinstance(t, FakeTensor) or id(t) in self.owned):
-            run = lambda x, name: getattr(x, name)  # noqa: E731
-            return self.record("call_function", getattr, (t, attr), {}, run)
+            return self.record("call_function", getattr, (t, attr), {}, getattr)
         if isinstance(t, FakeTensor):
             self.reads_dtype |= attr in ("dtype", "is_cuda", "device", "is_cpu")
         return out
@@ -507,7 +523,9 @@ class Recorder(TorchFunctionMode):
         tensors: list[Tensor] = []
         sized = _collect_tensors((args, kwargs), tensors)
         if self.leaf(mod) and (sized or tensors):
-            return self.record("call_module", name, args, kwargs, lambda *a, **k: self._leaf_run(mod, call, a, k))
+            return self.record(
+                "call_module", name, args, kwargs, lambda *a, **k: self._leaf_run(mod, call, a, k)
+            )
         self.stack.append(name)
         try:
             return call(mod, *args, **kwargs)
@@ -536,8 +554,8 @@ class Recorder(TorchFunctionMode):
         rule = function_rule(cls)
         # The same Function class is one leaf module, wherever it is used.
         name = f"{cls.__module__}.{cls.__qualname__}".replace(".", "/").replace("<locals>", "_")
-        leaf = self.functions.setdefault(name, FunctionModule(cls))
-        run = rule if rule is not None else leaf.shape_run
+        self.functions.setdefault(name, FunctionModule(cls))
+        run = rule if rule is not None else FunctionModule(cls).shape_run
         return self.record("call_module", f"_ssmquant.functions.{name}", args, {}, run)
 
     def checkpointed(self) -> _Region:
@@ -557,6 +575,10 @@ class _Region:
 
     def __exit__(self, *exc: Any) -> None:
         self.rec.region = self.outer
+
+
+def _swapped(swap: dict[fx.Node, fx.Node], n: fx.Node) -> fx.Node:
+    return swap.get(n, n)
 
 
 def _is_method(func: Any, name: str) -> bool:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ssmquant.errors import CalibrationError, ConfigError, NotCalibratedError
 from ssmquant.quantizers import DLS, Quantizer
-from ssmquant.quantizers.dls import dls_range
 from ssmquant.quantizers.base import Affine, QTensor, affine_decode
+from ssmquant.quantizers.dls import dls_range
 
 __all__ = ["ActivationQuantizer", "FrozenRange"]
 
@@ -41,7 +41,7 @@ class ActivationQuantizer(nn.Module):
                 f"the range of '{self.name}' is not known yet: call ssmquant.calibrate(prepared, batches), or run one "
                 "training step, before evaluating"
             )
-        return self.quantizer(x)  # type: ignore[no-any-return]
+        return self.quantizer(x)
 
     def encode(self, x: Tensor) -> QTensor:
         return self.quantizer.encode(x)
@@ -127,7 +127,7 @@ class FrozenRange(Quantizer):
             raise ConfigError("only a DLS quantizer can be frozen")
         if not bool(seen.isfinite().all()):
             raise ConfigError(
-                f'convert(dls="frozen") needs calibrated ranges, and \'{wrapper.name}\' has none: run ssmquant.calibrate'
+                f"convert(dls=\"frozen\") needs calibrated ranges; '{wrapper.name}' has none: run ssmquant.calibrate"
             )
         out = cls(q.bits)
         alpha, beta = dls_range(seen, q.w, q.v, q.bits, q.eps)

@@ -1,8 +1,8 @@
 """MambaIR: image restoration with a four-direction selective scan (Guo et al. 2024, arXiv 2402.15648).
 
 Written from the architecture, with the parameter names of csguoh/MambaIR, so that its checkpoints load strictly. It
-keeps that code's habits too (the scan as an instance attribute, raw projection parameters in einsum, ``mean`` as a plain
-tensor that forward rebinds, float32 scan operands): what quantizes this model quantizes the original.
+keeps that code's habits too (the scan as an instance attribute, raw projection parameters in einsum, ``mean`` as a
+plain tensor that forward rebinds, float32 scan operands): what quantizes this model quantizes the original.
 """
 
 from __future__ import annotations
