@@ -31,7 +31,7 @@ def operands(
     without: str = "",
     dtype: torch.dtype = torch.float64,
     grad: bool = True,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """Random operands by name; ``constant`` names the constant ones of B and C, ``without`` the absent operands."""
 
     def matrix(name: str) -> Tensor:
@@ -40,7 +40,7 @@ def operands(
         shape = (batch, states, length) if groups is None else (batch, groups, states, length)
         return torch.randn(shape, dtype=dtype)
 
-    made: dict[str, Tensor | None] = {
+    made: dict[str, Any] = {
         "u": torch.randn(batch, channels, length, dtype=dtype),
         "delta": torch.rand(batch, channels, length, dtype=dtype),
         "A": -3 * torch.rand(channels, states, dtype=dtype) - 0.05,
@@ -55,7 +55,7 @@ def operands(
     return {k: None if v is None else v.requires_grad_(grad) for k, v in made.items()}
 
 
-def run(function: Any, args: dict[str, Tensor | None], softplus: bool = True) -> list[Tensor]:
+def run(function: Any, args: dict[str, Any], softplus: bool = True) -> list[Tensor]:
     """Output, last state and the gradients of every operand, of both results at once."""
     out, last = function(**args, delta_softplus=softplus, return_last_state=True)
     generator = torch.Generator().manual_seed(1)
@@ -135,7 +135,7 @@ def test_gradients_numerically(constant: str) -> None:
 @pytest.mark.parametrize("softplus", [True, False])
 def test_decays_that_underflow_are_harmless(softplus: bool) -> None:
     args = operands(length=300, dtype=torch.float32)
-    args["A"] = (args["A"].detach() * 1e4).requires_grad_()  # type: ignore[union-attr]
+    args["A"] = (args["A"].detach() * 1e4).requires_grad_()
     exact = {k: v.detach().double().requires_grad_() for k, v in args.items() if v is not None}
     got = run(selective_scan, args, softplus)
     assert all(t.isfinite().all() for t in got)
@@ -185,7 +185,7 @@ def test_half_precision_operands_keep_a_float_state(dtype: torch.dtype) -> None:
 def test_dtypes_may_differ() -> None:
     args = operands(dtype=torch.float32)
     for name in ("u", "z"):
-        args[name] = args[name].detach().bfloat16().requires_grad_()  # type: ignore[union-attr]
+        args[name] = args[name].detach().bfloat16().requires_grad_()
     got = run(selective_scan, args)
     assert got[0].dtype == torch.bfloat16
     assert [g.dtype for g in got[2:]] == [t.dtype for t in args.values() if t is not None]
@@ -214,7 +214,7 @@ def test_results_are_contiguous_and_deterministic() -> None:
 
 def test_gradients_only_where_wanted() -> None:
     args = operands(grad=False)
-    args["B"].requires_grad_()  # type: ignore[union-attr]
+    args["B"].requires_grad_()
     (got,) = torch.autograd.grad((selective_scan(**args, delta_softplus=True)).square().sum(), [args["B"]])
     expected = torch.autograd.grad(
         selective_scan_reference(**args, delta_softplus=True).square().sum(), [args["B"]]
@@ -268,6 +268,7 @@ def test_is_one_call_of_torch() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("without", ["", "z"])
 def test_compiles_whole_with_any_length(without: str) -> None:
     function = torch.compile(selective_scan, fullgraph=True, dynamic=True)

@@ -6,6 +6,7 @@ The public operator is composed of two opaque ones, ``_selective_scan_fwd`` and 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -90,7 +91,7 @@ def _check(
                 f"({batch}, {states}, {length}), ({batch}, G, {states}, {length}) with G dividing {channels}, "
                 f"or ({channels}, {states})",
             )
-    if len(set(groups.values())) > 1:
+    if len(groups) == 2 and groups["B"] != groups["C"]:
         raise InputError(
             f"selective_scan: B has {groups['B']} groups but C has {groups['C']}; give both the same number"
         )
@@ -100,8 +101,15 @@ def _check(
 
 
 def _state_dtype(*operands: Tensor | None) -> torch.dtype:
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
+    double = any(t is not None and t.dtype == torch.float64 for t in operands)
+    return torch.float64 if double else torch.float32
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (
+        7,
+        0,
     )
 
 
@@ -109,17 +117,16 @@ def backend(device: torch.device, dtype: torch.dtype, states: int) -> str:
     """The name of what computes a scan there, "triton" or "chunked", for a state of ``dtype`` and size ``states``."""
     if device.type != "cuda" or dtype == torch.float64 or states > 64:
         return "chunked"
-    return "triton" if importlib.util.find_spec("triton") is not None else "chunked"
+    return "triton" if _has_triton(device) else "chunked"
 
 
 def _kernels(u: Tensor, dtype: torch.dtype, states: int) -> Any:
-    if backend(u.device, dtype, states) == "triton":
-        from ssmquant.ops.selective_scan import (
-            triton,
-        )  # not at the top: Triton is optional and slow to import
+    if backend(u.device, dtype, states) == "chunked":
+        return chunked
+    # Not at the top: Triton is optional, and slow to import.
+    from ssmquant.ops.selective_scan import triton
 
-        return triton
-    return chunked
+    return triton
 
 
 def _forward(
