@@ -19,6 +19,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ssmquant import zoo
 from ssmquant.adapter import find_adapter, get_adapter
@@ -37,12 +39,12 @@ from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Runtime, attach, is_prepared, refuse_elsewhere, runtime_of
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.pack import packed_size
-from ssmquant.workflow import drop_parameters, make_quantizer, trace_example
+from ssmquant.workflow import drop_parameters, ensure_traced, make_quantizer, trace_example
 
 __all__ = ["load", "load_checkpoint", "load_float", "peek", "save", "save_float"]
 
 _FORMAT, _FLOAT_FORMAT, _VERSION = "ssmquant", "ssmquant-float", "1"
-_META_LIMIT = 64 * 2**20
+_META_LIMIT = 16 * 2**20
 _DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool,
@@ -56,7 +58,7 @@ _NAMES = {v: k for k, v in _DTYPES.items()}
 def _encode(x: Any) -> Any:
     """Arguments of the example call as JSON: tensors by shape and dtype."""
     if isinstance(x, Tensor):
-        return {"tensor": list(x.shape), "dtype": _NAMES[x.dtype]}
+        return {"tensor": list(x.shape), "dtype": _name(x)}
     if isinstance(x, (tuple, list)):
         return {"tuple" if isinstance(x, tuple) else "list": [_encode(i) for i in x]}
     if isinstance(x, Mapping):
@@ -64,6 +66,12 @@ def _encode(x: Any) -> Any:
     if x is None or isinstance(x, (bool, int, float, str)):
         return {"value": x}
     raise ConfigError(f"save: an example argument of type {type(x).__name__} cannot be written to a file")
+
+
+def _name(t: Tensor) -> str:
+    if t.dtype not in _NAMES:
+        raise ConfigError(f"save: a tensor of dtype {t.dtype} cannot be written to a file")
+    return _NAMES[t.dtype]
 
 
 def _decode(x: Any, device: torch.device) -> Any:
@@ -113,7 +121,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tenso
     try:
         with safe_open(str(path), framework="pt", device="cpu") as f:
             return dict(f.metadata() or {}), {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, RuntimeError, TypeError) as e:
         raise FormatError(f"{path} is not a whole safetensors file: {e}") from None
 
 
@@ -166,10 +174,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
         ConfigError: the model is not deployed, or holds something that cannot be written.
     """
     runtime = runtime_of(deployed, "deployed")
-    if not runtime.records:
-        raise ConfigError(
-            "save: call the model once before saving it (it was unpickled and has no graph yet)"
-        )
+    ensure_traced(deployed)
     points = _all_points(runtime)
     codes: list[Tensor] = []
     scales: list[Tensor] = []
@@ -205,6 +210,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     floats: dict[str, list[Tensor]] = {}
     float_table = []
     for name, t in _float_tensors(deployed):
+        _name(t)
         stored = runtime.float_dtype if runtime.float_dtype is not None and t.is_floating_point() else t.dtype
         floats.setdefault(_NAMES[stored], []).append(t.detach().to(stored).reshape(-1).cpu())
         float_table.append([name, list(t.shape), _NAMES[t.dtype], _NAMES[stored]])
@@ -270,12 +276,12 @@ def _meta(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> di
             f"{path} has format version {metadata.get('format_version')!r}; this ssmquant reads {_VERSION}"
         )
     blob = tensors.get("meta")
-    if blob is None or blob.dtype != torch.uint8:
-        raise FormatError(f"{path}: tensor 'meta' is missing")
+    if blob is None or blob.dtype != torch.uint8 or blob.dim() != 1:
+        raise FormatError(f"{path}: tensor 'meta' is missing or no flat uint8 tensor")
     try:
         unzip = zlib.decompressobj()
         text = unzip.decompress(blob.numpy().tobytes(), _META_LIMIT)
-        if unzip.unconsumed_tail or not unzip.eof:
+        if unzip.unconsumed_tail or unzip.unused_data or not unzip.eof:
             raise FormatError(f"{path}: the metadata are cut short or too long")
         meta = json.loads(text)
     except (zlib.error, ValueError, RecursionError) as e:
@@ -300,7 +306,12 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
     Raises:
         FileNotFoundError: no such file.
         FormatError: the file is cut short, tampered with, of another version, or made for another model.
+        ConfigError: ``model`` is no float model.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise ConfigError(f"load: expected an instance of the model's class, got {type(model).__name__}")
+    if model is not None and is_prepared(model):
+        raise ConfigError("load: pass the plain float model, not a prepared one")
     metadata, tensors = _read(path)
     meta = _meta(path, metadata, tensors)
     try:
@@ -309,8 +320,46 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
         if isinstance(e, FormatError):
             raise
         raise FormatError(f"{path} does not fit: {e}") from e
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
+    except _MALFORMED as e:
         raise FormatError(f"{path}: malformed metadata ({type(e).__name__}: {e})") from e
+
+
+_MALFORMED = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What reading metadata of the wrong types or sizes can raise."""
+
+
+def _build(description: Any, room: int) -> nn.Module:
+    """A zoo model of at most ``room`` values: a file cannot ask for more than it fills."""
+    _check_numbers(description)
+    mine, total = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        if parameter is not None and threading.get_ident() == mine:
+            total += parameter.numel()
+            if total > room:
+                raise FormatError("the file describes a model that is larger than the file can fill")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):  # no memory
+            zoo.build(description)
+    finally:
+        handle.remove()
+    return zoo.build(description)
+
+
+def _check_numbers(x: Any) -> None:
+    """Builders loop over numbers and lists: none of a size that no model has."""
+    if isinstance(x, (dict, list)):
+        if len(x) > 256:
+            raise FormatError("the description of the model is malformed")
+        for i in x.values() if isinstance(x, dict) else x:
+            _check_numbers(i)
+    elif isinstance(x, (int, float)) and not -65536 <= x <= 65536:
+        raise FormatError(f"the description of the model holds the number {x}")
 
 
 def _load(path: Any, meta: dict[str, Any], reader: _Reader, model: nn.Module | None) -> Any:
@@ -319,9 +368,8 @@ def _load(path: Any, meta: dict[str, Any], reader: _Reader, model: nn.Module | N
             raise FormatError(
                 f"{path} holds a {meta['class']}, which is no zoo model: pass an instance, load(path, model)"
             )
-        model = zoo.build(meta["zoo"])
-    elif is_prepared(model):
-        raise ConfigError("load: pass the plain float model, not a prepared one")
+        codes = reader.tensors["codes"].numel()
+        model = _build(meta["zoo"], 4 * codes + sum(t.numel() for t in reader.tensors.values()))
     config = QConfig.from_dict(meta["config"])
     adapter = get_adapter(meta["adapter"]) if isinstance(meta.get("adapter"), str) else find_adapter(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -348,7 +396,7 @@ def _load(path: Any, meta: dict[str, Any], reader: _Reader, model: nn.Module | N
             f"made for another model or configuration: its {len(theirs)} quantized operands and the model's "
             f"differ ({', '.join(odd)} ...)"
         )
-    _fill_points(runtime, points, meta, reader)
+    _fill_points(new, points, meta, reader)
     runtime.stage = "deployed"
     runtime.rebuild(new)
     drop_parameters(new)
@@ -360,7 +408,8 @@ def _load(path: Any, meta: dict[str, Any], reader: _Reader, model: nn.Module | N
     return new.to(device).eval()
 
 
-def _fill_points(runtime: Runtime, points: list[Point], meta: dict[str, Any], reader: _Reader) -> None:
+def _fill_points(model: nn.Module, points: list[Point], meta: dict[str, Any], reader: _Reader) -> None:
+    runtime = runtime_of(model)
     operands = {e["name"]: e for e in meta["operands"]}
     activations = {e["name"]: e for e in meta["activations"]}
     for p in points:
@@ -369,19 +418,18 @@ def _fill_points(runtime: Runtime, points: list[Point], meta: dict[str, Any], re
             continue
         e = operands[p.name]
         shape, groups, bits = _shape(e["shape"]), _shape(e["groups"]), e["bits"]
-        expected = _operand_shape(p)
+        expected, dtype = _operand(model, p)
         if shape != expected or bits != p.scheme.bits:
             raise reader.fail(
                 f"'{p.name}' has shape {list(shape)} at {bits} bits, the model's is {list(expected)}"
             )
-        if (
-            not isinstance(e["code_min"], int)
-            or abs(e["code_min"]) > 128
-            or math.prod(groups) > max(1, math.prod(shape))
-        ):
+        fits = len(groups) in (0, len(shape)) and all(g in (1, s) for g, s in zip(groups, shape, strict=False))
+        if type(e["code_min"]) is not int or abs(e["code_min"]) > 128 or not fits:
             raise reader.fail(f"'{p.name}' is malformed")
+        if not _dtype(e["dtype"]).is_floating_point:
+            raise reader.fail(f"'{p.name}' has dtype {e['dtype']}")
         out = PackedTensor(
-            shape, bits, e["code_min"], _dtype(e["dtype"]), groups=groups, clamped=bool(e["clamped"])
+            shape, bits, e["code_min"], dtype, groups=groups, clamped=bool(e["clamped"])
         )
         out.codes = reader.take("codes", packed_size(math.prod(shape), bits), torch.uint8, p.name)
         for name in ("scale", "shift", "lo", "hi") if e["clamped"] else ("scale", "shift"):
@@ -393,10 +441,11 @@ def _fill_points(runtime: Runtime, points: list[Point], meta: dict[str, Any], re
         runtime.weights[p.key] = out
 
 
-def _operand_shape(p: Point) -> tuple[int, ...]:
-    if p.what == "weight" and p.node.op == "call_module":
-        return p.weight_shape
-    return tuple(p.node.meta["val"].shape)
+def _operand(model: nn.Module, p: Point) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype that an operand has in this model: the file's may come from a model that was cast."""
+    called = p.what == "weight" and p.node.op == "call_module"
+    value = model.get_parameter(str(p.parameter)) if called else p.node.meta["val"]
+    return tuple(value.shape), value.dtype
 
 
 def _fill_activation(runtime: Runtime, p: Point, e: dict[str, Any], reader: _Reader) -> None:
@@ -408,7 +457,8 @@ def _fill_activation(runtime: Runtime, p: Point, e: dict[str, Any], reader: _Rea
         raise reader.fail(f"'{p.name}' has other quantizer state than a {p.scheme.method} quantizer")
     state = {}
     for name, shape, dtype in table:
-        if _shape(shape) != tuple(own[name].shape) or _dtype(dtype) != own[name].dtype:
+        kinds = {_dtype(dtype).is_floating_point, own[name].is_floating_point()}
+        if _shape(shape) != tuple(own[name].shape) or len(kinds) > 1:
             raise reader.fail(f"'{p.name}': {name} has another shape or dtype")
         value = reader.take("quantizers", own[name].numel(), torch.float32, p.name)
         if not bool(value.isfinite().all()):
@@ -430,7 +480,8 @@ def _fill_floats(model: nn.Module, meta: dict[str, Any], reader: _Reader) -> Non
             t = own[name]
             if _shape(shape) != tuple(t.shape):
                 raise reader.fail(f"parameter '{name}' has shape {shape}, the model's is {list(t.shape)}")
-            if _dtype(dtype).is_floating_point != t.is_floating_point():
+            kinds = {_dtype(dtype).is_floating_point, _dtype(stored).is_floating_point, t.is_floating_point()}
+            if len(kinds) > 1:
                 raise reader.fail(f"parameter '{name}' has dtype {dtype}, the model's is {t.dtype}")
             if stored != dtype:
                 runtime.float_dtype = _dtype(stored)
@@ -461,9 +512,9 @@ def load_float(path: str | os.PathLike[str]) -> Any:
     if metadata.get("format") != _FLOAT_FORMAT or metadata.get("format_version") != _VERSION:
         raise FormatError(f"{path} is not a float model of ssmquant (format version {_VERSION})")
     try:
-        model = zoo.build(json.loads(metadata.get("zoo", "")))
+        model = _build(json.loads(metadata.get("zoo", "")), sum(t.numel() for t in state.values()))
         load_checkpoint(model, state)
-    except (ValueError, RuntimeError, TypeError, SsmquantError) as e:
+    except (*_MALFORMED, SsmquantError) as e:
         raise FormatError(f"{path} does not fit the model that it describes: {e}") from e
     return model.eval()
 
@@ -493,7 +544,9 @@ def load_checkpoint(model: nn.Module, source: Mapping[str, Any] | str | os.PathL
         if isinstance(source, Mapping) and isinstance(source.get(key), Mapping):
             source = source[key]
             break
-    if not isinstance(source, Mapping) or not all(isinstance(v, Tensor) for v in source.values()):
+    if not isinstance(source, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in source.items()
+    ):
         raise FormatError("the checkpoint is not a mapping of names to tensors")
     own = model.state_dict()
     ours = {k: v for k, v in own.items() if not k.startswith("_ssmquant.")}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssmquant.adapter import Adapter, find_adapter, get_adapter
 from ssmquant.config import QConfig
-from ssmquant.errors import CalibrationError, ConfigError, InputError, NotCalibratedError
+from ssmquant.errors import CalibrationError, ConfigError, InputError
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import (
     Runtime,
@@ -22,6 +22,7 @@ from ssmquant.graph.runtime import (
     bind,
     initialize_weights,
     is_prepared,
+    move_plain_tensors,
     refuse_elsewhere,
     runtime_of,
 )
@@ -131,6 +132,13 @@ def trace_example(model: nn.Module, bound: tuple[Any, ...]) -> None:
     runtime.notes = sorted(notes)
 
 
+def ensure_traced(model: nn.Module) -> None:
+    """Makes the first records again where there are none: of a model fresh from pickle."""
+    runtime = runtime_of(model)
+    if not runtime.records:
+        trace_example(model, runtime.example)
+
+
 def make_quantizer(point: Point, config: QConfig) -> Quantizer:
     """The quantizer of a point, as its scheme says."""
     cls = get_quantizer(point.scheme.method)
@@ -157,6 +165,7 @@ def _make_quantizers(model: nn.Module) -> None:
             elif p.key not in runtime.weights:
                 runtime.weights[p.key] = make_quantizer(p, runtime.config)
     runtime.to(device)
+    move_plain_tensors(model, lambda t: t.to(device))
     runtime.train(model.training)
 
 
@@ -164,12 +173,14 @@ def _make_quantizers(model: nn.Module) -> None:
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
+    method = runtime_of(model).method
+    call = model if method == "forward" else getattr(model, method)
     if isinstance(batch, Tensor):
-        return model(batch)
+        return call(batch)
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return call(**batch)
     if isinstance(batch, (tuple, list)) and batch:
-        return model(batch[0])
+        return call(batch[0])
     raise InputError(
         f"calibrate: a batch of type {type(batch).__name__} is neither a tensor, a tuple or list (its first element is "
         "the input) nor a dict (keyword arguments); pass forward=lambda model, batch: ..."
@@ -190,7 +201,8 @@ def calibrate(
     Runs in evaluation mode, with quantized weights and float activations.
 
     Args:
-        batches: An iterable. A tensor is passed as it is, of a tuple or list the first element, a dict as keywords.
+        batches: An iterable of what the prepared method takes. A tensor is passed as it is, of a tuple or list the
+            first element, a dict as keywords.
         max_batches: Stop after so many.
         forward: ``forward(model, batch)`` overrides how a batch is passed.
         progress: Show a progress bar; by default where stderr is a terminal and rich is installed.
@@ -291,10 +303,9 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
     if float_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"convert: float_dtype={float_dtype}: expected float32, float16, bfloat16 or None")
     for q in runtime.activations.values():
-        if isinstance(q, ActivationQuantizer) and not q.quantizer.ready:
-            raise NotCalibratedError(
-                f"convert: the range of '{q.name}' is not known: call ssmquant.calibrate, or train first"
-            )
+        if isinstance(q, ActivationQuantizer):
+            q.require_range("before converting")
+    ensure_traced(prepared)
     new = copy.deepcopy(prepared).eval()
     rt = runtime_of(new)
     for record in rt.records:

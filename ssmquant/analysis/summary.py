@@ -13,6 +13,7 @@ from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.graph.sites import Site, op_name
 from ssmquant.pack import packed_size
+from ssmquant.workflow import ensure_traced
 
 __all__ = ["Summary", "SummaryRow", "summary"]
 
@@ -149,8 +150,7 @@ def summary(model: nn.Module) -> Summary:
     For a prepared model the bytes are those that ``convert`` will give.
     """
     runtime = runtime_of(model)
-    if not runtime.records:
-        raise_if_unpickled(model)
+    ensure_traced(model)
     record = runtime.records[0]
     trace = record.trace
     samples = trace.shapes[0][0] if (0, 0) in trace.free else 1
@@ -233,12 +233,3 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     }
     buffers = [(n, b) for n, b in model.named_buffers() if n not in skip]
     return [*model.named_parameters(), *buffers]
-
-
-def raise_if_unpickled(model: nn.Module) -> None:
-    """A model fresh from pickle has no graph until its first call."""
-    from ssmquant.errors import ConfigError
-
-    raise ConfigError(
-        "this model has not been called since it was unpickled: call it once, then ask for a summary"
-    )

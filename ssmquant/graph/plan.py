@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ssmquant.config import QConfig, Rule, Scheme
 from ssmquant.errors import CoverageError
-from ssmquant.graph.sites import FloatParameter, Operand, Site, Sites
+from ssmquant.graph.sites import FloatParameter, Operand, Site, Sites, op_name
 from ssmquant.graph.trace import Trace
 
 __all__ = ["Plan", "Point", "make_plan", "module_key"]
@@ -93,8 +93,16 @@ def _reason(site: Site, rule: Rule | None, config: QConfig, adapter_float: tuple
 
 
 def _channel_axis(model: nn.Module, site: Site) -> int:
-    owner = dict(model.named_modules()).get(site.module)
-    return 1 if isinstance(owner, _ConvTransposeNd) else 0
+    """The axis of a weight that numbers output channels (directions, where it has those in front)."""
+    if site.weight is None:
+        return 1 if isinstance(model.get_submodule(site.module), _ConvTransposeNd) else 0
+    if site.weight.node is not site.parameter_node:  # through views
+        return 0
+    if site.kind == "matmul" and op_name(site.node) != "einsum" and site.weight.at != min(
+        site.weight.at, *(o.at for o in site.inputs), key=str
+    ):
+        return len(site.weight.node.meta["val"].shape) - 1  # x @ W
+    return 1 if "transpose" in op_name(site.node) else 0
 
 
 def make_plan(
@@ -144,16 +152,21 @@ def make_plan(
                 parameter = weights[site.parameter]
                 name = alias[id(parameter)]
                 base = name[: -len(".weight")] if name.endswith(".weight") else name
-                key: object = ("weight", id(parameter), None if site.view_chain else site.node)
+                shared = None if site.view_chain else site.node
+                key: object = ("weight", id(parameter), shared, scheme.bits, scheme.method)
                 axis = _channel_axis(model, site) if scheme.granularity == "channel" else None
                 groups = parameter.shape[axis] if axis is not None else 1
                 operand = site.weight or Operand("weight", None, site.node)
                 if not site.view_chain:
                     axis, groups = None, 1
-                point = Point(f"{base}:weight", "weight", scheme, operand.node, axis, groups)
-                point.parameter, point.weight_shape = site.parameter, tuple(parameter.shape)
-                point = points.setdefault(key, point)
-                point.uses.append((site, operand))
+                # Views are applied to the quantized parameter, so that all its uses share the codes.
+                node = site.parameter_node if site.view_chain and site.parameter_node else operand.node
+                if key not in points:
+                    taken = any(p.name == f"{base}:weight" for p in points.values())
+                    point = Point(f"{site.name if taken else base}:weight", "weight", scheme, node, axis, groups)
+                    point.parameter, point.weight_shape = site.parameter, tuple(parameter.shape)
+                    points[key] = point
+                points[key].uses.append((site, operand))
         for o in site.inputs:
             names = (f"{site.name}.{o.name}", site.name) if site.kind == "scan" else (site.name,)
             scheme = config.activation_scheme(
@@ -216,6 +229,12 @@ def _check_coverage(
 def _names(p: FloatParameter) -> tuple[str, str]:
     """A parameter's own name and its module's."""
     return p.name, p.name.rpartition(".")[0]
+
+
+def _with_owners(name: str) -> tuple[str, ...]:
+    """A parameter's name and those of the modules around it."""
+    parts = name.split(".")
+    return tuple(".".join(parts[:n]) for n in range(len(parts), 0, -1))
 
 
 def _why(parameters: list[FloatParameter], name: str) -> str:

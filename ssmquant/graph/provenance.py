@@ -143,7 +143,7 @@ _COMMON["__str__"] = _COMMON["__repr__"] = _ask("value", repr)  # text may becom
 _COMMON["__format__"] = lambda self, spec: format(_ask("value")(self), spec)
 _COMMON["__divmod__"] = lambda self, other: (self // other, self % other)
 _COMMON["__rdivmod__"] = lambda self, other: (other // self, other % self)
-_COMMON["__round__"] = lambda self, *n: _arith("round")(self, *n)
+_COMMON["__round__"] = _arith("round")
 _COMMON["__pos__"] = lambda self: self
 _COMMON["__reduce__"] = lambda self: (type(_strip(self)), (_strip(self),))
 _COMMON["__deepcopy__"] = lambda self, memo: self

@@ -123,11 +123,13 @@ class _Writer:
         weight = site.scan.pop("weight", None)
         node = self.map[site.node]
         node.meta["site"] = site.name
-        if weight is None:
+        if weight is None and (node.op != "call_module" or site.name in self.plan.floats):
             return
         mod = self.model.get_submodule(str(node.target))
         x = node.args[0] if node.args else node.kwargs["input"]
         with self.graph.inserting_before(node):
+            if weight is None:  # only its input is quantized; the module itself refuses to be called
+                weight = self.new(node, "get_attr", str(site.parameter), ())
             bias = self.new(node, "get_attr", f"{node.target}.bias", ()) if mod.bias is not None else None
             if isinstance(mod, nn.Linear):
                 new = self.new(node, "call_function", F.linear, (x, weight, bias))

@@ -34,6 +34,7 @@ __all__ = [
     "bind",
     "initialize_weights",
     "is_prepared",
+    "move_plain_tensors",
     "refuse_elsewhere",
     "runtime_of",
 ]
@@ -408,6 +409,11 @@ def _subclass(base: type[nn.Module], method: str, sig: inspect.Signature) -> typ
             new.__dict__[k] = copy.deepcopy(v, memo)
         return new
 
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        base._apply(self, fn, recurse)
+        move_plain_tensors(self, fn)
+        return self
+
     def _load(self: nn.Module, state: Any, strict: bool = True, assign: bool = False) -> Any:
         return _load_state(self, base, state, strict, assign)
 
@@ -418,6 +424,7 @@ def _subclass(base: type[nn.Module], method: str, sig: inspect.Signature) -> typ
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
+        "_apply": _apply,
         "load_state_dict": _load,
         OWNER: property(lambda self: self),
         "graph": property(lambda self: self._ssmquant.records[0].graph if self._ssmquant.records else None),
@@ -503,6 +510,25 @@ class _Values:
                     else getattr(args[0], target)(*args[1:], **kwargs)
                 )
         return self.known[node]
+
+
+def move_plain_tensors(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Applies ``fn`` to the plain tensor attributes that a graph reads.
+
+    ``.to()`` does not know them, and code that moves them by rebinding (``self.mean = self.mean.type_as(x)``) does so
+    no more: a graph does not rebind attributes, so it would copy them from the CPU on every call.
+    """
+    done: set[str] = set()
+    for record in runtime_of(model).records:
+        for node in record.graph.nodes:
+            name = str(node.target)
+            if node.op != "get_attr" or name in done or name == OWNER:
+                continue
+            done.add(name)
+            owner, _, attr = name.rpartition(".")
+            space = vars(model.get_submodule(owner))
+            if isinstance(space.get(attr), Tensor):
+                space[attr] = fn(space[attr])
 
 
 # ---- guards on methods ---------------------------------------------------------------------------------------------

@@ -137,6 +137,15 @@ class _Finder:
                     out.add(n)
         return {n for n in out if n.meta.get("storage") is None or n.meta["storage"] not in written}
 
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether views alone lead from one parameter to ``node``; they may take sizes of the input."""
+        if node.op == "get_attr":
+            return node in self.static and str(node.target) in self.parameters
+        if op_name(node) not in VIEWS or not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        sizes = [i for i in _inputs(node) if i is not node.args[0]]
+        return self.is_view(node.args[0]) and not any("val" in i.meta for i in sizes)
+
     def parameter_of(self, node: fx.Node) -> tuple[fx.Node | None, bool]:
         """The one parameter that a static value is made of, and whether views alone lead to it."""
         if node.op == "get_attr":
@@ -169,6 +178,8 @@ class _Finder:
                 return None
             kind = "linear" if isinstance(mod, nn.Linear) else "conv"
             name = str(node.target)
+            if f"{name}.weight" not in self.parameters:  # computed from others: weight_norm and the like
+                return None
             at: Any = 0 if node.args else "input"
             x = node.args[0] if node.args else node.kwargs["input"]
             assert isinstance(x, fx.Node)
@@ -186,8 +197,12 @@ class _Finder:
         if operands is None:
             return None
         kind = _PROJECTIONS[name][0] if name in _PROJECTIONS else "matmul"
-        weights = [o for o in operands if o.node in self.static and self.parameter_of(o.node)[0] is not None]
-        dynamic = [o for o in operands if o.node not in self.static]
+        weights = [
+            o
+            for o in operands
+            if (o.node in self.static or self.is_view(o.node)) and self.parameter_of(o.node)[0] is not None
+        ]
+        dynamic = [o for o in operands if o.node not in self.static and o not in weights]
         if len(weights) != 1 or not dynamic:
             return None
         pnode, views = self.parameter_of(weights[0].node)
@@ -317,10 +332,11 @@ class _Finder:
         while todo:
             n = todo.pop()
             for u in n.users:
-                if u in self.static and u not in seen:
-                    seen.add(u)
-                    todo.append(u)
-                elif u not in self.static:
+                if u in self.static or self.is_view(u):
+                    if u not in seen:
+                        seen.add(u)
+                        todo.append(u)
+                else:
                     name, where = op_name(u), u.meta.get("where", "")
                     site = self.by_node.get(u)
                     if site is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmquant.errors import CalibrationError, ConfigError, NotCalibratedError
+from ssmquant.modules.packed import FixedPrecision
 from ssmquant.quantizers import DLS, Quantizer
 from ssmquant.quantizers.base import Affine, QTensor, affine_decode
 from ssmquant.quantizers.dls import dls_range
@@ -37,11 +38,22 @@ class ActivationQuantizer(nn.Module):
         if self.samples is not None:
             return self._collect(x)
         if not self.training and not self.quantizer.ready:
-            raise NotCalibratedError(
-                f"the range of '{self.name}' is not known yet: call ssmquant.calibrate(prepared, batches), or run one "
-                "training step, before evaluating"
-            )
+            self.require_range("before evaluating")
         return self.quantizer(x)
+
+    def require_range(self, when: str) -> None:
+        """Raises NotCalibratedError while the range is not known."""
+        if self.quantizer.ready:
+            return
+        if bool(self.seen.isfinite().all()):
+            raise NotCalibratedError(
+                f"the range of '{self.name}' is not known: it was zero throughout the calibration; calibrate with other "
+                "data, or keep it in float (QConfig.keep_float, or a Rule with a_bits=None)"
+            )
+        raise NotCalibratedError(
+            f"the range of '{self.name}' is not known yet: call ssmquant.calibrate(prepared, batches), or run one "
+            f"training step, {when}"
+        )
 
     def encode(self, x: Tensor) -> QTensor:
         return self.quantizer.encode(x)
@@ -98,7 +110,7 @@ def _thin(x: Tensor, axis: int | None) -> Tensor:
     return thin.reshape(shape) if axis == 0 else thin.t().contiguous().reshape(shape)
 
 
-class FrozenRange(Quantizer):
+class FrozenRange(FixedPrecision, Quantizer):
     """A DLS quantizer with the range that it had on calibration data: static, so tiles and batches do not matter.
 
     Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,27 @@ from torch import Tensor, nn
 from ssmquant.pack import pack, packed_size, unpack
 from ssmquant.quantizers.base import QTensor
 
-__all__ = ["PackedTensor"]
+__all__ = ["FixedPrecision", "PackedTensor"]
 
 
-class PackedTensor(nn.Module):
+class FixedPrecision(nn.Module):
+    """A module whose buffers follow ``.to(device)`` but no cast: codes on rounded scales would be other values."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class PackedTensor(FixedPrecision):
     """A weight or a static operand after ``convert``: packed codes and the map that decodes them.
 
     Calling it returns the decoded values, of the shape and dtype of the tensor that was encoded; they equal the
-    prepared model's fake-quantized values bit for bit.
+    prepared model's fake-quantized values bit for bit. A cast (``.half()``) changes the dtype that comes out, not the map.
 
     Buffers: ``codes`` (uint8, 1-D, layout of ``ssmquant.pack``), ``scale`` and ``shift`` (float32, one element a
     group), and ``lo``/``hi``, the end clamp of DLS.
@@ -71,6 +85,11 @@ class PackedTensor(nn.Module):
 
     def forward(self) -> Tensor:
         return self.qtensor().decode()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        return self
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, bits={self.bits}, {self.codes.numel()} bytes"
