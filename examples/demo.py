@@ -62,7 +62,7 @@ class Size:
     calibration: int
 
 
-FULL = Size(steps=40, batch=4, patch=24, crop=128, calibration=4)
+FULL = Size(steps=60, batch=4, patch=24, crop=128, calibration=4)
 QUICK = Size(steps=2, batch=2, patch=16, crop=32, calibration=1)
 
 
@@ -91,7 +91,8 @@ def quantized(
     """The model loaded back from ``path`` and its worst relative error against the prepared one."""
     torch.manual_seed(seed)
     data.seed(seed)  # every scheme sees the same patches in the same order
-    recipe = Recipe(steps=size.steps, batch=size.batch, lr=2e-4, warmup=min(5, size.steps), log_every=10)
+    # So few steps want a higher rate than the published 2e-4; chosen on training photographs, held out for that.
+    recipe = Recipe(steps=size.steps, batch=size.batch, lr=1.5e-3, warmup=min(5, size.steps), log_every=10)
     title = f"{scheme} W{bits}A{bits}"
     prepared = common.quantize(
         model,

@@ -38,6 +38,11 @@ def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
 
 
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: expected True or False")
+
+
 def _check_method(name: str, value: object) -> None:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name}={value!r}: expected the name of a quantizer, for example 'lsq'")
@@ -59,7 +64,9 @@ class Rule:
     ``match`` is tried, in this order of precedence, as an exact site name, a regular expression (``"re:..."``, must
     match the whole name), a glob (contains ``*``, ``?`` or ``[``), a module type (``"Linear"``, ``"SS2D"``) and an
     operator kind (``"linear"``, ``"conv"``, ``"matmul"``, ``"scan"``). Of rules with equal precedence the first wins.
-    One operand of a scan is named ``<site>.<operand>``, for instance ``"*.scan.A"``.
+    One operand of a scan is named ``<site>.<operand>``, for instance ``"*.scan.A"``. The module type is that of the
+    module that owns the parameter. Rules that name sites also override the default placement (first and last layers,
+    gates, the adapter's); those for a type or a kind leave it.
 
     Args:
         match: The pattern.
@@ -90,6 +97,7 @@ class Rule:
         _check_bits("Rule.a_bits", self.a_bits, inherit=True)
         _check_method("Rule.weight", self.weight)
         _check_method("Rule.activation", self.activation)
+        _check_flag("Rule.keep_float", self.keep_float)
 
     def precedence(self, names: Iterable[str], types: Iterable[str], kinds: Iterable[str]) -> int | None:
         """0 (exact) to 4 (operator kind), or None where the rule does not match a site of these names."""
@@ -152,7 +160,11 @@ class QConfig:
             _check_method(name, getattr(self, name))
         _check_choice("granularity", self.granularity, ("tensor", "channel"))
         _check_choice("statistics", self.statistics, ("sample", "tensor"))
+        for name in ("keep_first_last", "keep_gates", "official"):
+            _check_flag(name, getattr(self, name))
         patterns: object = self.keep_float
+        if not isinstance(patterns, (str, list, tuple)) or not isinstance(self.rules, (list, tuple)):
+            raise ConfigError(f"keep_float={patterns!r}, rules={self.rules!r}: expected lists")
         if isinstance(patterns, str):
             raise ConfigError(f"keep_float={patterns!r}: expected a list of patterns, such as [{patterns!r}]")
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -258,6 +270,6 @@ class QConfig:
     def from_json(cls, text: str) -> QConfig:
         try:
             data = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"QConfig.from_json: not JSON ({e})") from None
         return cls.from_dict(data)

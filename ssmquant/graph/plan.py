@@ -79,9 +79,15 @@ def sample_axis(trace: Trace) -> Callable[[fx.Node], int | None]:
 
 
 def _reason(site: Site, rule: Rule | None, config: QConfig, adapter_float: tuple[Rule, ...]) -> str | None:
-    """Why a site stays in float, or None."""
-    if rule is not None:
-        return f"keep_float ({rule.match})" if rule.keep_float else None
+    """Why a site stays in float, or None.
+
+    A rule that names sites (exactly, by expression or glob) speaks louder than the default placement; one for a whole
+    module type or operator kind says how to quantize those that are quantized.
+    """
+    if rule is not None and rule.keep_float:
+        return f"keep_float ({rule.match})"
+    if rule is not None and rule.precedence((site.name,), (), ()) is not None:
+        return None
     for r in adapter_float:
         if r.precedence((site.name,), site.types, (site.kind,)) is not None:
             return "published placement"
@@ -226,14 +232,9 @@ def _check_coverage(
         )
 
 
-def _names(p: FloatParameter) -> tuple[str, str]:
-    """A parameter's own name and its module's."""
-    return p.name, p.name.rpartition(".")[0]
-
-
-def _with_owners(name: str) -> tuple[str, ...]:
-    """A parameter's name and those of the modules around it."""
-    parts = name.split(".")
+def _names(p: FloatParameter) -> tuple[str, ...]:
+    """A parameter's own name and those of the modules around it."""
+    parts = p.name.split(".")
     return tuple(".".join(parts[:n]) for n in range(len(parts), 0, -1))
 
 

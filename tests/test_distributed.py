@@ -1,0 +1,79 @@
+"""Two processes train one prepared model (DDP over gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = """
+import json, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import ssmquant
+from tests.small import tiny_mambair, images
+rank, where = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
+torch.manual_seed(0)
+prepared = ssmquant.prepare(tiny_mambair(depths=(1,)), ssmquant.QConfig.qmambair(4), example_inputs=(images(1, 3, 8, 8),))
+ddp = DistributedDataParallel(prepared.train())
+optimizer = torch.optim.SGD(ssmquant.param_groups(prepared, 1e-2))
+result = []
+for step in range(2):
+    x = (1 + 4 * rank) * images(2, 3, 8, 8, seed=10 * step + rank)  # other data, of another scale, on each rank
+    loss = ddp(x).square().mean()
+    if step == 0:
+        result.append({k: v.tolist() for k, v in prepared.state_dict().items() if "activations" in k})
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+result.append({k: v.tolist() for k, v in prepared.state_dict().items()})
+deployed = ssmquant.convert(prepared)
+result.append({k: v.tolist() for k, v in deployed.state_dict().items() if k.endswith("codes")})
+dist.barrier()
+dist.destroy_process_group()
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_ranks_train_one_model(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "meet")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for rank in range(2)
+    ]
+    outputs = []
+    try:
+        for process in ranks:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err[-3000:]
+            outputs.append(json.loads(out.splitlines()[-1].replace("NaN", "null")))
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    first, second = outputs
+    alphas = {k: v for k, v in first[0].items() if k.endswith("alpha")}
+    assert len(alphas) >= 6
+    assert all(v[0] > 0 for v in alphas.values())
+    for k, v in first[0].items():
+        assert v == second[0][k], f"initialised differently: {k}"
+    moved = [k for k, v in first[0].items() if v != first[1][k]]
+    assert moved
+    for k, v in first[1].items():
+        assert v == second[1][k], f"differs after two steps: {k}"
+    assert first[2] == second[2]
+    assert first[2]
