@@ -66,7 +66,8 @@ def test_inherit_is_for_rules_and_the_scan() -> None:
     "bad",
     [
         {"weight": ""}, {"activation": None}, {"scan": 3}, {"granularity": "group"}, {"statistics": "batch"},
-        {"granularity": None}, {"keep_float": "head"}, {"keep_float": [""]}, {"keep_float": ["re:("]}, {"keep_float": [3]},
+        {"granularity": None}, {"keep_float": "head"}, {"keep_float": [""]}, {"keep_float": ["re:("]},
+        {"keep_float": [3]},
         {"rules": ["head"]}, {"rules": [{"match": "head"}]}, {"version": 2}, {"version": "1"},
     ],
     ids=str,
@@ -206,9 +207,11 @@ def test_a_missing_key_is_the_default() -> None:
     [
         "", "{", "nonsense", "[]", "3", "null", '"x"', '{"bits": 4}', '{"w_bits": 4, "more": 1}', '{"version": 2}',
         '{"version": null}', '{"w_bits": 1}', '{"w_bits": "4"}', '{"w_bits": true}', '{"w_bits": 4.0}', '{"rules": 3}',
-        '{"rules": null}', '{"rules": [3]}', '{"rules": ["x"]}', '{"rules": [{}]}', '{"rules": [{"match": "x", "bits": 3}]}',
+        '{"rules": null}', '{"rules": [3]}', '{"rules": ["x"]}', '{"rules": [{}]}',
+        '{"rules": [{"match": "x", "bits": 3}]}',
         '{"rules": {"match": "x"}}', '{"keep_float": "x"}', '{"keep_float": 3}', '{"keep_float": null}',
-        '{"keep_float": [3]}', '{"official": "no"}', '{"keep_gates": 1}', '{"rules": [{"match": "x", "keep_float": "no"}]}',
+        '{"keep_float": [3]}', '{"official": "no"}', '{"keep_gates": 1}',
+        '{"rules": [{"match": "x", "keep_float": "no"}]}',
         "[" * 100_000,
     ],
 )  # fmt: skip
@@ -217,9 +220,11 @@ def test_bad_json(text: str) -> None:
         QConfig.from_json(text)
 
 
-@given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
-                    lambda x: st.one_of(st.lists(x), st.dictionaries(st.sampled_from(["rules", "w_bits", "keep_float", "match",
-                                                                                      "granularity", "version"]), x))))  # fmt: skip
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text())
+KEYS = st.sampled_from(["rules", "w_bits", "keep_float", "match", "granularity", "version"])
+
+
+@given(st.recursive(VALUES, lambda x: st.one_of(st.lists(x), st.dictionaries(KEYS, x))))
 def test_any_json_is_read_or_refused(data: Any) -> None:
     try:
         assert isinstance(QConfig.from_dict(data), QConfig)

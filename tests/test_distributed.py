@@ -21,7 +21,7 @@ rank, where = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
 torch.manual_seed(0)
-prepared = ssmquant.prepare(tiny_mambair(depths=(1,)), ssmquant.QConfig.qmambair(4), example_inputs=(images(1, 3, 8, 8),))
+prepared = ssmquant.prepare(tiny_mambair(), ssmquant.QConfig.qmambair(4), example_inputs=(images(1, 3, 8, 8),))
 ddp = DistributedDataParallel(prepared.train())
 optimizer = torch.optim.SGD(ssmquant.param_groups(prepared, 1e-2))
 result = []

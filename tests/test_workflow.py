@@ -58,7 +58,7 @@ def packed(model: nn.Module) -> dict[str, PackedTensor]:
 def mambair() -> Any:
     """A calibrated W4A4 MambaIR; tests copy it."""
     torch.manual_seed(0)
-    model = tiny_mambair(depths=(1, 1))
+    model = tiny_mambair()
     return prepared_and_calibrated(model, QConfig(w_bits=4, a_bits=4), images(2, 3, 8, 10))
 
 
@@ -304,6 +304,17 @@ def test_calibration_helps() -> None:
     assert error[1] < error[0]
 
 
+@pytest.mark.parametrize(
+    "config", [QConfig.qmambair(3), QConfig.minmax(4, 4), QConfig.lsq(2, 2)], ids=lambda c: c.scan
+)
+def test_calibrating_again_starts_afresh(config: QConfig) -> None:
+    once = ssmquant.calibrate(fresh(config), [X])
+    twice = fresh(config)
+    for batches in ([50 * X**3], [X], [X]):
+        ssmquant.calibrate(twice, batches)
+    assert_same_state(state_of(twice), state_of(once))
+
+
 def test_the_first_training_batch_initialises_instead() -> None:
     prepared = fresh().train()
     before = state_of(prepared)
@@ -444,9 +455,10 @@ def test_conversion_computes_the_same(name: str) -> None:
                 p.add_(0.02 * torch.randn_like(p) * p.abs().mean())
     before = state_of(prepared)
     deployed = ssmquant.convert(prepared)
-    for size in ((1, 3, 8, 10), (3, 3, 9, 6)):
-        x = images(*size)
-        assert torch.equal(deployed(x), prepared(x)), size
+    with torch.no_grad():
+        for size in ((1, 3, 8, 10), (3, 3, 9, 6)):
+            x = images(*size)
+            assert torch.equal(deployed(x), prepared(x)), size
     assert not torch.allclose(deployed(x), model.eval()(x), atol=1e-5)
     assert_same_state(state_of(prepared), before)
     prepared.train()
@@ -642,7 +654,7 @@ def test_state_dict_round_trip(stage: str, mambair: Any) -> None:
     torch.optim.SGD(ssmquant.param_groups(trained, 0.05)).step()
     trained.eval()
     torch.manual_seed(9)
-    other, small = tiny_mambair(depths=(1, 1)), images(1, 3, 6, 6)
+    other, small = tiny_mambair(), images(1, 3, 6, 6)
     blank = ssmquant.prepare(other, QConfig(w_bits=4, a_bits=4), example_inputs=(small,)).eval()
     x = images(1, 3, 9, 7)
     if stage == "prepared":
@@ -661,7 +673,7 @@ def test_state_dict_round_trip(stage: str, mambair: Any) -> None:
 
 def test_float_checkpoints_load_strictly_before_and_after(mambair: Any) -> None:
     torch.manual_seed(4)
-    other = tiny_mambair(depths=(1, 1))
+    other = tiny_mambair()
     x = images(1, 3, 8, 10)
     before = prepared_and_calibrated(other, QConfig(w_bits=4, a_bits=4), images(2, 3, 8, 10))
     after = copy.deepcopy(mambair)
@@ -680,7 +692,7 @@ def test_float_checkpoints_load_strictly_before_and_after(mambair: Any) -> None:
     with pytest.raises(RuntimeError, match=r"norm\.weight"):
         after.load_state_dict(state)
     own = {k: v for k, v in after.state_dict().items() if not k.startswith("_ssmquant.")}
-    tiny_mambair(depths=(1, 1)).load_state_dict(own)
+    tiny_mambair().load_state_dict(own)
 
 
 def test_a_deployed_model_refuses_a_float_checkpoint() -> None:

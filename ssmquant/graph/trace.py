@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import random
 import sys
 import threading
@@ -111,9 +112,18 @@ def is_leaf(extra: tuple[str, ...] = ()) -> Callable[[nn.Module], bool]:
             return True
         if "forward" in vars(mod) or isinstance(mod, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False
+        if isinstance(mod, (nn.Linear, nn.modules.conv._ConvNd)) and (
+            _hooked(mod) or "weight" not in mod._parameters or mod._parameters["weight"] is None
+        ):
+            return False  # hooks and parametrizations run only if the code is looked into
         return type(mod).forward.__module__.startswith("torch.nn.") and type(mod) is not nn.Module
 
     return leaf
+
+
+def _hooked(mod: nn.Module) -> bool:
+    pre = [h for h in mod._forward_pre_hooks.values() if not getattr(h, "is_ssmquant", False)]
+    return bool(pre or mod._forward_hooks or mod._backward_hooks or mod._backward_pre_hooks)
 
 
 # ---- patches, snapshot ---------------------------------------------------------------------------------------------
@@ -158,6 +168,16 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
     enter, leave = autocast.__enter__, autocast.__exit__
     generator = torch.utils.checkpoint._checkpoint_without_reentrant_generator
     mine = threading.get_ident()
+    asked = {
+        (space, name): getattr(space, name)
+        for space, name in (
+            (torch, "is_grad_enabled"),
+            (torch, "is_autocast_enabled"),
+            (torch, "get_autocast_dtype"),
+            (torch, "get_autocast_gpu_dtype"),
+        )
+        if hasattr(space, name)
+    }
 
     def active() -> bool:
         return threading.get_ident() == mine and not rec.busy
@@ -175,6 +195,7 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
 
     def autocast_enter(self: Any) -> Any:
         if active():
+            rec.reads_grad = rec.sets_modes = True
             args = (self.device, self.fast_dtype, self._enabled, self._cache_enabled)
             node = rec._node("call_function", torch.amp.autocast_mode._enter_autocast, args, {})
             node.meta["impure"] = True
@@ -204,6 +225,14 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
         with rec.checkpointed():
             yield
 
+    def asking(original: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if active():
+                rec.reads_grad = True
+            return original(*args, **kwargs)
+
+        return ask
+
     class Training:
         """``self.training`` as the user's code reads it: what is read is a guard, what is not read does not matter."""
 
@@ -221,7 +250,11 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
     restore_apply: Callable[[], None] = lambda: None  # noqa: E731
     with _PATCH_LOCK:
         try:
+            if _t.active_recorder() is not None:
+                raise TraceError("a model was prepared or traced inside the forward of another one that is being traced")
             nn.Module.training = Training()  # type: ignore[assignment]
+            for (space, name), original in asked.items():
+                setattr(space, name, asking(original))
             nn.Module.__call__ = call  # type: ignore[method-assign]
             restore_apply = _swap_apply(apply)
             autocast.__enter__, autocast.__exit__ = autocast_enter, autocast_exit  # type: ignore[method-assign]
@@ -231,10 +264,10 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
                 if name.split(".")[0] not in ("torch", "builtins", "ssmquant") or name.startswith(
                     "ssmquant.zoo"
                 ):
-                    space = vars(sys.modules[name]) if name in sys.modules else dict[str, Any](int=int)
-                    if "int" not in space:
-                        space["int"] = IntShim
-                        shimmed.append(space)
+                    globals_ = vars(sys.modules[name]) if name in sys.modules else dict[str, Any](int=int)
+                    if "int" not in globals_:
+                        globals_["int"] = IntShim
+                        shimmed.append(globals_)
             _t._LOCAL.recorder = rec
             yield
         finally:
@@ -244,8 +277,10 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
             restore_apply()
             autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
             torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
-            for space in shimmed:
-                del space["int"]
+            for shim in shimmed:
+                del shim["int"]
+            for (space, name), original in asked.items():
+                setattr(space, name, original)
 
 
 @contextlib.contextmanager
@@ -260,6 +295,13 @@ def _snapshot(model: nn.Module, rec: Recorder) -> Iterator[None]:
     try:
         yield
         _note_rebinding(rec, saved)
+        drawn = random.getstate() != states[0]
+        drawn |= any(not np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[1], strict=True))
+        if drawn:
+            raise TraceError(
+                f"the forward of {type(model).__name__} draws from Python's or numpy's random generator; a graph would "
+                "repeat one draw for ever. Use torch's random functions"
+            )
     finally:
         for _, mod, attrs, inner in saved:
             space = vars(mod)
@@ -278,7 +320,13 @@ def _snapshot(model: nn.Module, rec: Recorder) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints tracebacks for sizes that do not fit
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _note_rebinding(rec: Recorder, saved: list[Any]) -> None:
@@ -303,7 +351,7 @@ def _output(rec: Recorder, out: Any) -> Any:
     if isinstance(out, (Tensor, SInt, SFloat)):
         return rec.lower(out, False)
     if dataclasses.is_dataclass(out) and not isinstance(out, type):
-        kwargs = {f.name: _output(rec, getattr(out, f.name)) for f in dataclasses.fields(out)}
+        kwargs = {f.name: _output(rec, getattr(out, f.name)) for f in dataclasses.fields(out) if f.init}
         kwargs = {k: v for k, v in kwargs.items() if v is not None} if isinstance(out, dict) else kwargs
         return rec._node("call_function", type(out), (), kwargs)
     if isinstance(out, tuple) and hasattr(out, "_fields"):
@@ -330,6 +378,7 @@ def run_once(
     unbind: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> Traced:
     """Traces ``method`` once at ``shapes``. ``unbind`` turns bound arguments back into ``*args, **kwargs``."""
+    grad = torch.is_grad_enabled()
     for hashable in (False, True):
         rec = Recorder(model, leaf, hashable=hashable)
         inputs = [
@@ -402,7 +451,7 @@ def same_graph(a: Traced, b: Traced) -> bool:
 
 def _batch_dims(shapes: Shapes) -> set[tuple[int, int]]:
     first = next((s[0] for s in shapes if len(s) >= 2), None)
-    return {(i, 0) for i, s in enumerate(shapes) if len(s) >= 2 and s[0] == first}
+    return {(i, 0) for i, s in enumerate(shapes) if len(s) >= 1 and s[0] == first}
 
 
 def _space_dims(shapes: Shapes) -> list[tuple[int, int]]:
@@ -470,7 +519,7 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
             return None
         return again if same_graph(start, again) else None
 
-    # Multiples keep whatever divisibility the model wants; equal sizes change together, unequal ones differently.
+    # Multiples keep whatever divisibility the model wants; different ones for different dimensions.
     wide = dict.fromkeys(batch, 5)
     space = {(i, d): shapes[i][d] * (2 + d % 3) for i, d in _space_dims(shapes)}
     other = holds(wide | space)
@@ -482,16 +531,41 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
             free |= set(wide)
         elif wide:  # the batch size was baked: start from the given one
             hint, start = shapes, run(shapes)
-        for key, size in space.items():
+        rest = {(i, d): n * (2 + d % 3) for i, s in enumerate(shapes) for d, n in enumerate(s) if d > 0}
+        for key, size in rest.items():
             single = holds({key: size})
             if single is not None:
                 free.add(key)
                 other = other or single
-    # Channels and the like are not tried: the model's own operators check them again at run time.
+    free -= _leaks(start, hint, free - set(wide), run)
+    # Every other dimension is pinned: another size there is traced anew.
     inputs, inner = _split(start)
-    return Trace(
-        start, inputs + _pins(start, hint, set(wide | space) - free), inner, hint, other, frozenset(free)
-    )
+    every = {(i, d) for i, s in enumerate(shapes) for d in range(len(s))}
+    return Trace(start, inputs + _pins(start, hint, every - free), inner, hint, other, frozenset(free))
+
+
+def _leaks(start: Traced, hint: Shapes, free: set[tuple[int, int]], run: Callable[[Shapes], Traced]) -> set[tuple[int, int]]:
+    """Free dimensions that reach C code (``range``, ``math.gcd``), which asks no guard.
+
+    Multiples do not show it (``range(H % 4)``), so sizes that are none are tried: where the code runs there, every
+    guard holds and the graph is another one, the size went somewhere unseen.
+    """
+
+    def differs(dims: set[tuple[int, int]]) -> bool:
+        sizes = _resized(hint, {(i, d): hint[i][d] + 1 + 2 * (d % 2) for i, d in dims})
+        inputs, _ = _split(start)
+        if not all(g.holds(_guard_size(start.graph, sizes)) for g in inputs):
+            return False
+        try:
+            again = run(sizes)
+        except Exception:  # these sizes are none that the model takes
+            return False
+        return not same_graph(start, again)
+
+    if not free or not differs(free):
+        return set()
+    guilty = {key for key in free if differs({key})}
+    return guilty or free
 
 
 def _pins(traced: Traced, shapes: Shapes, dims: set[tuple[int, int]]) -> list[Guard]:

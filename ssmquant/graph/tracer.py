@@ -63,6 +63,7 @@ _RANDOM = {
     "randint_like", "dropout", "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "cauchy_", "geometric_",
     "log_normal_", "gumbel_softmax", "feature_dropout", "alpha_dropout", "rrelu",
 }  # fmt: skip
+_HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward"}
 _MODE_DEPENDENT = {"DropPath", "StochasticDepth"}
 
 
@@ -90,13 +91,16 @@ class Traced:
     guards: list[Guard]
     constants: dict[str, Tensor]
     functions: dict[str, nn.Module]
-    out_spec: Any
     baked: dict[str, str]  # parameters whose value was read as a Python number -> line
-    rebound: dict[str, str]  # attributes rebound to a computed tensor -> line
+    rebound: dict[str, str]  # attributes rebound to a computed tensor, and how that is treated
     reads_dtype: bool = False
     uses_device: bool = False
+    reads_layout: bool = False
+    reads_grad: bool = False  # grad mode or autocast state were asked for, or set
+    sets_modes: bool = False  # grad mode or autocast are switched inside
+    reads_parameter_dtype: bool = False
+    grad: bool = True  # grad mode of the trace
     training_read: dict[str, bool] = field(default_factory=dict)  # modules whose ``training`` the code read
-    notes: list[str] = field(default_factory=list)
 
 
 class _Net(TorchDispatchMode):
@@ -108,7 +112,10 @@ class _Net(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.rec.busy:
+        tensors: list[Tensor] = []
+        _collect_tensors((args, kwargs), tensors)
+        known = any(isinstance(t, FakeTensor) or id(t) in self.rec.values or id(t) in self.rec.owned for t in tensors)
+        if self.rec.busy or not known:
             return func(*args, **kwargs)
         return self.rec.record("call_function", func, args, kwargs, func)
 
@@ -145,8 +152,8 @@ class Recorder(TorchFunctionMode):
         self.training_read: dict[str, bool] = {}
         self.region: int | None = None
         self.regions = 0
-        self.reads_dtype = self.uses_device = False
-        self.grad_stack: list[tuple[bool, fx.Node]] = []
+        self.reads_dtype = self.uses_device = self.reads_layout = self.reads_grad = self.sets_modes = False
+        self.reads_parameter_dtype = False
         self._collect_owned()
 
     # ---- what belongs to the model -------------------------------------------------------------------------------
@@ -174,10 +181,13 @@ class Recorder(TorchFunctionMode):
         self.values[id(obj)] = (obj, node, fake)
         node.meta["val"] = fake
         if "storage" not in node.meta:
+            self.busy += 1
             try:
                 node.meta["storage"] = fake.untyped_storage()._cdata
             except (NotImplementedError, RuntimeError):
                 node.meta["storage"] = None
+            finally:
+                self.busy -= 1
 
     # ---- errors, guards ------------------------------------------------------------------------------------------
     def where(self) -> str:
@@ -241,10 +251,13 @@ class Recorder(TorchFunctionMode):
         name = f"const_{len(self.constants)}"
         self.busy += 1
         self.constants[name] = t.detach()
+        pointer = t.untyped_storage().data_ptr() if t.numel() else None
         self.busy -= 1
-        return self._get_attr(t, f"_ssmquant.constants.{name}", prefix="const")
+        node, fake = self._get_attr(t, f"_ssmquant.constants.{name}")
+        node.meta["pointer"] = pointer
+        return node, fake
 
-    def _get_attr(self, t: Tensor, name: str, prefix: str | None = None) -> tuple[fx.Node, Tensor]:
+    def _get_attr(self, t: Tensor, name: str) -> tuple[fx.Node, Tensor]:
         self.busy += 1
         try:
             with torch.no_grad(), self.fake:
@@ -272,6 +285,12 @@ class Recorder(TorchFunctionMode):
                 "that computes outside torch's API).",
                 "Make the module that holds this code a leaf: prepare(..., adapter=Adapter(leaf=('ClassName',))).",
             )
+        if isinstance(t, nn.Parameter) or t.requires_grad:
+            raise self.fail(
+                "A parameter was used that does not belong to this model: a closure or a list holds it, so the copy that "
+                "is prepared would compute with the original's weights.",
+                "Reach it through self, or use a bound method instead of a closure.",
+            )
         self.keep.append(t)
         return self.constant(t)
 
@@ -298,8 +317,11 @@ class Recorder(TorchFunctionMode):
             return {k: self.lower(v, fakes) for k, v in x.items()}
         if isinstance(x, slice):
             return slice(self.lower(x.start, fakes), self.lower(x.stop, fakes), self.lower(x.step, fakes))
-        if x is torch.preserve_format or x is None:
-            return x
+        if isinstance(x, torch.Generator):
+            raise self.fail(
+                "A random generator is an argument of an operator; a graph cannot hold one.",
+                "Leave the generator out (the global one is seeded by torch.manual_seed), or draw outside the model.",
+            )
         return x
 
     def record(self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
@@ -321,6 +343,10 @@ class Recorder(TorchFunctionMode):
         finally:
             self.busy -= 1
         mutated = [t for (t, f), v in zip(before, versions, strict=True) if f._version != v]
+        if not mutated and op != "call_module" and out is not None and not _has_tensor(out):
+            # A question about a tensor (is_floating_point, is_contiguous ...): the answer holds for calls like this.
+            self.reads_dtype = self.reads_layout = True
+            return out
         if mutated:
             nargs, nkwargs = self._own_copies(mutated, nargs, nkwargs)
         node = self._node(op, target, nargs, nkwargs)
@@ -336,6 +362,14 @@ class Recorder(TorchFunctionMode):
         for t in mutated:
             old, fake = self.lookup(t)
             if old.op == "get_attr" and str(old.target).startswith("_ssmquant.constants."):
+                if any(
+                    other is not old and other.op == "get_attr" and other.meta.get("pointer") == old.meta.get("pointer")
+                    for _, other, _ in list(self.values.values())
+                ) or getattr(t, "_base", None) is not None:
+                    raise self.fail(
+                        "The code writes into a view of a tensor that it made without looking at a size or an activation.",
+                        "Make the tensor from the input, as in x.new_zeros(...), or write into the tensor itself.",
+                    )
                 new = self._node("call_method", "clone", (old,), {})
                 self._bind(t, new, fake)
                 swap = {old: new}
@@ -423,6 +457,11 @@ class Recorder(TorchFunctionMode):
         owned = [t for t in tensors if id(t) in self.owned]
         if name in ("size", "numel", "nelement", "__len__", "dim", "stride", "element_size") and traced:
             return self._sizes(name, args, kwargs, func)
+        if name in _HOOKS and traced:
+            raise self.fail(
+                f"The code registers something on an activation ({name}), which a graph cannot keep.",
+                "Use a module's hooks, or an autograd.Function.",
+            )
         if name in _READS_DATA:
             if traced:
                 raise self.fail(
@@ -470,6 +509,11 @@ class Recorder(TorchFunctionMode):
             return self.record("call_function", getattr, (t, attr), {}, getattr)
         if isinstance(t, FakeTensor):
             self.reads_dtype |= attr in ("dtype", "is_cuda", "device", "is_cpu")
+            if attr == "requires_grad":  # fakes never do: what stands for an activation would, under grad mode
+                self.reads_grad = True
+                return t.dtype.is_floating_point and torch.is_grad_enabled()
+        elif id(t) in self.owned:
+            self.reads_parameter_dtype |= attr in ("dtype", "is_cuda", "device", "is_cpu")
         return out
 
     def _sizes(self, name: str, args: Any, kwargs: Any, func: Any) -> Any:
@@ -494,17 +538,9 @@ class Recorder(TorchFunctionMode):
         return sizes if dim is None else sizes[_strip(dim)]
 
     def _set_grad(self, value: bool) -> None:
-        # The trace runs with gradients on; a block that switches them off must restore what the *caller* had.
-        previous = torch.is_grad_enabled()
-        if self.grad_stack and self.grad_stack[-1][0] == value and previous != value:
-            _, node = self.grad_stack.pop()
-            new = self._node("call_function", torch._C._set_grad_enabled, (node,), {})
-        else:
-            node = self._node("call_function", torch.is_grad_enabled, (), {})
-            node.meta["impure"] = True
-            self.grad_stack.append((previous, node))
-            new = self._node("call_function", torch._C._set_grad_enabled, (bool(value),), {})
-        new.meta["impure"] = True
+        self.reads_grad = self.sets_modes = True
+        node = self._node("call_function", torch._C._set_grad_enabled, (bool(value),), {})
+        node.meta["impure"] = True
         self.busy += 1
         torch._C._set_grad_enabled(value)
         self.busy -= 1
@@ -522,7 +558,8 @@ class Recorder(TorchFunctionMode):
             return call(mod, *args, **kwargs)
         tensors: list[Tensor] = []
         sized = _collect_tensors((args, kwargs), tensors)
-        if self.leaf(mod) and (sized or tensors):
+        sized_output = isinstance(mod, nn.modules.conv._ConvTransposeNd) and (len(args) > 1 or "output_size" in kwargs)
+        if self.leaf(mod) and (sized or tensors) and not sized_output:
             return self.record(
                 "call_module", name, args, kwargs, lambda *a, **k: self._leaf_run(mod, call, a, k)
             )
@@ -599,6 +636,12 @@ def _collect_tensors(x: Any, out: list[Tensor]) -> bool:
     if isinstance(x, slice):
         return any([_collect_tensors(i, out) for i in (x.start, x.stop, x.step)])
     return False
+
+
+def _has_tensor(x: Any) -> bool:
+    if isinstance(x, (tuple, list)):
+        return any(_has_tensor(i) for i in x)
+    return any(_has_tensor(i) for i in x.values()) if isinstance(x, dict) else isinstance(x, Tensor)
 
 
 def _plain_ints(x: Any) -> Any:

@@ -47,8 +47,8 @@ class ActivationQuantizer(nn.Module):
             return
         if bool(self.seen.isfinite().all()):
             raise NotCalibratedError(
-                f"the range of '{self.name}' is not known: it was zero throughout the calibration; calibrate with other "
-                "data, or keep it in float (QConfig.keep_float, or a Rule with a_bits=None)"
+                f"the range of '{self.name}' is not known: it was zero throughout the calibration; calibrate with "
+                "other data, or keep it in float (QConfig.keep_float, or a Rule with a_bits=None)"
             )
         raise NotCalibratedError(
             f"the range of '{self.name}' is not known yet: call ssmquant.calibrate(prepared, batches), or run one "
@@ -81,6 +81,8 @@ class ActivationQuantizer(nn.Module):
         """Fit the quantizer to what was collected."""
         samples, self.samples = self.samples or [], None
         if samples:
+            if any(bool(s.any()) for s in samples):
+                self.quantizer.reset()  # the result depends on these data only, not on a calibration before
             self.quantizer.fit(samples)
             s = torch.stack(self.stats)
             self.seen.copy_(torch.stack((s[:, 0].mean(), s[:, 1].mean(), s[:, 2].amin(), s[:, 3].amax())))

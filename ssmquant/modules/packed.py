@@ -31,7 +31,8 @@ class PackedTensor(FixedPrecision):
     """A weight or a static operand after ``convert``: packed codes and the map that decodes them.
 
     Calling it returns the decoded values, of the shape and dtype of the tensor that was encoded; they equal the
-    prepared model's fake-quantized values bit for bit. A cast (``.half()``) changes the dtype that comes out, not the map.
+    prepared model's fake-quantized values bit for bit. A cast (``.half()``) changes the dtype that comes out, not the
+    map.
 
     Buffers: ``codes`` (uint8, 1-D, layout of ``ssmquant.pack``), ``scale`` and ``shift`` (float32, one element a
     group), and ``lo``/``hi``, the end clamp of DLS.

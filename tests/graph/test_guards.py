@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ CONFIG = QConfig(w_bits=4, a_bits=4, keep_first_last=False)
 
 
 @pytest.fixture
-def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with every run of the user's code under the tracer."""
     made: list[str] = []
     original = Runtime.make_trace
@@ -30,7 +29,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return original(self, model, call, **kwargs)
 
     monkeypatch.setattr(Runtime, "make_trace", watch)
-    yield made
+    return made
 
 
 def test_known_sizes_are_never_traced_again(traces: list[str]) -> None:

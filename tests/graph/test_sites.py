@@ -418,8 +418,8 @@ def test_a_scan_computes_on_its_quantized_operands() -> None:
             "bcl,kc->bkl", quantized(model, "x_proj:input", u), w["x_proj:weight"](model.x_proj)
         )
         delta, b, c = parts.split([4, 2, 2], 1)
-        q = [quantized(model, f"scan.{k}", v) for k, v in
-             (("u", u), ("delta", delta), ("A", -torch.exp(model.A_log)), ("B", b), ("C", c), ("D", model.D))]  # fmt: skip
+        operands = {"u": u, "delta": delta, "A": -torch.exp(model.A_log), "B": b, "C": c, "D": model.D}
+        q = [quantized(model, f"scan.{k}", v) for k, v in operands.items()]
         bias = quantized(model, "scan.delta_bias", model.dt_bias)
         y = selective_scan(*q, delta_bias=bias, delta_softplus=True).transpose(1, 2).contiguous()
         weight = w["out_proj:weight"](model.out_proj.weight)
@@ -592,9 +592,13 @@ def test_adapters_say_what_stays_in_float_and_rules_overrule_them() -> None:
     adapter = Adapter("mine", keep_float=("re:in_.*",))
     prepared = ssmquant.prepare(Scanner(), QConfig(w_bits=2, a_bits=2), example_inputs=(X,), adapter=adapter)
     assert rows(prepared)["in_proj"].note == "published placement"
-    config = QConfig(w_bits=2, a_bits=2, rules=(Rule("Linear", w_bits=5),))
-    overruled = ssmquant.prepare(Scanner(), config, example_inputs=(X,), adapter=adapter)
-    assert rows(overruled)["in_proj"].scheme == "W5A2"
+    for rule, scheme in ((Rule("in_*", w_bits=5), "W5A2"), (Rule("Linear", w_bits=5), "float")):
+        config = QConfig(w_bits=2, a_bits=2, rules=(rule,))
+        overruled = ssmquant.prepare(Scanner(), config, example_inputs=(X,), adapter=adapter)
+        assert (
+            rows(overruled)["in_proj"].scheme == scheme
+        )  # a rule that names it speaks louder, one for a type does not
+        assert rows(overruled)["out_proj"].scheme == ("W2A2" if scheme == "W5A2" else "W5A2")
 
 
 # ---- the published placement ---------------------------------------------------------------------------------------
