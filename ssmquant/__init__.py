@@ -1,9 +1,9 @@
 """ssmquant: low-bit quantization of state-space vision models, for existing codebases.
 
-    prepared = ssmquant.prepare(model, ssmquant.QConfig(w_bits=2, a_bits=2))
-    ...  # fine-tune
-    deployed = ssmquant.convert(prepared)
-    ssmquant.save(deployed, "restorer.safetensors")
+prepared = ssmquant.prepare(model, ssmquant.QConfig(w_bits=2, a_bits=2))
+...  # fine-tune
+deployed = ssmquant.convert(prepared)
+ssmquant.save(deployed, "restorer.safetensors")
 """
 
 from ssmquant.adapter import Adapter, ScanRole, register_adapter

@@ -83,7 +83,9 @@ def get_adapter(name: str) -> Adapter:
         return _REGISTERED[name]
     modules = _modules()
     if name not in modules:
-        raise ConfigError(f"adapter {name!r}: known adapters are {', '.join(sorted({*modules, *_REGISTERED}))}")
+        raise ConfigError(
+            f"adapter {name!r}: known adapters are {', '.join(sorted({*modules, *_REGISTERED}))}"
+        )
     module, _, attr = modules[name].partition(":")
     return getattr(importlib.import_module(module), attr or "ADAPTER")
 

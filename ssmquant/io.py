@@ -30,13 +30,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._pytree import tree_map_only
 
 from ssmquant import zoo
 from ssmquant.adapter import find_adapter, get_adapter
 from ssmquant.config import QConfig
 from ssmquant.errors import ConfigError, FormatError, SsmquantError
 from ssmquant.graph.plan import Point
-from ssmquant.graph.runtime import Runtime, attach, is_prepared, refuse_elsewhere, runtime_of
+from ssmquant.graph.runtime import Runtime, attach, forget_baked, is_prepared, refuse_elsewhere, runtime_of
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.pack import packed_size
 from ssmquant.workflow import drop_parameters, ensure_traced, make_quantizer, trace_example
@@ -380,7 +381,12 @@ def _load(path: Any, meta: dict[str, Any], reader: _Reader, model: nn.Module | N
     attach(new, runtime)
     runtime.eval()
     try:
-        trace_example(new, _decode(meta["example"], device))
+        # The saved model may have been cast; the one given computes in its own precision.
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        example = tree_map_only(
+            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, _decode(meta["example"], device)
+        )
+        trace_example(new, example, training=False)
     except SsmquantError:
         raise
     except Exception as e:
@@ -401,6 +407,8 @@ def _load(path: Any, meta: dict[str, Any], reader: _Reader, model: nn.Module | N
     runtime.rebuild(new)
     drop_parameters(new)
     _fill_floats(new, meta, reader)
+    if any(r.trace.traced.baked for r in runtime.records):
+        forget_baked(new)
     reader.done()
     for p in new.parameters():
         p.requires_grad_(False)
@@ -423,14 +431,14 @@ def _fill_points(model: nn.Module, points: list[Point], meta: dict[str, Any], re
             raise reader.fail(
                 f"'{p.name}' has shape {list(shape)} at {bits} bits, the model's is {list(expected)}"
             )
-        fits = len(groups) in (0, len(shape)) and all(g in (1, s) for g, s in zip(groups, shape, strict=False))
+        fits = len(groups) in (0, len(shape)) and all(
+            g in (1, s) for g, s in zip(groups, shape, strict=False)
+        )
         if type(e["code_min"]) is not int or abs(e["code_min"]) > 128 or not fits:
             raise reader.fail(f"'{p.name}' is malformed")
         if not _dtype(e["dtype"]).is_floating_point:
             raise reader.fail(f"'{p.name}' has dtype {e['dtype']}")
-        out = PackedTensor(
-            shape, bits, e["code_min"], dtype, groups=groups, clamped=bool(e["clamped"])
-        )
+        out = PackedTensor(shape, bits, e["code_min"], dtype, groups=groups, clamped=bool(e["clamped"]))
         out.codes = reader.take("codes", packed_size(math.prod(shape), bits), torch.uint8, p.name)
         for name in ("scale", "shift", "lo", "hi") if e["clamped"] else ("scale", "shift"):
             value = reader.take("scales", math.prod(groups), torch.float32, p.name)

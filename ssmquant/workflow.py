@@ -26,6 +26,7 @@ from ssmquant.graph.runtime import (
     refuse_elsewhere,
     runtime_of,
 )
+from ssmquant.graph.sites import ancestors
 from ssmquant.graph.trace import describe_call
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.quantizers import DLS, Quantizer, get_quantizer
@@ -100,7 +101,7 @@ def prepare(
     return new
 
 
-def trace_example(model: nn.Module, bound: tuple[Any, ...]) -> None:
+def trace_example(model: nn.Module, bound: tuple[Any, ...], *, training: bool = True) -> None:
     """Traces the example call and makes the first records: one, or two where the code reads ``self.training``."""
     runtime = runtime_of(model)
     call = describe_call(bound)
@@ -117,7 +118,12 @@ def trace_example(model: nn.Module, bound: tuple[Any, ...]) -> None:
                 m.training = flag
             t = runtime.make_trace(model, call)
             runtime.records.append(runtime.build(model, call, t, check=not flag))
-            if not t.traced.training_read:  # the code never asked for the mode: one graph serves both
+            if t.traced.reads_grad:  # the other grad mode has a graph of its own
+                with torch.set_grad_enabled(not torch.is_grad_enabled()):
+                    runtime.records.append(runtime.build(model, call, runtime.make_trace(model, call)))
+            if (
+                not t.traced.training_read or not training
+            ):  # the code never asked for the mode: one graph serves both
                 break
     finally:
         for m, flag in modes.items():
@@ -129,6 +135,7 @@ def trace_example(model: nn.Module, bound: tuple[Any, ...]) -> None:
             notes.add(
                 f"parameter '{name}' is read as a Python number at {where}: its value is fixed in the graph"
             )
+        notes |= {f"attribute '{name}' {how}" for name, how in r.trace.traced.rebound.items()}
     runtime.notes = sorted(notes)
 
 
@@ -136,7 +143,7 @@ def ensure_traced(model: nn.Module) -> None:
     """Makes the first records again where there are none: of a model fresh from pickle."""
     runtime = runtime_of(model)
     if not runtime.records:
-        trace_example(model, runtime.example)
+        trace_example(model, runtime.example, training=runtime.stage == "prepared")
 
 
 def make_quantizer(point: Point, config: QConfig) -> Quantizer:
@@ -297,17 +304,23 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
         ConfigError: not a prepared model, or bad arguments.
         NotCalibratedError: activation ranges are not known.
     """
-    runtime = runtime_of(prepared, "prepared")
+    runtime_of(prepared, "prepared")
     if dls not in ("dynamic", "frozen"):
         raise ConfigError(f"convert: dls={dls!r}: expected 'dynamic' or 'frozen'")
     if float_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"convert: float_dtype={float_dtype}: expected float32, float16, bfloat16 or None")
-    for q in runtime.activations.values():
-        if isinstance(q, ActivationQuantizer):
-            q.require_range("before converting")
     ensure_traced(prepared)
     new = copy.deepcopy(prepared).eval()
     rt = runtime_of(new)
+    # What runs in training only (an auxiliary head) is not deployed, and needs no range.
+    rt.records = [r for r in rt.records if not any(r.mode.values())]
+    used = {p.key for r in rt.records for p in r.plan.points}
+    for store in (rt.activations, rt.weights):
+        for key in set(store) - used:
+            del store[key]
+    for q in rt.activations.values():
+        if isinstance(q, ActivationQuantizer):
+            q.require_range("before converting")
     for record in rt.records:
         values = _Values(new)
         for p in record.plan.points:
@@ -325,7 +338,7 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
         halve(new, float_dtype)
     for parameter in new.parameters():
         parameter.requires_grad_(False)
-    return new
+    return new.eval()  # the packed tensors are new
 
 
 def drop_parameters(model: nn.Module) -> None:
@@ -339,10 +352,11 @@ def drop_parameters(model: nn.Module) -> None:
             if p.what == "weight" and p.parameter:
                 packed.add(p.parameter)
             elif p.what == "static":
-                packed |= {str(n.target) for n in _ancestors(p.node) if n.op == "get_attr"}
+                packed |= {str(n.target) for n in ancestors(p.node) if n.op == "get_attr"}
     by_name = dict(model.named_parameters(remove_duplicate=False))
     ids = {id(by_name[n]) for n in packed if n in by_name}
     keep = {id(by_name[n]) for n in needed if n in by_name}
+    firsts: dict[int, str] = {}
     for name, parameter in by_name.items():
         owner, _, attr = name.rpartition(".")
         if (
@@ -352,14 +366,10 @@ def drop_parameters(model: nn.Module) -> None:
             and not name.startswith("_ssmquant.")
         ):
             runtime.dropped[name] = (tuple(parameter.shape), parameter.dtype)
+            first = firsts.setdefault(id(parameter), name)
+            if first != name:
+                runtime.tied[name] = first
             model.get_submodule(owner)._parameters[attr] = None
-
-
-def _ancestors(node: Any) -> set[Any]:
-    out = {node}
-    for i in node.all_input_nodes:
-        out |= _ancestors(i)
-    return out
 
 
 def halve(model: nn.Module, dtype: torch.dtype) -> None:

@@ -535,7 +535,6 @@ def test_deployed_models_cannot_be_trained_or_converted() -> None:
         ssmquant.convert(Scanner())
 
 
-@pytest.mark.xfail(reason="BUG in runtime.py: the root's flag is set before its child Runtime raises")
 def test_a_refused_train_leaves_the_mode() -> None:
     deployed = ssmquant.convert(scanner())
     with pytest.raises(SsmquantError):
@@ -634,9 +633,6 @@ def test_an_unpickled_model_is_whole_before_its_first_call(copier: Any, tmp_path
     assert ssmquant.verify(copier(scanner()), copier(ssmquant.convert(scanner())), X).worst_abs == 0
 
 
-@pytest.mark.xfail(
-    reason="BUG in runtime.py: _load_state initialises quantizers by the records, of which there are none"
-)
 def test_an_unpickled_model_takes_a_float_checkpoint() -> None:
     torch.manual_seed(5)
     other = Scanner()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
-from ssmquant.graph.sites import Site, op_name
+from ssmquant.graph.sites import Site, ancestors, op_name
 from ssmquant.pack import packed_size
 from ssmquant.workflow import ensure_traced
 
@@ -216,14 +215,7 @@ def _covered(record: Record) -> set[str]:
         if p.what == "weight" and p.parameter:
             out.add(p.parameter)
         elif p.what == "static":
-            out |= {str(n.target) for n in _ancestors(p.node) if n.op == "get_attr"}
-    return out
-
-
-def _ancestors(node: Any) -> set[Any]:
-    out = {node}
-    for i in node.all_input_nodes:
-        out |= _ancestors(i)
+            out |= {str(n.target) for n in ancestors(p.node) if n.op == "get_attr"}
     return out
 
 

@@ -127,7 +127,7 @@ def verify(
         call = describe_call(bind(teacher_rt.signature(prepared), args, example_kwargs))
         first, second = teacher_rt.select(prepared, call), student_rt.select(deployed, call)
         teacher = _Teacher(prepared, first)
-        teacher.run(*call.tensors)
+        teacher.run(*(t.clone() for t in call.tensors))  # the user's code may write into its input
     finally:
         for m, flag in modes.items():
             m.training = flag
@@ -137,5 +137,5 @@ def verify(
             "verify: the two models have different sites; compare a model with its own conversion"
         )
     student = _Student(deployed, second, teacher.outputs)
-    student.run(*call.tensors)
+    student.run(*(t.clone() for t in call.tensors))
     return VerifyReport(tuple(student.rows))

@@ -104,8 +104,10 @@ def _channel_axis(model: nn.Module, site: Site) -> int:
         return 1 if isinstance(model.get_submodule(site.module), _ConvTransposeNd) else 0
     if site.weight.node is not site.parameter_node:  # through views
         return 0
-    if site.kind == "matmul" and op_name(site.node) != "einsum" and site.weight.at != min(
-        site.weight.at, *(o.at for o in site.inputs), key=str
+    if (
+        site.kind == "matmul"
+        and op_name(site.node) != "einsum"
+        and site.weight.at != min(site.weight.at, *(o.at for o in site.inputs), key=str)
     ):
         return len(site.weight.node.meta["val"].shape) - 1  # x @ W
     return 1 if "transpose" in op_name(site.node) else 0
@@ -169,7 +171,9 @@ def make_plan(
                 node = site.parameter_node if site.view_chain and site.parameter_node else operand.node
                 if key not in points:
                     taken = any(p.name == f"{base}:weight" for p in points.values())
-                    point = Point(f"{site.name if taken else base}:weight", "weight", scheme, node, axis, groups)
+                    point = Point(
+                        f"{site.name if taken else base}:weight", "weight", scheme, node, axis, groups
+                    )
                     point.parameter, point.weight_shape = site.parameter, tuple(parameter.shape)
                     points[key] = point
                 points[key].uses.append((site, operand))

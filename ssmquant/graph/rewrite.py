@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ssmquant.graph.plan import Plan, Point
-from ssmquant.graph.sites import Operand, Site
+from ssmquant.graph.sites import Operand, Site, ancestors
 from ssmquant.ops import selective_scan as _scan_front
 
 __all__ = ["ACTIVATIONS", "WEIGHTS", "rewrite"]
@@ -37,7 +37,6 @@ class _Writer:
         for n in graph.nodes:
             self.map[n] = self.graph.node_copy(n, lambda a: self.map[a])
         self.order = {n: i for i, n in enumerate(graph.nodes)}
-        self.quantized: dict[int, fx.Node] = {}
 
     def new(self, like: fx.Node, op: str, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs or {})
@@ -50,26 +49,25 @@ class _Writer:
     def place(self, point: Point) -> None:
         """Inserts the point's quantizer and leads its uses through it."""
         uses = sorted(point.uses, key=lambda u: self.order[u[0].node])
-        anchor = self.map[uses[0][0].node]
         if point.what == "weight":
             for site, operand in uses:
                 self._place_weight(point, site, operand)
             return
-        with self.graph.inserting_before(anchor):
-            args = () if self.deployed and point.what == "static" else (self.map[point.node],)
-            q = self.new(anchor, "call_module", _target(point), args)
-            q.meta["point"] = point.name
-        if len({n.meta.get("region") for n in (self.map[s.node] for s, _ in uses)}) > 1:
-            q.meta.pop("region", None)
+        made: dict[Any, fx.Node] = {}  # by checkpoint region: each computes it for itself
         for site, operand in uses:
-            self._replace(site, operand, q)
+            node = self.map[site.node]
+            region = node.meta.get("region")
+            if region not in made:
+                with self.graph.inserting_before(node):
+                    args = () if self.deployed and point.what == "static" else (self.map[point.node],)
+                    made[region] = self.new(node, "call_module", _target(point), args)
+                    made[region].meta["point"] = point.name
+            self._replace(site, operand, made[region])
 
     def _place_weight(self, point: Point, site: Site, operand: Operand) -> None:
         node = self.map[site.node]
         with self.graph.inserting_before(node):
-            if (
-                site.weight is None
-            ):  # a called nn.Linear or conv: its weight becomes visible with the functional form
+            if site.weight is None:  # a called nn.Linear or conv: the functional form shows its weight
                 root: fx.Node | None = None
                 if not self.deployed:
                     root = self.new(node, "get_attr", site.parameter, ())
@@ -93,14 +91,11 @@ class _Writer:
         if node is root:
             return value
         done = {
-            i: self._clone_chain(i, root, value, like) for i in node.all_input_nodes if self._leads(i, root)
+            i: self._clone_chain(i, root, value, like) for i in node.all_input_nodes if root in ancestors(i)
         }
         new = self.graph.node_copy(node, lambda a: done.get(a, self.map.get(a, a)))
         new.meta.update({k: like.meta[k] for k in ("region",) if k in like.meta})
         return new
-
-    def _leads(self, node: fx.Node, root: fx.Node) -> bool:
-        return node is root or any(self._leads(i, root) for i in node.all_input_nodes)
 
     def _replace(self, site: Site, operand: Operand, value: fx.Node) -> None:
         if site.kind == "scan":

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from ssmquant.adapter import Adapter
 from ssmquant.config import QConfig
@@ -32,6 +33,7 @@ __all__ = [
     "Runtime",
     "attach",
     "bind",
+    "forget_baked",
     "initialize_weights",
     "is_prepared",
     "move_plain_tensors",
@@ -40,13 +42,18 @@ __all__ = [
 ]
 
 
+_MOST_RECORDS = 64
+
+
 @dataclass
 class Record:
     """One graph and the calls that it serves."""
 
     spec: Any
     static: tuple[Any, ...]
+    kinds: tuple[str, ...]
     meta: tuple[Any, ...]
+    layout: tuple[bool, ...]
     ndims: tuple[int, ...]
     mode: dict[str, bool]  # the training flags that the code read
     autocast: Any
@@ -61,6 +68,7 @@ class Record:
     def accepts(self, model: nn.Module, call: Call) -> bool:
         if (
             self.static != call.static
+            or self.kinds != call.kinds
             or self.spec != call.spec
             or self.ndims != tuple(t.dim() for t in call.tensors)
         ):
@@ -68,12 +76,20 @@ class Record:
         t = self.trace.traced
         if (t.reads_dtype or t.uses_device) and self.meta != call.meta:
             return False
-        if t.reads_dtype and self.autocast != _autocast(call):
+        if (t.reads_dtype or t.reads_grad) and self.autocast != _autocast(call):
+            return False
+        if t.reads_grad and t.grad != torch.is_grad_enabled():
+            return False
+        if t.reads_layout and self.layout != _layout(call):
             return False
         for name, flag in self.mode.items():
             if model.get_submodule(name).training != flag:
                 return False
         return self.guard(call.shapes)
+
+
+def _layout(call: Call) -> tuple[bool, ...]:
+    return tuple(t.is_contiguous() for t in call.tensors)
 
 
 def _autocast(call: Call) -> Any:
@@ -109,7 +125,8 @@ def _compile_guards(trace_: Trace) -> Callable[[Shapes], bool]:
         }
         return "(" + unary.get(e[0], f"{e[0]}({{}})").format(", ".join(args)) + ")"
 
-    terms = sorted({f"{source(g.expr)} == {g.value!r}" for g in trace_.input_guards})
+    # In the order in which the code asked: a later question may only make sense after an earlier one.
+    terms = list(dict.fromkeys(f"{source(g.expr)} == {g.value!r}" for g in trace_.input_guards))
     if not terms:
         return lambda s: True
     return eval(f"lambda s: {' and '.join(terms)}")  # built from our own expressions
@@ -146,6 +163,7 @@ class Runtime(nn.Module):
         self.records: list[Record] = []
         self.known: set[str] | None = None  # names of the points that may exist
         self.dropped: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.tied: dict[str, str] = {}  # further names of dropped parameters -> the first one
         self.instance_forward: Any = None
         self.example: tuple[Any, ...] = ()  # (static description) of the example call, for save and pickle
         self.notes: list[str] = []
@@ -166,7 +184,7 @@ class Runtime(nn.Module):
         unbind = _unbinder(self.signature(model))
         leaf = is_leaf(self.adapter.leaf if self.adapter else ())
         method = self.user_method(model)
-        with _Stand(self, model):
+        with _Stand(self, model), _Hidden(model):
 
             def run(shapes: Shapes) -> Any:
                 return run_once(model, method, call, shapes, leaf, unbind)
@@ -214,7 +232,7 @@ class Runtime(nn.Module):
             graph = rewrite(model, t.graph, plan, deployed=self.stage == "deployed")
         run, code = compile_graph(graph)
         return Record(
-            call.spec, call.static, call.meta, tuple(x.dim() for x in call.tensors),
+            call.spec, call.static, call.kinds, call.meta, _layout(call), tuple(x.dim() for x in call.tensors),
             t.traced.training_read, _autocast(call), t, plan,
             _compile_guards(t), graph, code, run, [call.shapes],
         )  # fmt: skip
@@ -256,6 +274,8 @@ class Runtime(nn.Module):
         self._refuse_while_compiling()
         record = self.build(model, call, self.make_trace(model, call))
         self.records.append(record)
+        if len(self.records) > _MOST_RECORDS:  # a number that differs at every call makes a graph each time
+            del self.records[2]
         return record
 
     def _refuse_while_compiling(self) -> None:
@@ -266,12 +286,12 @@ class Runtime(nn.Module):
             )
 
     # ---- state ---------------------------------------------------------------------------------------------------
-    def train(self, mode: bool = True) -> Runtime:
-        if mode and self.stage == "deployed":
+    def check_mode(self, training: bool) -> None:
+        """Refuses to train what cannot be trained."""
+        if training and self.stage == "deployed":
             raise SsmquantError(
                 "a converted model holds packed codes and cannot be trained: train the prepared one and convert again"
             )
-        return super().train(mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         new = Runtime.__new__(Runtime)
@@ -297,17 +317,31 @@ class _Stand:
     def __enter__(self) -> None:
         shared: dict[str, nn.Parameter] = {}
         for name, (shape, dtype) in self.runtime.dropped.items():
+            first = self.runtime.tied.get(name, name)
             owner, _, attr = name.rpartition(".")
             mod = self.model.get_submodule(owner)
             if mod._parameters.get(attr) is None:
                 # One element, expanded: shape and dtype without the memory.
                 p = nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
-                mod._parameters[attr] = shared.setdefault(name, p)
+                mod._parameters[attr] = shared.setdefault(first, p)
                 self.added.append((mod, attr))
 
     def __exit__(self, *exc: Any) -> None:
         for mod, attr in self.added:
             mod._parameters[attr] = None
+
+
+class _Hidden:
+    """While the user's code is traced it does not meet the runtime: it may walk over its own children or parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.runtime = self.model._modules.pop("_ssmquant")
+
+    def __exit__(self, *exc: Any) -> None:
+        self.model._modules["_ssmquant"] = self.runtime
 
 
 # ---- the generated class -------------------------------------------------------------------------------------------
@@ -395,7 +429,22 @@ def _entry(owner: str, method: str, sig: inspect.Signature) -> Callable[..., Any
 def _run(model: Any, bound: tuple[Any, ...]) -> Any:
     call = describe_call(bound)
     record = model._ssmquant.select(model, call)
+    if record.trace.traced.sets_modes:
+        return _run_restoring(record, model, call)
     return record.run(model, *call.tensors)
+
+
+def _run_restoring(record: Record, model: Any, call: Call) -> Any:
+    """A graph that switches grad mode or autocast must not leave them switched when something in it raises."""
+    grad = torch.is_grad_enabled()
+    kind = call.tensors[0].device.type if call.tensors else "cpu"
+    autocast = torch.is_autocast_enabled(kind)
+    try:
+        return record.run(model, *call.tensors)
+    except BaseException:
+        torch.set_grad_enabled(grad)
+        torch.set_autocast_enabled(kind, autocast)
+        raise
 
 
 def _subclass(base: type[nn.Module], method: str, sig: inspect.Signature) -> type[nn.Module]:
@@ -412,7 +461,15 @@ def _subclass(base: type[nn.Module], method: str, sig: inspect.Signature) -> typ
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         base._apply(self, fn, recurse)
         move_plain_tensors(self, fn)
+        runtime = runtime_of(self)
+        runtime.example = tree_map_only(Tensor, fn, runtime.example)
+        # Code that asked for a parameter's dtype or device is traced again.
+        runtime.records = [r for r in runtime.records if not r.trace.traced.reads_parameter_dtype]
         return self
+
+    def _train(self: Any, mode: bool = True) -> Any:
+        runtime_of(self).check_mode(mode)  # before anything is switched
+        return base.train(self, mode)
 
     def _load(self: nn.Module, state: Any, strict: bool = True, assign: bool = False) -> Any:
         return _load_state(self, base, state, strict, assign)
@@ -426,6 +483,7 @@ def _subclass(base: type[nn.Module], method: str, sig: inspect.Signature) -> typ
         "__deepcopy__": _deepcopy,
         "_apply": _apply,
         "load_state_dict": _load,
+        "train": _train,
         OWNER: property(lambda self: self),
         "graph": property(lambda self: self._ssmquant.records[0].graph if self._ssmquant.records else None),
         "code": property(lambda self: self._ssmquant.records[0].code if self._ssmquant.records else ""),
@@ -461,13 +519,17 @@ def _load_state(model: nn.Module, base: Any, state: Any, strict: bool, assign: b
     own = model.state_dict()
     full = {**{k: v for k, v in own.items() if k.startswith("_ssmquant.")}, **state}
     result = base.load_state_dict(model, full, strict=strict, assign=assign)
-    if any(
-        r.trace.traced.baked for r in runtime.records
-    ):  # numbers read from the old parameters are in the graph
-        runtime.records = []
-        runtime.retrace(model, describe_call(runtime.example))
+    forget_baked(model)
     initialize_weights(model)
     return result
+
+
+def forget_baked(model: nn.Module) -> None:
+    """Traces the example again where numbers that were read from parameters are in a graph, or where there is none."""
+    runtime = runtime_of(model)
+    if not runtime.records or any(r.trace.traced.baked for r in runtime.records):
+        runtime.records = []
+        runtime.retrace(model, describe_call(runtime.example))
 
 
 def initialize_weights(model: nn.Module) -> None:
@@ -539,6 +601,7 @@ class _Refuse:
 
     def __init__(self, method: str, name: str) -> None:
         self.method, self.name = method, name
+        self.is_ssmquant = True
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if active_recorder() is None:
@@ -556,5 +619,7 @@ def refuse_elsewhere(model: nn.Module, runtime: Runtime) -> None:
         for p in r.plan.points:
             for site, _ in p.uses:
                 owners |= {site.module, site.module.rpartition(".")[0]}
-    for name in sorted(owners - {""}):
+    # A module that the graph itself calls elsewhere (one use in float, or an embedding tied to a head) cannot refuse.
+    called = {str(n.target) for r in runtime.records for n in r.graph.nodes if n.op == "call_module"}
+    for name in sorted(owners - {""} - called):
         model.get_submodule(name).register_forward_pre_hook(_Refuse(runtime.method, name))

@@ -19,7 +19,7 @@ from ssmquant.adapter import ScanRole
 from ssmquant.graph.roles import FunctionModule, scan_operands
 from ssmquant.graph.trace import Trace
 
-__all__ = ["FloatParameter", "Operand", "Site", "Sites", "find_sites", "op_name"]
+__all__ = ["FloatParameter", "Operand", "Site", "Sites", "ancestors", "find_sites", "op_name"]
 
 SCAN_OPERANDS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 _PROJECTIONS: dict[str, tuple[str, tuple[int, int]]] = {
@@ -28,6 +28,11 @@ _PROJECTIONS: dict[str, tuple[str, tuple[int, int]]] = {
     "matmul": ("matmul", (0, 1)), "mm": ("matmul", (0, 1)), "bmm": ("matmul", (0, 1)), "mv": ("matmul", (0, 1)),
     "addmm": ("matmul", (1, 2)), "baddbmm": ("matmul", (1, 2)), "addbmm": ("matmul", (1, 2)),
 }  # fmt: skip
+_PRODUCTS = {
+    "einsum", "tensordot", "inner", "bilinear", "conv_tbc", "convolution", "multi_dot", "linalg_multi_dot",
+    "chain_matmul", "multi_head_attention_forward", "scaled_dot_product_attention",
+}  # fmt: skip
+"""Further operators that multiply: a parameter that reaches one must be a site or be kept in float on purpose."""
 _KEYWORDS = (("input", "mat1", "batch1"), ("weight", "other", "mat2", "batch2", "vec"))
 VIEWS = {
     "view", "reshape", "permute", "transpose", "t", "T", "mT", "unsqueeze", "squeeze", "getitem", "flatten",
@@ -107,6 +112,18 @@ class Sites:
     static: set[fx.Node]
 
 
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """``node`` and everything that it is computed from."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n not in seen:
+            seen.add(n)
+            todo.extend(n.all_input_nodes)
+    return seen
+
+
 def _inputs(node: fx.Node) -> list[fx.Node]:
     return list(node.all_input_nodes)
 
@@ -118,6 +135,7 @@ class _Finder:
         self.modules = dict(model.named_modules())
         self.parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
+        self.known: dict[fx.Node, tuple[fx.Node | None, bool]] = {}
         self.static = self._static()
         self.by_node: dict[fx.Node, Site] = {}
 
@@ -148,6 +166,12 @@ class _Finder:
 
     def parameter_of(self, node: fx.Node) -> tuple[fx.Node | None, bool]:
         """The one parameter that a static value is made of, and whether views alone lead to it."""
+        if node in self.known:
+            return self.known[node]
+        self.known[node] = self._parameter_of(node)
+        return self.known[node]
+
+    def _parameter_of(self, node: fx.Node) -> tuple[fx.Node | None, bool]:
         if node.op == "get_attr":
             return (node, True) if str(node.target) in self.parameters else (None, False)
         found: list[fx.Node] = []
@@ -318,12 +342,31 @@ class _Finder:
                     harmless = site is not None or isinstance(mod, _HARMLESS_LEAVES)
                     reason = "bias" if site is not None else f"{type(mod).__name__}"
                     out.setdefault(name, FloatParameter(name, reason, n.meta.get("where", ""), not harmless))
+        for name, where in self._computed_weights().items():
+            if name not in covered:
+                out[name] = FloatParameter(name, "is part of a computed weight", where, must_cover=True)
         return list(out.values())
 
     def _roots(self, node: fx.Node) -> list[fx.Node]:
-        if node.op == "get_attr":
-            return [node] if str(node.target) in self.parameters else []
-        return [p for i in _inputs(node) for p in self._roots(i)]
+        return [n for n in ancestors(node) if n.op == "get_attr" and str(n.target) in self.parameters]
+
+    def _computed_weights(self) -> dict[str, str]:
+        """Parameters that reach the weight of a linear or convolution by way of activations: modulated weights."""
+        out: dict[str, str] = {}
+        for n in self.graph.nodes:
+            name = op_name(n)
+            if n in self.by_node or name not in _PROJECTIONS or _PROJECTIONS[name][0] == "matmul":
+                continue
+            for o in self._operands(n, name) or []:
+                if o.at in (1, "weight"):
+                    for p in self.closure(o.node, _inputs) | {o.node}:
+                        if (
+                            p.op == "get_attr"
+                            and p.meta["val"].dim() > 1
+                            and str(p.target) in self.parameters
+                        ):
+                            out[str(p.target)] = n.meta.get("where", "")
+        return out
 
     def _use(self, node: fx.Node) -> tuple[str, bool, str]:
         """How a parameter without a site is used: (reason, must be covered, where)."""
@@ -341,7 +384,7 @@ class _Finder:
                     site = self.by_node.get(u)
                     if site is not None:
                         reason = "bias" if site.kind != "scan" else "operand that stays in float"
-                    elif name in _PROJECTIONS or name == "einsum":
+                    elif name in _PROJECTIONS or name in _PRODUCTS:
                         return f"reaches {name}", True, where
                     elif u.op == "call_module" and isinstance(self._module(u), FunctionModule):
                         return f"reaches {self._module(u)}", True, where

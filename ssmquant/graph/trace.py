@@ -49,6 +49,7 @@ class Call:
 
     spec: Any
     static: tuple[Any, ...]
+    kinds: tuple[str, ...]  # types of the static values: 1, True and 1.0 are equal
     tensors: list[Tensor]
 
     @property
@@ -69,18 +70,20 @@ def describe_call(bound: tuple[Any, ...]) -> Call:
     flat, spec = pytree.tree_flatten(bound)
     tensors: list[Tensor] = []
     static: list[Any] = []
+    kinds: list[str] = []
     for x in flat:
         if isinstance(x, Tensor):
             static.append(TensorSlot(len(tensors)))
             tensors.append(x)
         elif isinstance(x, _STATIC):
             static.append(x)
+            kinds.append(type(x).__name__)
         else:
             raise InputError(
                 f"an argument of type {type(x).__name__} cannot be traced: pass tensors, numbers, strings, None, or "
                 "lists, tuples and dicts of them"
             )
-    return Call(spec, tuple(static), tensors)
+    return Call(spec, tuple(static), tuple(kinds), tensors)
 
 
 @dataclass
@@ -251,7 +254,9 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
     with _PATCH_LOCK:
         try:
             if _t.active_recorder() is not None:
-                raise TraceError("a model was prepared or traced inside the forward of another one that is being traced")
+                raise TraceError(
+                    "a model was prepared or traced inside the forward of another one that is being traced"
+                )
             nn.Module.training = Training()  # type: ignore[assignment]
             for (space, name), original in asked.items():
                 setattr(space, name, asking(original))
@@ -320,7 +325,9 @@ def _snapshot(model: nn.Module, rec: Recorder) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints tracebacks for sizes that do not fit
+        logger = logging.getLogger(
+            "torch._subclasses.fake_tensor"
+        )  # prints tracebacks for sizes that do not fit
         level = logger.level
         logger.setLevel(logging.CRITICAL)
         try:
@@ -329,13 +336,37 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def _reads_input(node: fx.Node) -> bool:
+    """Whether a value depends on the values of an input (``type_as(x)`` and the like read its kind only)."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        if n.op == "placeholder":
+            return True
+        kind_only = n.op == "call_method" and n.target in ("type_as", "to", "expand_as", "view_as", "size")
+        todo.extend(list(n.all_input_nodes)[:1] if kind_only else n.all_input_nodes)
+    return False
+
+
 def _note_rebinding(rec: Recorder, saved: list[Any]) -> None:
     for name, mod, attrs, inner in saved:
         for store, before in ((vars(mod), attrs), (mod._buffers, inner.get("_buffers", {}))):
             for k, v in store.items():
                 if isinstance(v, Tensor) and v is not before.get(k) and id(v) in rec.values:
                     full = f"{name}.{k}" if name else k
-                    rec.rebound[full] = "buffer" if store is mod._buffers else "attribute"
+                    old = before.get(k)
+                    carried = store is not mod._buffers and isinstance(old, Tensor) and id(old) in rec.values
+                    if carried and _reads_input(rec.values[id(v)][1]):
+                        raise TraceError(
+                            f"attribute '{full}' is read and then set to a computed value: it carries state from one "
+                            "call to the next, which a graph does only for registered buffers. Use register_buffer"
+                        )
+                    if not carried and store is not mod._buffers:
+                        rec.rebound[full] = "is set by the code, and no more by the prepared model"
                     if store is mod._buffers and isinstance(before.get(k), Tensor):
                         # A registered buffer is state: the rebinding is replayed as a copy into it.
                         target, _ = rec.lookup(before[k])
@@ -392,11 +423,12 @@ def run_once(
                 _quiet(),
                 _patched(rec, model),
                 _snapshot(model, rec),
-                torch.enable_grad(),
+                torch.set_grad_enabled(grad),
                 _t._Net(rec),
                 rec,
             ):
                 rec.stack.append("")
+                rec.reads_grad = False  # our own set_grad_enabled above asked, too
                 out = method(*args, **kwargs)
                 rec.stack.clear()
                 result = _output(rec, out)
@@ -406,8 +438,9 @@ def run_once(
             raise
         rec.graph.output(result)
         return Traced(
-            rec.graph, rec.guards, rec.constants, rec.functions, None, rec.baked, rec.rebound,
-            rec.reads_dtype, rec.uses_device, dict(rec.training_read),
+            rec.graph, rec.guards, rec.constants, rec.functions, rec.baked, rec.rebound,
+            rec.reads_dtype, rec.uses_device, rec.reads_layout, rec.reads_grad, rec.sets_modes,
+            rec.reads_parameter_dtype, grad, dict(rec.training_read),
         )  # fmt: skip
     raise AssertionError("unreachable")
 
@@ -544,7 +577,9 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
     return Trace(start, inputs + _pins(start, hint, every - free), inner, hint, other, frozenset(free))
 
 
-def _leaks(start: Traced, hint: Shapes, free: set[tuple[int, int]], run: Callable[[Shapes], Traced]) -> set[tuple[int, int]]:
+def _leaks(
+    start: Traced, hint: Shapes, free: set[tuple[int, int]], run: Callable[[Shapes], Traced]
+) -> set[tuple[int, int]]:
     """Free dimensions that reach C code (``range``, ``math.gcd``), which asks no guard.
 
     Multiples do not show it (``range(H % 4)``), so sizes that are none are tried: where the code runs there, every

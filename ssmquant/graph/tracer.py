@@ -114,7 +114,9 @@ class _Net(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors: list[Tensor] = []
         _collect_tensors((args, kwargs), tensors)
-        known = any(isinstance(t, FakeTensor) or id(t) in self.rec.values or id(t) in self.rec.owned for t in tensors)
+        known = any(
+            isinstance(t, FakeTensor) or id(t) in self.rec.values or id(t) in self.rec.owned for t in tensors
+        )
         if self.rec.busy or not known:
             return func(*args, **kwargs)
         return self.rec.record("call_function", func, args, kwargs, func)
@@ -287,8 +289,8 @@ class Recorder(TorchFunctionMode):
             )
         if isinstance(t, nn.Parameter) or t.requires_grad:
             raise self.fail(
-                "A parameter was used that does not belong to this model: a closure or a list holds it, so the copy that "
-                "is prepared would compute with the original's weights.",
+                "A parameter was used that does not belong to this model: a closure or a list holds it, so the "
+                "prepared copy would compute with the original's weights.",
                 "Reach it through self, or use a bound method instead of a closure.",
             )
         self.keep.append(t)
@@ -362,12 +364,17 @@ class Recorder(TorchFunctionMode):
         for t in mutated:
             old, fake = self.lookup(t)
             if old.op == "get_attr" and str(old.target).startswith("_ssmquant.constants."):
-                if any(
-                    other is not old and other.op == "get_attr" and other.meta.get("pointer") == old.meta.get("pointer")
-                    for _, other, _ in list(self.values.values())
-                ) or getattr(t, "_base", None) is not None:
+                if (
+                    any(
+                        other is not old
+                        and other.op == "get_attr"
+                        and other.meta.get("pointer") == old.meta.get("pointer")
+                        for _, other, _ in list(self.values.values())
+                    )
+                    or getattr(t, "_base", None) is not None
+                ):
                     raise self.fail(
-                        "The code writes into a view of a tensor that it made without looking at a size or an activation.",
+                        "The code writes into a view of a tensor that it made from constants only.",
                         "Make the tensor from the input, as in x.new_zeros(...), or write into the tensor itself.",
                     )
                 new = self._node("call_method", "clone", (old,), {})
@@ -509,7 +516,9 @@ class Recorder(TorchFunctionMode):
             return self.record("call_function", getattr, (t, attr), {}, getattr)
         if isinstance(t, FakeTensor):
             self.reads_dtype |= attr in ("dtype", "is_cuda", "device", "is_cpu")
-            if attr == "requires_grad":  # fakes never do: what stands for an activation would, under grad mode
+            if (
+                attr == "requires_grad"
+            ):  # fakes never do: what stands for an activation would, under grad mode
                 self.reads_grad = True
                 return t.dtype.is_floating_point and torch.is_grad_enabled()
         elif id(t) in self.owned:
@@ -558,7 +567,9 @@ class Recorder(TorchFunctionMode):
             return call(mod, *args, **kwargs)
         tensors: list[Tensor] = []
         sized = _collect_tensors((args, kwargs), tensors)
-        sized_output = isinstance(mod, nn.modules.conv._ConvTransposeNd) and (len(args) > 1 or "output_size" in kwargs)
+        sized_output = isinstance(mod, nn.modules.conv._ConvTransposeNd) and (
+            len(args) > 1 or "output_size" in kwargs
+        )
         if self.leaf(mod) and (sized or tensors) and not sized_output:
             return self.record(
                 "call_module", name, args, kwargs, lambda *a, **k: self._leaf_run(mod, call, a, k)

@@ -19,5 +19,8 @@ def backend_report() -> list[tuple[str, str, str]]:
     elif torch.cuda.get_device_capability() < (7, 0):
         why = "the GPU is older than compute capability 7.0"
     else:
-        return [*rows, ("selective_scan, cuda", "triton", "float32 state; chunked for float64 or more than 64 states")]
+        return [
+            *rows,
+            ("selective_scan, cuda", "triton", "float32 state; chunked for float64 or more than 64 states"),
+        ]
     return [*rows, ("selective_scan, cuda", "chunked", why)]

@@ -548,14 +548,7 @@ class WeightNorm(nn.Module):
     ("cls", "named", "patterns"),
     [
         (Attends, "attention.in_proj_weight", ["attention"]),
-        pytest.param(
-            UsesFunction,
-            "parameter w",
-            ["w"],
-            marks=pytest.mark.xfail(
-                reason="BUG in tracer.py: _bind asks a fake for its storage while it records"
-            ),
-        ),
+        (UsesFunction, "parameter w", ["w"]),
         (Bilinear, "inner.weight", ["inner"]),
         (WeightNorm, "inner.parametrizations.weight", ["inner"]),
     ],
