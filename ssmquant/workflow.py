@@ -358,6 +358,9 @@ def drop_parameters(model: nn.Module) -> None:
     keep = {id(by_name[n]) for n in needed if n in by_name}
     firsts: dict[int, str] = {}
     for name, parameter in by_name.items():
+        first = firsts.setdefault(id(parameter), name)
+        if first != name:
+            runtime.tied[name] = first
         owner, _, attr = name.rpartition(".")
         if (
             id(parameter) in ids
@@ -366,9 +369,6 @@ def drop_parameters(model: nn.Module) -> None:
             and not name.startswith("_ssmquant.")
         ):
             runtime.dropped[name] = (tuple(parameter.shape), parameter.dtype)
-            first = firsts.setdefault(id(parameter), name)
-            if first != name:
-                runtime.tied[name] = first
             model.get_submodule(owner)._parameters[attr] = None
 
 

@@ -24,7 +24,17 @@ from ssmquant.graph.plan import Plan, make_plan
 from ssmquant.graph.regions import OWNER, compile_graph
 from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.sites import find_sites
-from ssmquant.graph.trace import Call, Shapes, Trace, describe_call, is_leaf, run_once, same_graph, trace
+from ssmquant.graph.trace import (
+    PATCH_LOCK,
+    Call,
+    Shapes,
+    Trace,
+    describe_call,
+    is_leaf,
+    run_once,
+    same_graph,
+    trace,
+)
 from ssmquant.graph.tracer import active_recorder
 from ssmquant.quantizers import Quantizer
 
@@ -184,7 +194,7 @@ class Runtime(nn.Module):
         unbind = _unbinder(self.signature(model))
         leaf = is_leaf(self.adapter.leaf if self.adapter else ())
         method = self.user_method(model)
-        with _Stand(self, model), _Hidden(model):
+        with PATCH_LOCK, _Stand(self, model), _Hidden(model):
 
             def run(shapes: Shapes) -> Any:
                 return run_once(model, method, call, shapes, leaf, unbind)
@@ -323,7 +333,9 @@ class _Stand:
             if mod._parameters.get(attr) is None:
                 # One element, expanded: shape and dtype without the memory.
                 p = nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
-                mod._parameters[attr] = shared.setdefault(first, p)
+                holder, _, held = first.rpartition(".")
+                there = self.model.get_submodule(holder)._parameters.get(held)  # tied to one that stayed
+                mod._parameters[attr] = shared.setdefault(first, p if there is None else there)
                 self.added.append((mod, attr))
 
     def __exit__(self, *exc: Any) -> None:
@@ -427,6 +439,12 @@ def _entry(owner: str, method: str, sig: inspect.Signature) -> Callable[..., Any
 
 
 def _run(model: Any, bound: tuple[Any, ...]) -> Any:
+    if "_ssmquant" not in model._modules:  # it is being traced
+        recorder = active_recorder()
+        if recorder is not None and recorder.again is not None:
+            return recorder.again(bound)  # the method calls itself
+        with PATCH_LOCK:  # by another thread: wait
+            pass
     call = describe_call(bound)
     record = model._ssmquant.select(model, call)
     if record.trace.traced.sets_modes:

@@ -32,7 +32,8 @@ from ssmquant.graph.tracer import Recorder, Traced
 __all__ = ["Call", "Trace", "describe_call", "is_leaf", "same_graph", "trace"]
 
 Shapes = tuple[tuple[int, ...], ...]
-_PATCH_LOCK = threading.RLock()
+PATCH_LOCK = threading.RLock()
+"""Held while a model is traced: patches are global, and the model is not whole."""
 _STATIC = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 
 
@@ -251,7 +252,7 @@ def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
 
     shimmed: list[dict[str, Any]] = []
     restore_apply: Callable[[], None] = lambda: None  # noqa: E731
-    with _PATCH_LOCK:
+    with PATCH_LOCK:
         try:
             if _t.active_recorder() is not None:
                 raise TraceError(
@@ -354,6 +355,10 @@ def _reads_input(node: fx.Node) -> bool:
 
 def _note_rebinding(rec: Recorder, saved: list[Any]) -> None:
     for name, mod, attrs, inner in saved:
+        for k, v in vars(mod).items():
+            if isinstance(v, (int, float, str)) and k in attrs and v != attrs[k]:
+                full = f"{name}.{k}" if name else k
+                rec.rebound[full] = "is changed by the code, and no more by the prepared model"
         for store, before in ((vars(mod), attrs), (mod._buffers, inner.get("_buffers", {}))):
             for k, v in store.items():
                 if isinstance(v, Tensor) and v is not before.get(k) and id(v) in rec.values:
@@ -412,6 +417,7 @@ def run_once(
     grad = torch.is_grad_enabled()
     for hashable in (False, True):
         rec = Recorder(model, leaf, hashable=hashable)
+        rec.again = lambda bound: _call_bound(method, unbind, bound)
         inputs = [
             rec.add_input(f"arg_{i}", t, s) for i, (t, s) in enumerate(zip(call.tensors, shapes, strict=True))
         ]
@@ -443,6 +449,11 @@ def run_once(
             rec.reads_parameter_dtype, grad, dict(rec.training_read),
         )  # fmt: skip
     raise AssertionError("unreachable")
+
+
+def _call_bound(method: Callable[..., Any], unbind: Callable[..., Any], bound: tuple[Any, ...]) -> Any:
+    args, kwargs = unbind(bound)
+    return method(*args, **kwargs)
 
 
 def _equal(a: Any, b: Any, index: dict[fx.Node, int]) -> bool:

@@ -135,6 +135,9 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.root, self.leaf, self.hashable = root, leaf, hashable
         self.asked_hash = False
+        self.again: Callable[[tuple[Any, ...]], Any] | None = (
+            None  # what self(...) means inside the traced method
+        )
         self.busy = 0
         self.graph = fx.Graph()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -172,8 +175,12 @@ class Recorder(TorchFunctionMode):
     def add_input(self, name: str, example: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A placeholder of ``shape`` with the dtype and device of ``example``."""
         self.busy += 1
+        # In the example's memory layout (channels last, say): code may ask whether it is contiguous.
+        strides = example.stride()
+        order = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
         with self.fake:
-            t = torch.empty(shape, dtype=example.dtype, device=example.device)
+            t = torch.empty([shape[d] for d in order], dtype=example.dtype, device=example.device)
+            t = t.permute([order.index(d) for d in range(len(shape))])
         self.busy -= 1
         node = self.graph.placeholder(name)
         self._bind(t, node, t)
