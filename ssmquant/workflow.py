@@ -15,17 +15,15 @@ from ssmquant.adapter import Adapter, find_adapter, get_adapter
 from ssmquant.config import QConfig
 from ssmquant.errors import CalibrationError, ConfigError, InputError
 from ssmquant.graph.plan import Point
-from ssmquant.graph.runtime import (
-    Runtime,
-    _Values,
+from ssmquant.graph.prepared import (
+    Values,
     attach,
     bind,
     initialize_weights,
-    is_prepared,
     move_plain_tensors,
     refuse_elsewhere,
-    runtime_of,
 )
+from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
 from ssmquant.graph.sites import ancestors
 from ssmquant.graph.trace import describe_call
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
@@ -322,7 +320,7 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
         if isinstance(q, ActivationQuantizer):
             q.require_range("before converting")
     for record in rt.records:
-        values = _Values(new)
+        values = Values(new)
         for p in record.plan.points:
             quantizer = rt.weights[p.key] if p.what != "activation" else None
             if isinstance(quantizer, Quantizer):

@@ -268,7 +268,7 @@ def test_saving_is_all_or_nothing(
         Path(name).write_bytes(b"half a fi")
         raise error
 
-    monkeypatch.setattr(files, "save_file", fails)
+    monkeypatch.setattr("ssmquant.files.save_file", fails)
     with pytest.raises(type(error)):
         ssmquant.save(ssmquant.convert(scanner()), path)
     assert path.read_bytes() == small_file()
@@ -481,7 +481,7 @@ def test_edited_zoo_descriptions(data: st.DataObject) -> None:
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files.zoo, "build", watch)
+        patch.setattr(zoo, "build", watch)
         try_load(with_meta(mambair_file(), meta))
     assert sum(built) < 10 * len(mambair_file())
 

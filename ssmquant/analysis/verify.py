@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ssmquant.errors import ConfigError
-from ssmquant.graph.runtime import Record, bind, runtime_of
+from ssmquant.graph.prepared import bind
+from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.graph.trace import describe_call
 
 __all__ = ["SiteError", "VerifyReport", "verify"]

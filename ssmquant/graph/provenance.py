@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["OPS", "Guard", "IntShim", "SFloat", "SInt", "SSize", "evaluate", "leaves"]
+__all__ = ["OPS", "Guard", "IntShim", "SFloat", "SInt", "SSize", "evaluate", "leaves", "strip", "wrap"]
 
 
 def _trunc(x: Any) -> int:
@@ -70,7 +70,7 @@ class Guard:
             return False
 
 
-def _strip(x: Any) -> Any:
+def strip(x: Any) -> Any:
     """The plain number of ``x``, without asking it (which would record a guard)."""
     if isinstance(x, SInt):
         return int.__int__(x)
@@ -83,7 +83,8 @@ def _expr(x: Any) -> Expr:
     return x.expr if isinstance(x, (SInt, SFloat)) else x
 
 
-def _wrap(rec: Any, expr: Expr, value: Any) -> Any:
+def wrap(rec: Any, expr: Expr, value: Any) -> Any:
+    """A number that remembers ``expr``; anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
     out: Any = SInt(value) if isinstance(value, int) else SFloat(value)
@@ -98,7 +99,7 @@ def _arith(name: str, *, swap: bool = False) -> Callable[..., Any]:
         if any(not isinstance(o, (int, float)) for o in others):
             return NotImplemented
         args = (*others, self) if swap else (self, *others)
-        return _wrap(self.rec, (name, *map(_expr, args)), fn(*map(_strip, args)))
+        return wrap(self.rec, (name, *map(_expr, args)), fn(*map(strip, args)))
 
     return method
 
@@ -110,7 +111,7 @@ def _ask(name: str, convert: Callable[[Any], Any] | None = None) -> Callable[...
         if any(not isinstance(o, (int, float)) for o in others):
             return NotImplemented
         args = (self, *others)
-        value = fn(*map(_strip, args))
+        value = fn(*map(strip, args))
         self.rec.guard((name, *map(_expr, args)), value)
         return convert(value) if convert else value
 
@@ -123,7 +124,7 @@ def _hash(self: Any) -> int:
     if not self.rec.hashable:
         self.rec.asked_hash = True
         raise TypeError("a traced size is unhashable at first")
-    plain = _strip(self)
+    plain = strip(self)
     self.rec.guard(("value", self.expr), plain)
     return hash(plain)
 
@@ -145,7 +146,7 @@ _COMMON["__divmod__"] = lambda self, other: (self // other, self % other)
 _COMMON["__rdivmod__"] = lambda self, other: (other // self, other % self)
 _COMMON["__round__"] = _arith("round")
 _COMMON["__pos__"] = lambda self: self
-_COMMON["__reduce__"] = lambda self: (type(_strip(self)), (_strip(self),))
+_COMMON["__reduce__"] = lambda self: (type(strip(self)), (strip(self),))
 _COMMON["__deepcopy__"] = lambda self, memo: self
 _INT = {
     f"__{n}__": _arith(f"{n}_" if n in ("and", "or") else n) for n in ("and", "or", "xor", "lshift", "rshift")
@@ -223,5 +224,5 @@ class IntShim(metaclass=_IntMeta):
         if isinstance(x, SInt):
             return x
         if isinstance(x, SFloat):
-            return _wrap(x.rec, ("trunc", x.expr), builtins.int(_strip(x)))
+            return wrap(x.rec, ("trunc", x.expr), builtins.int(strip(x)))
         return builtins.int(x, *args)

@@ -1,4 +1,4 @@
-"""The prepared model at work: an instance of a generated subclass whose forward picks, and if need be makes, the graph.
+"""The state of a prepared model: picks, and if need be makes, the graph that serves a call.
 
 ``Runtime`` is the one child module that ``prepare`` adds. It holds the quantizers (or, after convert, the packed
 tensors) and the traces, and finds the graph that fits a call: sizes, dtypes, flags and training mode that the user's
@@ -15,41 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from ssmquant.adapter import Adapter
 from ssmquant.config import QConfig
-from ssmquant.errors import ConfigError, MethodError, SsmquantError, TraceError
+from ssmquant.errors import ConfigError, SsmquantError, TraceError
+from ssmquant.graph.patches import PATCH_LOCK
 from ssmquant.graph.plan import Plan, make_plan
-from ssmquant.graph.regions import OWNER, compile_graph
+from ssmquant.graph.regions import compile_graph
 from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.sites import find_sites
-from ssmquant.graph.trace import (
-    PATCH_LOCK,
-    Call,
-    Shapes,
-    Trace,
-    describe_call,
-    is_leaf,
-    run_once,
-    same_graph,
-    trace,
-)
-from ssmquant.graph.tracer import active_recorder
-from ssmquant.quantizers import Quantizer
+from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_graph, trace
 
-__all__ = [
-    "Record",
-    "Runtime",
-    "attach",
-    "bind",
-    "forget_baked",
-    "initialize_weights",
-    "is_prepared",
-    "move_plain_tensors",
-    "refuse_elsewhere",
-    "runtime_of",
-]
+__all__ = ["Record", "Runtime", "is_prepared", "runtime_of"]
 
 
 _MOST_RECORDS = 64
@@ -356,7 +333,7 @@ class _Hidden:
         self.model._modules["_ssmquant"] = self.runtime
 
 
-# ---- the generated class -------------------------------------------------------------------------------------------
+# ---- from a model to its runtime ------------------------------------------------------------------------------------
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -396,248 +373,3 @@ def _unbinder(sig: inspect.Signature) -> Callable[[tuple[Any, ...]], tuple[tuple
         return tuple(args), kwargs
 
     return unbind
-
-
-def bind(sig: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Arguments in the signature's order, defaults filled in."""
-    b = sig.bind(*args, **kwargs)
-    b.apply_defaults()
-    return tuple(b.arguments[name] for name in sig.parameters)
-
-
-def _entry(owner: str, method: str, sig: inspect.Signature) -> Callable[..., Any]:
-    """A method of the user's own signature that hands its arguments, in order, to the runtime."""
-    parts, names, seen_star = [], [], False
-    defaults: dict[str, Any] = {}
-    for p in sig.parameters.values():
-        names.append(p.name)
-        if p.kind is inspect.Parameter.VAR_POSITIONAL:
-            parts.append(f"*{p.name}")
-            seen_star = True
-        elif p.kind is inspect.Parameter.VAR_KEYWORD:
-            parts.append(f"**{p.name}")
-        else:
-            if p.kind is inspect.Parameter.KEYWORD_ONLY and not seen_star:
-                parts.append("*")
-                seen_star = True
-            if p.default is inspect.Parameter.empty:
-                parts.append(p.name)
-            else:
-                defaults[f"_default_{p.name}"] = p.default
-                parts.append(f"{p.name}=_default_{p.name}")
-    body = f"def {method}(self, {', '.join(parts)}):\n    return _run(self, ({', '.join(names)}{',' * bool(names)}))\n"
-    space: dict[str, Any] = {"_run": _run, **defaults}
-    exec(
-        compile(body, f"<ssmquant {owner}.{method}>", "exec"), space
-    )  # the signature is the user's; only names go in
-    entry = space[method]
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    positional_only = any(p.kind is inspect.Parameter.POSITIONAL_ONLY for p in sig.parameters.values())
-    me = me if positional_only else me.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    entry.__signature__ = sig.replace(parameters=[me, *sig.parameters.values()])
-    return entry
-
-
-def _run(model: Any, bound: tuple[Any, ...]) -> Any:
-    if "_ssmquant" not in model._modules:  # it is being traced
-        recorder = active_recorder()
-        if recorder is not None and recorder.again is not None:
-            return recorder.again(bound)  # the method calls itself
-        with PATCH_LOCK:  # by another thread: wait
-            pass
-    call = describe_call(bound)
-    record = model._ssmquant.select(model, call)
-    if record.trace.traced.sets_modes:
-        return _run_restoring(record, model, call)
-    return record.run(model, *call.tensors)
-
-
-def _run_restoring(record: Record, model: Any, call: Call) -> Any:
-    """A graph that switches grad mode or autocast must not leave them switched when something in it raises."""
-    grad = torch.is_grad_enabled()
-    kind = call.tensors[0].device.type if call.tensors else "cpu"
-    autocast = torch.is_autocast_enabled(kind)
-    try:
-        return record.run(model, *call.tensors)
-    except BaseException:
-        torch.set_grad_enabled(grad)
-        torch.set_autocast_enabled(kind, autocast)
-        raise
-
-
-def _subclass(base: type[nn.Module], method: str, sig: inspect.Signature) -> type[nn.Module]:
-    def _reduce(self: Any, protocol: int) -> Any:
-        return _restore, (base, method), dict(vars(self))
-
-    def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        new = cls.__new__(cls)
-        memo[id(self)] = new
-        for k, v in vars(self).items():
-            new.__dict__[k] = copy.deepcopy(v, memo)
-        return new
-
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        base._apply(self, fn, recurse)
-        move_plain_tensors(self, fn)
-        runtime = runtime_of(self)
-        runtime.example = tree_map_only(Tensor, fn, runtime.example)
-        # Code that asked for a parameter's dtype or device is traced again.
-        runtime.records = [r for r in runtime.records if not r.trace.traced.reads_parameter_dtype]
-        return self
-
-    def _train(self: Any, mode: bool = True) -> Any:
-        runtime_of(self).check_mode(mode)  # before anything is switched
-        return base.train(self, mode)
-
-    def _load(self: nn.Module, state: Any, strict: bool = True, assign: bool = False) -> Any:
-        return _load_state(self, base, state, strict, assign)
-
-    space = {
-        method: _entry(base.__qualname__, method, sig),
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce,
-        "__deepcopy__": _deepcopy,
-        "_apply": _apply,
-        "load_state_dict": _load,
-        "train": _train,
-        OWNER: property(lambda self: self),
-        "graph": property(lambda self: self._ssmquant.records[0].graph if self._ssmquant.records else None),
-        "code": property(lambda self: self._ssmquant.records[0].code if self._ssmquant.records else ""),
-    }
-    cls: Any = type(base.__name__, (base,), space)
-    return cls
-
-
-def _restore(base: type[nn.Module], method: str) -> nn.Module:
-    plain: Any = base.__new__(base)
-    sig = inspect.signature(getattr(base, method).__get__(plain))
-    cls = _subclass(base, method, sig)
-    return cls.__new__(cls)
-
-
-def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """Makes ``model`` (already a copy) an instance of the generated subclass, with ``runtime`` as a child."""
-    base = type(model)
-    if runtime.method == "forward" and "forward" in vars(model):
-        runtime.instance_forward = vars(model).pop("forward")
-    sig = runtime.signature(model)
-    model.__class__ = _subclass(base, runtime.method, sig)
-    model._ssmquant = runtime
-    return model
-
-
-def _load_state(model: nn.Module, base: Any, state: Any, strict: bool, assign: bool) -> Any:
-    """Loads a prepared checkpoint, or a float one: by name, strictly, quantizers then start from the new weights."""
-    runtime = runtime_of(model)
-    ours = [k for k in state if k.startswith("_ssmquant.")]
-    if ours or runtime.stage == "deployed":
-        return base.load_state_dict(model, state, strict=strict, assign=assign)
-    own = model.state_dict()
-    full = {**{k: v for k, v in own.items() if k.startswith("_ssmquant.")}, **state}
-    result = base.load_state_dict(model, full, strict=strict, assign=assign)
-    forget_baked(model)
-    initialize_weights(model)
-    return result
-
-
-def forget_baked(model: nn.Module) -> None:
-    """Traces the example again where numbers that were read from parameters are in a graph, or where there is none."""
-    runtime = runtime_of(model)
-    if not runtime.records or any(r.trace.traced.baked for r in runtime.records):
-        runtime.records = []
-        runtime.retrace(model, describe_call(runtime.example))
-
-
-def initialize_weights(model: nn.Module) -> None:
-    """Initialises every weight quantizer from the parameter that it reads, and static operands from their values."""
-    runtime = runtime_of(model)
-    done: set[str] = set()
-    for record in runtime.records:
-        values = _Values(model)
-        for p in record.plan.points:
-            if p.what in ("weight", "static") and p.key not in done:
-                done.add(p.key)
-                quantizer = runtime.weights[p.key]
-                assert isinstance(quantizer, Quantizer)
-                quantizer.reset()
-                quantizer.initialize(values(p.node))
-
-
-class _Values:
-    """Evaluates nodes that depend on parameters only."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.known: dict[fx.Node, Any] = {}
-
-    @torch.no_grad()
-    def __call__(self, node: fx.Node) -> Any:
-        if node not in self.known:
-            if node.op == "call_module":  # a called nn.Linear or conv: its weight
-                return self.model.get_parameter(f"{node.target}.weight")
-            if node.op == "get_attr":
-                owner, _, attr = str(node.target).rpartition(".")
-                self.known[node] = getattr(self.model.get_submodule(owner), attr)
-            else:
-                args = fx.node.map_arg(node.args, self)
-                kwargs = fx.node.map_arg(node.kwargs, self)
-                target: Any = node.target
-                self.known[node] = (
-                    target(*args, **kwargs)
-                    if node.op == "call_function"
-                    else getattr(args[0], target)(*args[1:], **kwargs)
-                )
-        return self.known[node]
-
-
-def move_plain_tensors(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """Applies ``fn`` to the plain tensor attributes that a graph reads.
-
-    ``.to()`` does not know them, and code that moves them by rebinding (``self.mean = self.mean.type_as(x)``) does so
-    no more: a graph does not rebind attributes, so it would copy them from the CPU on every call.
-    """
-    done: set[str] = set()
-    for record in runtime_of(model).records:
-        for node in record.graph.nodes:
-            name = str(node.target)
-            if node.op != "get_attr" or name in done or name == OWNER:
-                continue
-            done.add(name)
-            owner, _, attr = name.rpartition(".")
-            space = vars(model.get_submodule(owner))
-            if isinstance(space.get(attr), Tensor):
-                space[attr] = fn(space[attr])
-
-
-# ---- guards on methods ---------------------------------------------------------------------------------------------
-
-
-class _Refuse:
-    """A forward pre-hook on modules whose parameters are quantized: only the graph may compute with them."""
-
-    def __init__(self, method: str, name: str) -> None:
-        self.method, self.name = method, name
-        self.is_ssmquant = True
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if active_recorder() is None:
-            raise MethodError(
-                f"'{self.name}' is quantized, but this call does not go through the prepared method "
-                f"'{self.method}'. Prepare the method you call: ssmquant.prepare(..., method='its_name'); for the "
-                "whole model call model(...)"
-            )
-
-
-def refuse_elsewhere(model: nn.Module, runtime: Runtime) -> None:
-    """Puts the hooks on the owners of quantized parameters and on the modules around them."""
-    owners: set[str] = set()
-    for r in runtime.records:
-        for p in r.plan.points:
-            for site, _ in p.uses:
-                owners |= {site.module, site.module.rpartition(".")[0]}
-    # A module that the graph itself calls elsewhere (one use in float, or an embedding tied to a head) cannot refuse.
-    called = {str(n.target) for r in runtime.records for n in r.graph.nodes if n.op == "call_module"}
-    for name in sorted(owners - {""} - called):
-        model.get_submodule(name).register_forward_pre_hook(_Refuse(runtime.method, name))

@@ -6,34 +6,24 @@ baked into the graph, and the dimensions that cause it become guards. See DESIGN
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import logging
-import random
-import sys
-import threading
-import types
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ssmquant.errors import InputError, TraceError
-from ssmquant.graph import tracer as _t
-from ssmquant.graph.provenance import Guard, IntShim, SFloat, SInt, leaves
-from ssmquant.graph.tracer import Recorder, Traced
+from ssmquant.graph.calls import MODE_DEPENDENT
+from ssmquant.graph.patches import patched, quiet, snapshot, uncached_autocast
+from ssmquant.graph.provenance import Guard, SFloat, SInt, leaves
+from ssmquant.graph.tracer import Net, Recorder, Traced
 
 __all__ = ["Call", "Trace", "describe_call", "is_leaf", "same_graph", "trace"]
 
 Shapes = tuple[tuple[int, ...], ...]
-PATCH_LOCK = threading.RLock()
-"""Held while a model is traced: patches are global, and the model is not whole."""
 _STATIC = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 
 
@@ -112,7 +102,7 @@ def is_leaf(extra: tuple[str, ...] = ()) -> Callable[[nn.Module], bool]:
 
     def leaf(mod: nn.Module) -> bool:
         names = {c.__name__ for c in type(mod).__mro__}
-        if names & {*extra, *_t._MODE_DEPENDENT}:
+        if names & {*extra, *MODE_DEPENDENT}:
             return True
         if "forward" in vars(mod) or isinstance(mod, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False
@@ -130,255 +120,6 @@ def _hooked(mod: nn.Module) -> bool:
     return bool(pre or mod._forward_hooks or mod._backward_hooks or mod._backward_pre_hooks)
 
 
-# ---- patches, snapshot ---------------------------------------------------------------------------------------------
-
-
-def _swap_apply(hook: Callable[..., Any]) -> Callable[[], None]:
-    """Leads ``autograd.Function.apply`` to ``hook(cls, args, kwargs, original)`` until the returned function is called.
-
-    The code of the function is exchanged, not the attribute: ``pscan = PScan.apply`` at the top of a module is an
-    alias that a new attribute would not reach.
-    """
-    function = torch.autograd.Function.__dict__["apply"].__func__
-    code = function.__code__
-    original = types.FunctionType(
-        code, function.__globals__, "apply", function.__defaults__, function.__closure__
-    )
-
-    def make(__class__: Any) -> Any:  # the exchanged code must close over the same names: (__class__,)
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            __class__  # noqa: B018
-            from ssmquant.graph.tracer import APPLY_HOOK
-
-            return APPLY_HOOK[-1](cls, args, kwargs)
-
-        return apply
-
-    _t.APPLY_HOOK.append(lambda cls, args, kwargs: hook(cls, args, kwargs, original))
-    function.__code__ = make(None).__code__
-
-    def restore() -> None:
-        function.__code__ = code
-        _t.APPLY_HOOK.pop()
-
-    return restore
-
-
-@contextlib.contextmanager
-def _patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
-    """The two patches (and the seams of checkpoint, autocast and ``int``), thread-local in effect, always undone."""
-    module_call = nn.Module.__call__
-    autocast = torch.amp.autocast_mode.autocast
-    enter, leave = autocast.__enter__, autocast.__exit__
-    generator = torch.utils.checkpoint._checkpoint_without_reentrant_generator
-    mine = threading.get_ident()
-    asked = {
-        (space, name): getattr(space, name)
-        for space, name in (
-            (torch, "is_grad_enabled"),
-            (torch, "is_autocast_enabled"),
-            (torch, "get_autocast_dtype"),
-            (torch, "get_autocast_gpu_dtype"),
-        )
-        if hasattr(space, name)
-    }
-
-    def active() -> bool:
-        return threading.get_ident() == mine and not rec.busy
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return rec.module(self, args, kwargs, module_call) if active() else module_call(self, *args, **kwargs)
-
-    def apply(cls: Any, args: Any, kwargs: Any, original: Callable[..., Any]) -> Any:
-        call_original = functools.partial(original, cls)
-        return (
-            rec.function(cls, args, call_original)
-            if active() and not kwargs
-            else call_original(*args, **kwargs)
-        )
-
-    def autocast_enter(self: Any) -> Any:
-        if active():
-            rec.reads_grad = rec.sets_modes = True
-            args = (self.device, self.fast_dtype, self._enabled, self._cache_enabled)
-            node = rec._node("call_function", torch.amp.autocast_mode._enter_autocast, args, {})
-            node.meta["impure"] = True
-            self._ssmquant_node = node
-        rec.busy += 1
-        try:
-            return enter(self)
-        finally:
-            rec.busy -= 1
-
-    def autocast_exit(self: Any, *exc: Any) -> Any:
-        if active():
-            node = rec._node(
-                "call_function", torch.amp.autocast_mode._exit_autocast, (self._ssmquant_node,), {}
-            )
-            node.meta["impure"] = True
-        rec.busy += 1
-        try:
-            return leave(self, *exc)
-        finally:
-            rec.busy -= 1
-
-    def region(fn: Any, *args: Any, **kwargs: Any) -> Any:
-        if not active():
-            yield from generator(fn, *args, **kwargs)
-            return
-        with rec.checkpointed():
-            yield
-
-    def asking(original: Callable[..., Any]) -> Callable[..., Any]:
-        def ask(*args: Any, **kwargs: Any) -> Any:
-            if active():
-                rec.reads_grad = True
-            return original(*args, **kwargs)
-
-        return ask
-
-    class Training:
-        """``self.training`` as the user's code reads it: what is read is a guard, what is not read does not matter."""
-
-        def __get__(self, mod: Any, owner: Any = None) -> Any:
-            if mod is None:
-                return self
-            if active():
-                rec.read_training(mod)
-            return vars(mod)["training"]
-
-        def __set__(self, mod: Any, value: bool) -> None:
-            vars(mod)["training"] = value
-
-    shimmed: list[dict[str, Any]] = []
-    restore_apply: Callable[[], None] = lambda: None  # noqa: E731
-    with PATCH_LOCK:
-        try:
-            if _t.active_recorder() is not None:
-                raise TraceError(
-                    "a model was prepared or traced inside the forward of another one that is being traced"
-                )
-            nn.Module.training = Training()  # type: ignore[assignment]
-            for (space, name), original in asked.items():
-                setattr(space, name, asking(original))
-            nn.Module.__call__ = call  # type: ignore[method-assign]
-            restore_apply = _swap_apply(apply)
-            autocast.__enter__, autocast.__exit__ = autocast_enter, autocast_exit  # type: ignore[method-assign]
-            torch.utils.checkpoint._checkpoint_without_reentrant_generator = region
-            for cls in {c for m in model.modules() for c in type(m).__mro__}:
-                name = cls.__module__
-                if name.split(".")[0] not in ("torch", "builtins", "ssmquant") or name.startswith(
-                    "ssmquant.zoo"
-                ):
-                    globals_ = vars(sys.modules[name]) if name in sys.modules else dict[str, Any](int=int)
-                    if "int" not in globals_:
-                        globals_["int"] = IntShim
-                        shimmed.append(globals_)
-            _t._LOCAL.recorder = rec
-            yield
-        finally:
-            _t._LOCAL.recorder = None
-            del nn.Module.training
-            nn.Module.__call__ = module_call  # type: ignore[method-assign]
-            restore_apply()
-            autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
-            torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
-            for shim in shimmed:
-                del shim["int"]
-            for (space, name), original in asked.items():
-                setattr(space, name, original)
-
-
-@contextlib.contextmanager
-def _snapshot(model: nn.Module, rec: Recorder) -> Iterator[None]:
-    """Whatever the code does to the modules' attributes (and to the RNGs) is undone; rebindings are noted."""
-    saved = []
-    for name, mod in model.named_modules():
-        attrs = dict(vars(mod))
-        inner = {k: v.copy() for k, v in attrs.items() if isinstance(v, (dict, list, set))}
-        saved.append((name, mod, attrs, inner))
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    try:
-        yield
-        _note_rebinding(rec, saved)
-        drawn = random.getstate() != states[0]
-        drawn |= any(not np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[1], strict=True))
-        if drawn:
-            raise TraceError(
-                f"the forward of {type(model).__name__} draws from Python's or numpy's random generator; a graph would "
-                "repeat one draw for ever. Use torch's random functions"
-            )
-    finally:
-        for _, mod, attrs, inner in saved:
-            space = vars(mod)
-            space.clear()
-            space.update(attrs)
-            for k, old in inner.items():
-                now = space[k]
-                now.clear()
-                now.extend(old) if isinstance(now, list) else now.update(old)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger = logging.getLogger(
-            "torch._subclasses.fake_tensor"
-        )  # prints tracebacks for sizes that do not fit
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _reads_input(node: fx.Node) -> bool:
-    """Whether a value depends on the values of an input (``type_as(x)`` and the like read its kind only)."""
-    seen: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        n = todo.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        if n.op == "placeholder":
-            return True
-        kind_only = n.op == "call_method" and n.target in ("type_as", "to", "expand_as", "view_as", "size")
-        todo.extend(list(n.all_input_nodes)[:1] if kind_only else n.all_input_nodes)
-    return False
-
-
-def _note_rebinding(rec: Recorder, saved: list[Any]) -> None:
-    for name, mod, attrs, inner in saved:
-        for k, v in vars(mod).items():
-            if isinstance(v, (int, float, str)) and k in attrs and v != attrs[k]:
-                full = f"{name}.{k}" if name else k
-                rec.rebound[full] = "is changed by the code, and no more by the prepared model"
-        for store, before in ((vars(mod), attrs), (mod._buffers, inner.get("_buffers", {}))):
-            for k, v in store.items():
-                if isinstance(v, Tensor) and v is not before.get(k) and id(v) in rec.values:
-                    full = f"{name}.{k}" if name else k
-                    old = before.get(k)
-                    carried = store is not mod._buffers and isinstance(old, Tensor) and id(old) in rec.values
-                    if carried and _reads_input(rec.values[id(v)][1]):
-                        raise TraceError(
-                            f"attribute '{full}' is read and then set to a computed value: it carries state from one "
-                            "call to the next, which a graph does only for registered buffers. Use register_buffer"
-                        )
-                    if not carried and store is not mod._buffers:
-                        rec.rebound[full] = "is set by the code, and no more by the prepared model"
-                    if store is mod._buffers and isinstance(before.get(k), Tensor):
-                        # A registered buffer is state: the rebinding is replayed as a copy into it.
-                        target, _ = rec.lookup(before[k])
-                        node = rec._node("call_method", "copy_", (target, rec.lookup(v)[0]), {})
-                        node.meta["mutates"] = [target.meta.get("storage")]
-
-
 # ---- one run -------------------------------------------------------------------------------------------------------
 
 
@@ -389,14 +130,14 @@ def _output(rec: Recorder, out: Any) -> Any:
     if dataclasses.is_dataclass(out) and not isinstance(out, type):
         kwargs = {f.name: _output(rec, getattr(out, f.name)) for f in dataclasses.fields(out) if f.init}
         kwargs = {k: v for k, v in kwargs.items() if v is not None} if isinstance(out, dict) else kwargs
-        return rec._node("call_function", type(out), (), kwargs)
+        return rec.add_node("call_function", type(out), (), kwargs)
     if isinstance(out, tuple) and hasattr(out, "_fields"):
-        return rec._node("call_function", type(out), tuple(_output(rec, v) for v in out), {})
+        return rec.add_node("call_function", type(out), tuple(_output(rec, v) for v in out), {})
     if isinstance(out, (tuple, list)):
         return type(out)([_output(rec, v) for v in out])
     if isinstance(out, dict):
         items = {k: _output(rec, v) for k, v in out.items()}
-        return items if type(out) is dict else rec._node("call_function", type(out), (items,), {})
+        return items if type(out) is dict else rec.add_node("call_function", type(out), (items,), {})
     if isinstance(out, _STATIC):
         return out
     raise rec.fail(
@@ -426,11 +167,12 @@ def run_once(
         try:
             # The code runs several times here; its warnings are for when the model runs.
             with (
-                _quiet(),
-                _patched(rec, model),
-                _snapshot(model, rec),
+                quiet(),
+                uncached_autocast(),
+                patched(rec, model),
+                snapshot(model, rec),
                 torch.set_grad_enabled(grad),
-                _t._Net(rec),
+                Net(rec),
                 rec,
             ):
                 rec.stack.append("")

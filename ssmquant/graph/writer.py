@@ -1,0 +1,231 @@
+"""The recorder's lower half: the graph under construction, and which node stands for which tensor or size.
+
+It knows the model's own tensors, writes nodes with the place in the user's code that they come from, and turns
+arguments of the user's calls into nodes or into the fakes that stand for them. ``tracer`` decides which calls to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from ssmquant.errors import TraceError
+from ssmquant.graph.calls import user_frame
+from ssmquant.graph.provenance import OPS, Guard, IntShim, SFloat, SInt, SSize, strip
+
+__all__ = ["Writer"]
+
+
+class Writer(TorchFunctionMode):
+    """The state of one run, and the graph that it writes.
+
+    Args:
+        root: The model; its parameters and buffers are read, never written.
+        leaf: Says whether a module becomes one ``call_module`` node.
+        hashable: Let sizes be hashed (at the price of a guard on their value).
+    """
+
+    def __init__(self, root: nn.Module, leaf: Callable[[nn.Module], bool], *, hashable: bool = False) -> None:
+        super().__init__()
+        self.root, self.leaf, self.hashable = root, leaf, hashable
+        self.asked_hash = False
+        self.again: Callable[[tuple[Any, ...]], Any] | None = (
+            None  # what self(...) means inside the traced method
+        )
+        self.busy = 0
+        self.graph = fx.Graph()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        # id -> (object, node, fake). The object is held so that no id is ever reused while tracing.
+        self.values: dict[int, tuple[Any, fx.Node, Tensor]] = {}
+        self.keep: list[Any] = []
+        self.owned: dict[int, str] = {}
+        self.module_names: dict[int, str] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.functions: dict[str, nn.Module] = {}
+        self.guards: list[Guard] = []
+        self.baked: dict[str, str] = {}
+        self.rebound: dict[str, str] = {}
+        self.size_nodes: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.expr_nodes: dict[Any, fx.Node] = {}
+        self.stack: list[str] = []
+        self.training_read: dict[str, bool] = {}
+        self.region: int | None = None
+        self.regions = 0
+        self.reads_dtype = self.uses_device = self.reads_layout = self.reads_grad = self.sets_modes = False
+        self.reads_parameter_dtype = False
+        self._collect_owned()
+
+    # ---- what belongs to the model -------------------------------------------------------------------------------
+    def _collect_owned(self) -> None:
+        for name, mod in self.root.named_modules():
+            self.module_names[id(mod)] = name
+            prefix = f"{name}." if name else ""
+            for store in (mod._parameters, mod._buffers, vars(mod)):
+                for k, v in list(store.items()):
+                    if isinstance(v, Tensor):
+                        self.owned.setdefault(id(v), prefix + k)
+                        self.keep.append(v)
+
+    def add_input(self, name: str, example: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A placeholder of ``shape`` with the dtype and device of ``example``."""
+        self.busy += 1
+        # In the example's memory layout (channels last, say): code may ask whether it is contiguous.
+        strides = example.stride()
+        order = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
+        with self.fake:
+            t = torch.empty([shape[d] for d in order], dtype=example.dtype, device=example.device)
+            t = t.permute([order.index(d) for d in range(len(shape))])
+        self.busy -= 1
+        node = self.graph.placeholder(name)
+        self._bind(t, node, t)
+        return t
+
+    def _bind(self, obj: Tensor, node: fx.Node, fake: Tensor) -> None:
+        self.values[id(obj)] = (obj, node, fake)
+        node.meta["val"] = fake
+        if "storage" not in node.meta:
+            self.busy += 1
+            try:
+                node.meta["storage"] = fake.untyped_storage()._cdata
+            except (NotImplementedError, RuntimeError):
+                node.meta["storage"] = None
+            finally:
+                self.busy -= 1
+
+    # ---- errors, guards ------------------------------------------------------------------------------------------
+    def where(self) -> str:
+        return user_frame()[0]
+
+    def fail(self, what: str, remedy: str) -> TraceError:
+        place, text = user_frame()
+        module = f" in module '{self.stack[-1]}'" if self.stack and self.stack[-1] else ""
+        return TraceError(f"{what}\n  at {place}{module}: {text}\n{remedy}")
+
+    def read_training(self, mod: nn.Module) -> None:
+        """The user's code asked for ``mod.training``."""
+        name = self.module_names.get(id(mod))
+        if name is not None:
+            self.training_read[name] = vars(mod)["training"]
+
+    def guard(self, expr: Any, value: Any) -> None:
+        self.guards.append(Guard(expr, value, self.where()))
+
+    # ---- writing nodes -------------------------------------------------------------------------------------------
+    def _size_node(self, node: fx.Node, dim: int) -> fx.Node:
+        key = (node, dim)
+        if key not in self.size_nodes:
+            after = node
+            if node.op == "placeholder":
+                after = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+            with self.graph.inserting_after(after):
+                new = self.graph.call_method("size", (node, dim))
+            new.meta.update(module=node.meta.get("module", ""), where=node.meta.get("where", ""))
+            if node.meta.get("region") is not None:
+                new.meta["region"] = node.meta["region"]
+            self.size_nodes[key] = new
+        return self.size_nodes[key]
+
+    def emit(self, expr: Any) -> Any:
+        """The node (or number) that computes a size expression, written once, where it is first needed."""
+        if not isinstance(expr, tuple):
+            return expr
+        if expr[0] == "size":
+            return self._size_node(expr[1], expr[2])
+        args = tuple(self.emit(e) for e in expr[1:])
+        if not any(isinstance(a, fx.Node) for a in args):
+            return OPS[expr[0]](*args)
+        key = (expr[0], args)
+        if key not in self.expr_nodes:
+            self.expr_nodes[key] = self.add_node("call_function", OPS[expr[0]], args, {})
+        return self.expr_nodes[key]
+
+    def add_node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["module"] = self.stack[-1] if self.stack else ""
+        node.meta["where"] = self.where()
+        if self.region is not None:
+            node.meta["region"] = self.region
+        return node
+
+    def constant(self, t: Tensor) -> tuple[fx.Node, Tensor]:
+        """A tensor that is neither an input nor the model's own: kept beside the graph."""
+        name = f"const_{len(self.constants)}"
+        self.busy += 1
+        self.constants[name] = t.detach()
+        pointer = t.untyped_storage().data_ptr() if t.numel() else None
+        self.busy -= 1
+        node, fake = self._get_attr(t, f"_ssmquant.constants.{name}")
+        node.meta["pointer"] = pointer
+        return node, fake
+
+    def _get_attr(self, t: Tensor, name: str) -> tuple[fx.Node, Tensor]:
+        self.busy += 1
+        try:
+            with torch.no_grad(), self.fake:
+                fake = self.fake.from_tensor(t.detach(), static_shapes=True)
+        finally:
+            self.busy -= 1
+        node = self.graph.get_attr(name)
+        node.meta["module"], node.meta["where"] = "", ""
+        self._bind(t, node, fake)
+        return node, fake
+
+    def lookup(self, t: Tensor) -> tuple[fx.Node, Tensor]:
+        """The node and the fake that stand for a tensor of the user's code."""
+        entry = self.values.get(id(t))
+        if entry is not None:
+            return entry[1], entry[2]
+        if id(t) in self.owned:
+            name = self.owned[id(t)]
+            # get_attr nodes must not lie inside a region or after a later use: put them where they are met, which
+            # dominates every later use because nodes are only appended.
+            return self._get_attr(t, name)
+        if isinstance(t, FakeTensor):
+            raise self.fail(
+                "A tensor appeared that no recorded operator made (a Tensor subclass, a cache across traces, or code "
+                "that computes outside torch's API).",
+                "Make the module that holds this code a leaf: prepare(..., adapter=Adapter(leaf=('ClassName',))).",
+            )
+        if isinstance(t, nn.Parameter) or t.requires_grad:
+            raise self.fail(
+                "A parameter was used that does not belong to this model: a closure or a list holds it, so the "
+                "prepared copy would compute with the original's weights.",
+                "Reach it through self, or use a bound method instead of a closure.",
+            )
+        self.keep.append(t)
+        return self.constant(t)
+
+    def lower(self, x: Any, fakes: bool) -> Any:
+        """Arguments as the graph (``fakes=False``) or as the fake run (``fakes=True``) wants them."""
+        if isinstance(x, Tensor):
+            node, fake = self.lookup(x)
+            return fake if fakes else node
+        if isinstance(x, (SInt, SFloat)):
+            return strip(x) if fakes else self.emit(x.expr)
+        if x is IntShim:
+            return int
+        if isinstance(x, torch.device):
+            self.uses_device = True
+            return x
+        if isinstance(x, tuple):
+            items = [self.lower(i, fakes) for i in x]
+            if type(x) in (tuple, SSize, torch.Size):
+                return tuple(items)
+            return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+        if isinstance(x, list):
+            return [self.lower(i, fakes) for i in x]
+        if isinstance(x, dict):
+            return {k: self.lower(v, fakes) for k, v in x.items()}
+        if isinstance(x, slice):
+            return slice(self.lower(x.start, fakes), self.lower(x.stop, fakes), self.lower(x.step, fakes))
+        if isinstance(x, torch.Generator):
+            raise self.fail(
+                "A random generator is an argument of an operator; a graph cannot hold one.",
+                "Leave the generator out (the global one is seeded by torch.manual_seed), or draw outside the model.",
+            )
+        return x
