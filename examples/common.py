@@ -105,10 +105,15 @@ def deploy(prepared: nn.Module, x: Tensor, path: Path) -> tuple[nn.Module, float
     return loaded.to(x.device), worst
 
 
-def bitops(model: nn.Module) -> float | None:
-    """BitOPs of the whole model as its summary counts them, if it does."""
-    value = getattr(ssmquant.summary(model), "bitops", None)
-    return None if value is None else float(value)
+def bitops(model: nn.Module) -> int:
+    """BitOPs of the whole model as its summary counts them, at the sizes of its example input."""
+    return ssmquant.summary(model).bitops
+
+
+def float_bitops(model: nn.Module, side: int) -> int:
+    """BitOPs of a float model for one input of ``side`` x ``side`` pixels: 32 x 32 bits a product."""
+    x = torch.zeros(1, 3, side, side)
+    return bitops(ssmquant.prepare(model, ssmquant.QConfig(), example_inputs=(x,)))
 
 
 def parameters(model: nn.Module) -> int:

@@ -172,7 +172,9 @@ def run(size: Size, out: Path, seed: int, weights: Path) -> None:
     model = load_float(weights)
     count = common.parameters(model)
     measure("bicubic", None, common.Clock())
-    measure("float", model, common.Clock(), file_bytes=weights.stat().st_size, params=count)
+    facts: dict[str, Any] = {"file_bytes": weights.stat().st_size, "params": count}
+    facts["bitops"] = common.float_bitops(model, size.crop // TASK.scale)
+    measure("float", model, common.Clock(), **facts)
     training = [(name, open_image(HERE / "photos" / name)) for name in TRAINING]
     data = PatchData(training, TASK, seed=seed, patch=size.patch)
     out.mkdir(parents=True, exist_ok=True)

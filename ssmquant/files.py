@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -180,11 +181,14 @@ def build_zoo(description: Any, room: int) -> nn.Module:
 
     handle = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"):  # no memory
+        with torch.device("meta"), warnings.catch_warnings():  # no memory
+            warnings.simplefilter("ignore")  # a size of 0, say: the shapes are compared next
             zoo.build(description)
     finally:
         handle.remove()
-    return zoo.build(description)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return zoo.build(description)
 
 
 def _check_numbers(x: Any) -> None:
