@@ -119,9 +119,8 @@ def trace_example(model: nn.Module, bound: tuple[Any, ...], *, training: bool = 
             if t.traced.reads_grad:  # the other grad mode has a graph of its own
                 with torch.set_grad_enabled(not torch.is_grad_enabled()):
                     runtime.records.append(runtime.build(model, call, runtime.make_trace(model, call)))
-            if (
-                not t.traced.training_read or not training
-            ):  # the code never asked for the mode: one graph serves both
+            # Code that never asked for the mode has one graph for both.
+            if not t.traced.training_read or not training:
                 break
     finally:
         for m, flag in modes.items():

@@ -66,9 +66,8 @@ def _entry(owner: str, method: str, sig: inspect.Signature) -> Callable[..., Any
                 parts.append(f"{p.name}=_default_{p.name}")
     body = f"def {method}(self, {', '.join(parts)}):\n    return _run(self, ({', '.join(names)}{',' * bool(names)}))\n"
     space: dict[str, Any] = {"_run": _run, **defaults}
-    exec(
-        compile(body, f"<ssmquant {owner}.{method}>", "exec"), space
-    )  # the signature is the user's; only names go in
+    # The signature is the user's; only names go into the source.
+    exec(compile(body, f"<ssmquant {owner}.{method}>", "exec"), space)
     entry = space[method]
     me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     positional_only = any(p.kind is inspect.Parameter.POSITIONAL_ONLY for p in sig.parameters.values())
@@ -82,8 +81,8 @@ def _run(model: Any, bound: tuple[Any, ...]) -> Any:
         recorder = active_recorder()
         if recorder is not None and recorder.again is not None:
             return recorder.again(bound)  # the method calls itself
-        with PATCH_LOCK:  # by another thread: wait
-            pass
+        PATCH_LOCK.acquire()  # another thread traces it: wait
+        PATCH_LOCK.release()
     call = describe_call(bound)
     record = model._ssmquant.select(model, call)
     if record.trace.traced.sets_modes:
