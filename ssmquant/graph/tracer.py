@@ -58,7 +58,7 @@ class Traced:
     graph: fx.Graph
     guards: list[Guard]
     constants: dict[str, Tensor]
-    functions: dict[str, nn.Module]
+    functions: dict[str, FunctionModule]
     baked: dict[str, str]  # parameters whose value was read as a Python number -> line
     rebound: dict[str, str]  # attributes rebound to a computed tensor, and how that is treated
     reads_dtype: bool = False
@@ -288,9 +288,7 @@ class Recorder(Writer):
             return self.record("call_function", getattr, (t, attr), {}, getattr)
         if isinstance(t, FakeTensor):
             self.reads_dtype |= attr in ("dtype", "is_cuda", "device", "is_cpu")
-            if (
-                attr == "requires_grad"
-            ):  # fakes never do: what stands for an activation would, under grad mode
+            if attr == "requires_grad":  # fakes never do; an activation would, under grad mode
                 self.reads_grad = True
                 return t.dtype.is_floating_point and torch.is_grad_enabled()
         elif id(t) in self.owned:
@@ -372,10 +370,14 @@ class Recorder(Writer):
         if not (sized or tensors):
             return call(*args)
         rule = function_rule(cls)
-        # The same Function class is one leaf module, wherever it is used.
-        name = f"{cls.__module__}.{cls.__qualname__}".replace(".", "/").replace("<locals>", "_")
-        self.functions.setdefault(name, FunctionModule(cls))
-        run = rule if rule is not None else FunctionModule(cls).shape_run
+        # The same Function class is one leaf module, wherever it is used; classes that a factory made share a name.
+        base = name = f"{cls.__module__}.{cls.__qualname__}".replace(".", "/").replace("<locals>", "_")
+        count = 1
+        while name in self.functions and self.functions[name].cls is not cls:
+            count += 1
+            name = f"{base}#{count}"
+        leaf = self.functions.setdefault(name, FunctionModule(cls))
+        run = rule if rule is not None else leaf.shape_run
         return self.record("call_module", f"_ssmquant.functions.{name}", args, {}, run)
 
     def checkpointed(self) -> _Region:

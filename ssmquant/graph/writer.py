@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ssmquant.errors import TraceError
 from ssmquant.graph.calls import user_frame
 from ssmquant.graph.provenance import OPS, Guard, IntShim, SFloat, SInt, SSize, strip
+from ssmquant.graph.roles import FunctionModule
 
 __all__ = ["Writer"]
 
@@ -46,7 +47,7 @@ class Writer(TorchFunctionMode):
         self.owned: dict[int, str] = {}
         self.module_names: dict[int, str] = {}
         self.constants: dict[str, Tensor] = {}
-        self.functions: dict[str, nn.Module] = {}
+        self.functions: dict[str, FunctionModule] = {}
         self.guards: list[Guard] = []
         self.baked: dict[str, str] = {}
         self.rebound: dict[str, str] = {}
@@ -139,7 +140,7 @@ class Writer(TorchFunctionMode):
         args = tuple(self.emit(e) for e in expr[1:])
         if not any(isinstance(a, fx.Node) for a in args):
             return OPS[expr[0]](*args)
-        key = (expr[0], args)
+        key = (expr[0], tuple((type(a), a) for a in args))  # 2 and 2.0 are equal, their results are not
         if key not in self.expr_nodes:
             self.expr_nodes[key] = self.add_node("call_function", OPS[expr[0]], args, {})
         return self.expr_nodes[key]

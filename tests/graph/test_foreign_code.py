@@ -226,6 +226,35 @@ def test_grad_mode_is_the_callers_again_after_an_error() -> None:
         assert not torch.is_grad_enabled()
 
 
+def scaling(factor: float) -> Any:
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * factor
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * factor
+
+    return Scale
+
+
+def test_functions_of_one_name_stay_apart() -> None:
+    two, three = scaling(2.0), scaling(3.0)
+    model = Model(lambda self, x: two.apply(self.f(x)) + three.apply(x) * two.apply(x))
+    same(model, (torch.randn(2, 4),), (torch.randn(5, 4),))
+
+
+def test_whole_and_broken_multiples_of_a_size() -> None:
+    def code(self: Any, x: Tensor) -> tuple[Tensor, Any, Any]:
+        n = x.shape[0]
+        return self.f(x), n * 2, n * 2.0
+
+    model = Model(code).eval()
+    prepared = ssmquant.prepare(model, FLOAT, example_inputs=(torch.randn(2, 4),)).eval()
+    assert [type(v) for v in prepared(torch.randn(5, 4))[1:]] == [int, float]
+
+
 def test_a_sequential_root() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     same(model, (torch.randn(2, 4),), (torch.randn(5, 4),))
