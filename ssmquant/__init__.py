@@ -6,7 +6,8 @@ deployed = ssmquant.convert(prepared)
 ssmquant.save(deployed, "restorer.safetensors")
 """
 
-from ssmquant.adapter import Adapter, ScanRole, register_adapter
+from ssmquant._standins import install_standins, remove_standins, standins
+from ssmquant.adapter import Adapter, FunctionRole, ScanRole, register_adapter
 from ssmquant.analysis import summary, verify
 from ssmquant.config import QConfig, Rule
 from ssmquant.errors import (
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "CoverageError",
     "FormatError",
+    "FunctionRole",
     "InputError",
     "MethodError",
     "NotCalibratedError",
@@ -41,11 +43,14 @@ __all__ = [
     "TraceError",
     "calibrate",
     "convert",
+    "install_standins",
     "load",
     "param_groups",
     "prepare",
     "register_adapter",
+    "remove_standins",
     "save",
+    "standins",
     "summary",
     "verify",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ssmquant.errors import ConfigError
 
-__all__ = ["Adapter", "ScanRole", "find_adapter", "get_adapter", "register_adapter"]
+__all__ = ["Adapter", "FunctionRole", "ScanRole", "find_adapter", "get_adapter", "register_adapter"]
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,42 @@ class ScanRole:
     """Which argument of a foreign selective scan is what.
 
     Args:
-        name: Class name of an ``autograd.Function``, or ``namespace::op`` of a custom operator.
+        name: Class name of an ``autograd.Function`` (dots in front narrow it down: ``"package.module.Class"`` and any
+            tail of that), or ``namespace::op`` of a custom operator.
         arguments: Names of its positional arguments, in order, out of ``u, delta, A, B, C, D, z, delta_bias,
-            delta_softplus, return_last_state``.
+            delta_softplus, return_last_state, oflex, window``; others are passed over.
         always_state: It always returns ``(out, last_state)``, whatever ``return_last_state`` says.
+        kind: ``"s6"``, Mamba's scan, or ``"ssd"``, Mamba-2's, whose operands ``x, dt, A, B, C, D, z, dt_bias, ...``
+            come as ``torch.ops.ssmquant.ssd_scan`` takes them.
     """
 
     name: str
     arguments: tuple[str, ...]
     always_state: bool = False
+    kind: str = "s6"
+
+
+@dataclass(frozen=True)
+class FunctionRole:
+    """What a foreign ``autograd.Function`` computes, for functions that the tracer cannot look into.
+
+    A fused kernel hides the weights and the scan in it. ``unfold`` says the same in plain torch calls, which are then
+    traced, and quantized, as if the user had written them. ``shape`` only says what comes out; the Function stays as
+    it is, one node. Give one of them.
+
+    Args:
+        name: Class name, as in ``ScanRole``.
+        unfold: Takes the arguments of the Function's ``forward`` by keyword, without the context; returns its result.
+        shape: As ``unfold``, but need only return tensors of the right sizes and dtypes.
+    """
+
+    name: str
+    unfold: Callable[..., Any] | None = None
+    shape: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.unfold is None) == (self.shape is None):
+            raise ConfigError(f"FunctionRole({self.name!r}): give either unfold= or shape=")
 
 
 @dataclass(frozen=True)
@@ -42,6 +69,7 @@ class Adapter:
         leaf: Class names of modules that are kept as one opaque node.
         keep_float: Patterns of sites (see ``Rule``) that stay in float by default, with the published placement.
         scans: Further selective scans.
+        functions: Further Functions that run native code.
         notes: What a user should know; shown by ``summary``.
     """
 
@@ -51,10 +79,15 @@ class Adapter:
     leaf: tuple[str, ...] = ()
     keep_float: tuple[str, ...] = ()
     scans: tuple[ScanRole, ...] = ()
+    functions: tuple[FunctionRole, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
 
-_BUILT_IN = {"mambair": "ssmquant.adapters.mambair"}
+_BUILT_IN = {
+    "mambair": "ssmquant.adapters.mambair",
+    "vim": "ssmquant.adapters.vim",
+    "vmamba": "ssmquant.adapters.vmamba",
+}
 _REGISTERED: dict[str, Adapter] = {}
 
 

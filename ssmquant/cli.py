@@ -6,11 +6,14 @@ Exit status: 0 done, 2 the user can mend it (one line on stderr says how). Nothi
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,9 +68,72 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _factory(path: str) -> nn.Module:
+    """The model that ``package.module:function`` or ``file.py:function`` makes (a class will do, or a model itself)."""
+    name, _, attribute = path.rpartition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        if name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            if spec is None or spec.loader is None or not Path(name).is_file():
+                raise ConfigError(f"no such file: {name}")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} cannot be imported ({error}); if it is a kernel that is missing, try --standins"
+        ) from error
+    made: Any = module
+    for part in attribute.split("."):
+        if not hasattr(made, part):
+            raise ConfigError(f"{name} has no {attribute}")
+        made = getattr(made, part)
+    if not isinstance(made, nn.Module):
+        try:
+            made = made()
+        except TypeError as error:
+            raise ConfigError(
+                f"{attribute}() failed: {error}. Give a function that takes no arguments"
+            ) from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{attribute}() gave a {type(made).__name__}, not an nn.Module")
+    return made
+
+
+def _example(text: str) -> torch.Tensor:
+    """``1,3,224,224`` or ``1,128:int64`` -> zeros of that shape."""
+    shape, _, kind = text.partition(":")
+    dtype = getattr(torch, kind or "float32", None)
+    try:
+        sizes = [int(s) for s in shape.replace("x", ",").split(",")]
+        if min(sizes) < 1 or not isinstance(dtype, torch.dtype):
+            raise ValueError
+        return torch.zeros(sizes, dtype=dtype)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--input {text!r}: expected sizes, like 1,3,224,224 or 1,128:int64") from error
+
+
+def _look(args: argparse.Namespace) -> None:
+    import ssmquant
+    from ssmquant.workflow import prepare_unchecked
+
+    if args.standins:
+        ssmquant.install_standins()
+    model = _factory(args.file)
+    config = ssmquant.QConfig(w_bits=args.w_bits, a_bits=args.a_bits)
+    inputs = tuple(_example(text) for text in args.input) or None
+    print(ssmquant.summary(prepare_unchecked(model, config, inputs, method=args.method)))
+
+
 def _summary(args: argparse.Namespace) -> None:
     import ssmquant
 
+    if ":" in args.file and not Path(args.file).exists():
+        _look(args)
+        return
     model, kind = load_any(args.file)
     print(f"{args.file}: {kind}, {Path(args.file).stat().st_size:,} bytes on disk")
     if kind == "float":
@@ -103,6 +169,7 @@ def _env(args: argparse.Namespace) -> None:
     report: Callable[[], list[tuple[str, str, str]]] | None
     report = getattr(getattr(ssmquant, "ops", None), "backend_report", None)
     rows += [(f"kernel {name}", f"{state}: {why}") for name, state, why in (report() if report else [])]
+    rows += [(f"package {row[0]}", ", ".join(row[1:])) for row in ssmquant._standins.standins_report()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
@@ -159,8 +226,29 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--force", action="store_true", help="replace an existing output")
     restore.set_defaults(run=_restore)
 
-    summary = commands.add_parser("summary", help="every site of a saved model: scheme, bytes, operations")
-    summary.add_argument("file", metavar="FILE")
+    summary = commands.add_parser(
+        "summary",
+        help="every site of a saved model, or of any model that can be imported: scheme, bytes, operations, coverage",
+    )
+    summary.add_argument(
+        "file",
+        metavar="FILE|MODULE:FUNCTION",
+        help="saved model, or a function without arguments that makes one",
+    )
+    summary.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SIZES",
+        help="of an example input, 1,3,224,224 or 1,128:int64; once for each argument; not needed where an adapter "
+        "knows the model",
+    )
+    summary.add_argument("--w-bits", type=int, default=4, metavar="N", help="(default 4)")
+    summary.add_argument("--a-bits", type=int, default=4, metavar="N", help="(default 4)")
+    summary.add_argument("--method", default="forward", metavar="NAME", help="the method to trace")
+    summary.add_argument(
+        "--standins", action="store_true", help="serve missing mamba-ssm, causal-conv1d ... by ssmquant's own"
+    )
     summary.set_defaults(run=_summary)
 
     env = commands.add_parser("env", help="versions, hardware, and which kernels are used and why")

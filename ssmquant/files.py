@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from ssmquant import zoo
 from ssmquant.errors import ConfigError, FormatError, SsmquantError
 
 __all__ = [
-    "DTYPES", "FLOAT_FORMAT", "FORMAT", "MALFORMED", "NAMES", "VERSION", "Reader", "build_zoo", "decode",
+    "DTYPES", "ENTRIES", "FLOAT_FORMAT", "FORMAT", "MALFORMED", "NAMES", "VERSION", "Reader", "build_zoo", "decode",
     "dtype_name", "encode", "load_checkpoint", "load_float", "peek", "read", "read_dtype", "read_shape", "save_float",
     "write",
 ]  # fmt: skip
@@ -230,46 +232,113 @@ def load_float(path: str | os.PathLike[str]) -> Any:
     return model.eval()
 
 
-def load_checkpoint(model: nn.Module, source: Mapping[str, Any] | str | os.PathLike[str]) -> nn.Module:
-    """Loads a float checkpoint strictly into a float or prepared model.
+# ---- checkpoints from elsewhere ------------------------------------------------------------------------------------
+
+ENTRIES = (
+    "params_ema", "params", "model_ema", "model", "state_dict_ema", "state_dict", "net", "network_weights",
+)  # fmt: skip
+"""Where training code keeps the weights in its checkpoints: the first entry that is there is taken."""
+
+# What VMamba's and Vim's training code keeps beside the weights: settings, which are read as plain mappings.
+_SETTINGS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "argparse.Namespace"),
+]  # fmt: skip
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)")
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    strict: bool = True,
+) -> nn.Module:
+    """Loads a float checkpoint into a float or prepared model, as far as names go as the model itself loads one.
 
     Args:
-        source: A state dict, or a ``.safetensors`` or PyTorch file (read with ``weights_only=True``); BasicSR's
-            ``{"params": ...}`` and ``{"params_ema": ...}`` are unwrapped.
+        model: Loaded in place. Where it renames old keys or fits shapes when loading, it does so here too.
+        source: A state dict, or a ``.safetensors`` or PyTorch file (read with ``weights_only=True``). What training
+            code wraps around it is taken off: one of the entries ``params_ema``, ``params``, ``model_ema``, ``model``,
+            ``state_dict_ema``, ``state_dict``, ``net`` and ``network_weights``, the first that is there; then
+            ``module.`` and ``_orig_mod.`` in front of all names.
+        key: The entry to take instead.
+        strict: Refuse missing and unexpected keys; tensors of another shape are always refused.
+
+    Returns:
+        The model.
 
     Raises:
-        FormatError: names missing, unexpected and misshapen keys; the model is left as it was.
+        FileNotFoundError: no such file.
+        FormatError: what does not fit, with names; the model is left as it was.
     """
     if not isinstance(source, Mapping):
-        path = Path(source)
-        if path.suffix == ".safetensors":
-            source = read(path)[1]
-        else:
-            try:
-                source = torch.load(path, map_location="cpu", weights_only=True)
-            except FileNotFoundError:
-                raise
-            except Exception as e:
-                raise FormatError(f"{path} is not a checkpoint that can be read safely: {e}") from None
-    for key in ("params_ema", "params", "state_dict", "model"):
-        if isinstance(source, Mapping) and isinstance(source.get(key), Mapping):
-            source = source[key]
-            break
-    if not isinstance(source, Mapping) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in source.items()
-    ):
-        raise FormatError("the checkpoint is not a mapping of names to tensors")
+        source = _read_checkpoint(Path(source))
     own = model.state_dict()
-    ours = {k: v for k, v in own.items() if not k.startswith("_ssmquant.")}
-    state = {k.removeprefix("module."): v for k, v in source.items()}
-    expected = own if any(k.startswith("_ssmquant.") for k in state) else ours
-    missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    wrong = [k for k in expected if k in state and expected[k].shape != state[k].shape]
-    if missing or extra or wrong:
-        parts = [f"missing {missing[:3]}" * bool(missing), f"unexpected {extra[:3]}" * bool(extra)]
-        parts += [f"{k}: {list(state[k].shape)} instead of {list(expected[k].shape)}" for k in wrong[:3]]
+    state = _unwrapped(_entry(source, key), set(own))
+    before = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in own.items()}
+    keys: list[Any] = []
+    handle = model.register_load_state_dict_post_hook(lambda _, found: keys.append(found))
+    try:
+        model.load_state_dict(state, strict=strict)
+    except (SsmquantError, *MALFORMED) as e:
+        handle.remove()
+        model.load_state_dict(before)
+        if isinstance(e, SsmquantError):
+            raise
+        problems = [f"{k}: {there} instead of {here}" for k, there, here in _MISMATCH.findall(str(e))]
+        for what in ("missing", "unexpected") if strict and keys else ():
+            names = getattr(keys[-1], f"{what}_keys")
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems += [f"{what} {sorted(names)[:3]}{more}"] * bool(names)
         raise FormatError(
-            f"the checkpoint does not fit {type(model).__name__}: " + "; ".join(p for p in parts if p)
-        )
-    model.load_state_dict(state)
+            f"the checkpoint does not fit {type(model).__name__}: "
+            + ("; ".join(problems[:6]) or f"{type(e).__name__}: {e}")
+        ) from None
+    finally:
+        handle.remove()
     return model
+
+
+def _read_checkpoint(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return read(path)[1]
+    try:
+        with torch.serialization.safe_globals(_SETTINGS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        raise FormatError(f"{path} is not a checkpoint that can be read safely: {e}") from None
+
+
+def _entry(source: Any, key: str | None) -> dict[str, Tensor]:
+    """The state dict in a checkpoint's content."""
+    found = source
+    if isinstance(source, Mapping):
+        held = [k for k in source if isinstance(source[k], Mapping)]
+        if key is not None and key not in held:
+            there = f"it has {', '.join(map(str, held[:8]))}" if held else "it is a plain state dict"
+            raise FormatError(f"the checkpoint has no entry {key!r} that holds weights; {there}")
+        found = next((source[k] for k in ((key,) if key is not None else ENTRIES) if k in held), source)
+    if not isinstance(found, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()
+    ):
+        raise FormatError(
+            "the checkpoint is not a mapping of names to tensors"
+            + (f"; it has the entries {sorted(map(str, source))[:8]}" if isinstance(source, Mapping) else "")
+        )
+    return dict(found)
+
+
+def _unwrapped(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
+    """Without the names of wrappers that stand in front of all names."""
+    while state:
+        prefix = next((p for p in _WRAPPERS if all(k.startswith(p) for k in state)), None)
+        if prefix is None:
+            break
+        shorter = {k[len(prefix) :]: v for k, v in state.items()}
+        if len(own & state.keys()) > len(own & shorter.keys()):  # the model has a child of that name
+            break
+        state = shorter
+    return state

@@ -141,7 +141,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     sites = _point_table(points)
     meta = {
         "config": runtime.config.to_dict(), "method": runtime.method,
-        "adapter": runtime.adapter.name if runtime.adapter else None,
+        "adapter": runtime.adapter.name if runtime.adapter else None, "platform": runtime.platform,
         "class": f"{type(deployed).__module__}.{type(deployed).__qualname__}",
         "zoo": getattr(deployed, "zoo_config", None), "example": encode(runtime.example), "sites": sites,
         "sites_sha256": _site_hash(sites), "operands": operands, "activations": activations, "float": float_table,
@@ -235,6 +235,9 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
     if not callable(getattr(new, meta["method"], None)):
         raise reader.fail(f"made for a method {meta['method']!r} that {type(model).__name__} does not have")
     runtime = Runtime(config, adapter, meta["method"])
+    if meta.get("platform", "cuda") not in ("cuda", "rocm"):
+        raise reader.fail(f"entry 'platform' is {meta['platform']!r}, expected 'cuda' or 'rocm'")
+    runtime.platform = meta.get("platform", "cuda")
     attach(new, runtime)
     runtime.eval()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
@@ -23,9 +24,10 @@ from ssmquant.graph.prepared import (
     move_plain_tensors,
     refuse_elsewhere,
 )
-from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
+from ssmquant.graph.runtime import Runtime, adopted_modules, is_prepared, runtime_of
 from ssmquant.graph.sites import ancestors
-from ssmquant.graph.trace import describe_call
+from ssmquant.graph.trace import SEED, describe_call
+from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.quantizers import DLS, Quantizer, get_quantizer
 
@@ -61,6 +63,28 @@ def prepare(
         TraceError: the model's code cannot be traced; names the line.
         CoverageError: something would silently stay in float, or a rule matches nothing.
     """
+    new = prepare_unchecked(model, qconfig, example_inputs, example_kwargs, method, adapter, check=True)
+    for i, mod in enumerate(adopted_modules(new)):
+        warnings.warn(
+            f"{type(model).__name__} makes a {type(mod).__name__}({mod.extra_repr()}) in {method}, or keeps it in a "
+            f"plain list, so that no checkpoint holds its weights. The prepared model has it as '{ADOPTED}.{i}': "
+            f"trained, saved, and the same in every call. If it is made anew, its weights were drawn under seed {SEED}",
+            stacklevel=2,
+        )
+    return new
+
+
+def prepare_unchecked(
+    model: nn.Module,
+    qconfig: QConfig,
+    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    method: str = "forward",
+    adapter: str | Adapter | None = None,
+    *,
+    check: bool = False,
+) -> Any:
+    """As :func:`prepare`, for a look at a model: what no site covers is no error, and stands in ``summary``."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"prepare: expected an nn.Module, got {type(model).__name__}")
     if not isinstance(qconfig, QConfig):
@@ -92,14 +116,16 @@ def prepare(
         bound = bind(runtime.signature(new), tuple(example_inputs or ()), dict(example_kwargs or {}))
     except TypeError as e:
         raise ConfigError(f"prepare: the example does not fit {type(model).__name__}.{method}: {e}") from None
-    trace_example(new, bound)
+    trace_example(new, bound, check=check)
     _make_quantizers(new)
     initialize_weights(new)
     refuse_elsewhere(new, runtime)
     return new
 
 
-def trace_example(model: nn.Module, bound: tuple[Any, ...], *, training: bool = True) -> None:
+def trace_example(
+    model: nn.Module, bound: tuple[Any, ...], *, training: bool = True, check: bool = True
+) -> None:
     """Traces the example call and makes the first records: one, or two where the code reads ``self.training``."""
     runtime = runtime_of(model)
     call = describe_call(bound)
@@ -115,7 +141,7 @@ def trace_example(model: nn.Module, bound: tuple[Any, ...], *, training: bool = 
             for m in modes:
                 m.training = flag
             t = runtime.make_trace(model, call)
-            runtime.records.append(runtime.build(model, call, t, check=not flag))
+            runtime.records.append(runtime.build(model, call, t, check=check and not flag))
             if t.traced.reads_grad:  # the other grad mode has a graph of its own
                 with torch.set_grad_enabled(not torch.is_grad_enabled()):
                     runtime.records.append(runtime.build(model, call, runtime.make_trace(model, call)))

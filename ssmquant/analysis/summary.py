@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
@@ -35,6 +35,7 @@ class SummaryRow:
 class Summary:
     """All rows and the totals. ``bytes``: everything the model stores (float remainder included); ``parameters``:
     values it stands for; ``bitops``: one sample of ``input_shapes``, operands kept in float counting 32 bits.
+    ``weights``: parameters that reach a matmul, convolution or scan; ``uncovered``: those of them that no site covers.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -45,6 +46,8 @@ class Summary:
     input_shapes: tuple[tuple[int, ...], ...]
     floats: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    weights: int
+    uncovered: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         width = max([len(r.name) for r in self.rows] or [4])
@@ -66,6 +69,11 @@ class Summary:
             f"{self.parameters:,} parameters in {self.bytes:,} bytes ({self.float_bytes:,} of them float); "
             f"{self.bitops / 1e9:,.2f} GBitOPs for input {' '.join('x'.join(map(str, s)) for s in self.input_shapes)}"
         )
+        lines.append(
+            f"coverage: {self.weights - len(self.uncovered)} of {self.weights} parameters that reach a matmul, "
+            "convolution or scan belong to a site"
+        )
+        lines.extend(f"NOT COVERED: {name} ({why})" for name, why in self.uncovered)
         if kept:
             lines.append(f"float parameters outside sites: {kept}")
         lines.extend(f"note: {n}" for n in self.notes)
@@ -101,7 +109,7 @@ def _cost(model: nn.Module, record: Record, site: Site, w_bits: int, a_bits: int
     if site.kind == "scan":
         u, a = site.scan["u"].meta["val"], site.scan["A"].meta["val"]
         # Per (b, d, l, n): delta*A and delta*u*B on operands, C*h on one, and the state update in float.
-        n = u.numel() * a.shape[1]
+        n = u.numel() * (a.shape[1] if a.dim() == 2 else site.scan["B"].meta["val"].shape[-1])
         return n * (2 * a_bits * a_bits + 32 * a_bits + 32 * 32) // samples
     if site.kind == "matmul":
         return _macs(site) * w_bits * a_bits // samples
@@ -177,6 +185,13 @@ def summary(model: nn.Module) -> Summary:
         note = record.plan.floats.get(site.name, "")
         if folded and runtime.config.statistics == "sample":
             note = "statistics per tensor: the code folds the batch away"
+        if site.role is not None and not note:
+            window = site.scan.get("window") or 0
+            note = (
+                f"{site.role.kind}_lb, window {window}"
+                if window
+                else site.role.kind * (site.role.kind != "s6")
+            )
         kernel = (
             ("dequantize + torch" if points else "torch") if runtime.stage == "deployed" else "fake-quantized"
         )
@@ -189,7 +204,12 @@ def summary(model: nn.Module) -> Summary:
                 _cost(model, record, site, w, a, samples), kernel if points else "torch", note,
             )
         )  # fmt: skip
-    floats = tuple((p.name, p.reason) for p in record.plan.parameters)
+    outside = [p for p in record.plan.parameters if not p.must_cover]
+    uncovered = tuple((p.name, f"{p.reason} at {p.where}") for p in record.plan.parameters if p.must_cover)
+    floats = tuple((p.name, p.reason) for p in outside)
+    sited = {s.parameter for s in record.plan.sites if s.parameter}
+    for s in record.plan.sites:
+        sited |= {str(n.target) for o in s.inputs for n in _parameters_of(record, o.node)}
     packed = sum(_point_bytes(p, model, runtime) for p in record.plan.points)
     covered = _covered(record)
     ours = {id(p) for p in runtime.parameters()} | {id(b) for b in runtime.buffers()}
@@ -205,8 +225,17 @@ def summary(model: nn.Module) -> Summary:
     shapes = tuple((1, *s[1:]) if (i, 0) in trace.free else s for i, s in enumerate(trace.shapes))
     notes = (*runtime.notes, *(runtime.adapter.notes if runtime.adapter else ()))
     return Summary(
-        tuple(rows), packed + rest, rest, values, sum(r.bitops for r in rows), shapes, floats, notes
+        tuple(rows), packed + rest, rest, values, sum(r.bitops for r in rows), shapes, floats, notes,
+        len(sited) + len(uncovered), uncovered,
     )  # fmt: skip
+
+
+def _parameters_of(record: Record, node: fx.Node) -> list[fx.Node]:
+    """The parameters that a value is made of, if it is made of nothing else."""
+    made_of = ancestors(node)
+    if any(n.op == "placeholder" for n in made_of):
+        return []
+    return [n for n in made_of if n.op == "get_attr" and not str(n.target).startswith("_ssmquant.")]
 
 
 def _covered(record: Record) -> set[str]:

@@ -108,6 +108,20 @@ def _compare(name: str, out: Tensor, reference: Tensor) -> SiteError:
     return SiteError(name, error, error / top if top > 0 else (0.0 if error == 0 else math.inf), sqnr)
 
 
+def _rng_states(tensors: list[Tensor]) -> dict[torch.device, Tensor]:
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    states = {d: torch.cuda.get_rng_state(d) for d in devices}
+    return {torch.device("cpu"): torch.random.get_rng_state(), **states}
+
+
+def _set_rng(states: dict[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.random.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
 @torch.no_grad()
 def verify(
     prepared: nn.Module, deployed: nn.Module, example_inputs: tuple[Any, ...] | Tensor, **example_kwargs: Any
@@ -127,6 +141,7 @@ def verify(
         prepared.eval()
         call = describe_call(bind(teacher_rt.signature(prepared), args, example_kwargs))
         first, second = teacher_rt.select(prepared, call), student_rt.select(deployed, call)
+        states = _rng_states(call.tensors)
         teacher = _Teacher(prepared, first)
         teacher.run(*(t.clone() for t in call.tensors))  # the user's code may write into its input
     finally:
@@ -138,5 +153,10 @@ def verify(
             "verify: the two models have different sites; compare a model with its own conversion"
         )
     student = _Student(deployed, second, teacher.outputs)
-    student.run(*(t.clone() for t in call.tensors))
+    after = _rng_states(call.tensors)
+    _set_rng(states)  # models that draw in evaluation draw the same
+    try:
+        student.run(*(t.clone() for t in call.tensors))
+    finally:
+        _set_rng(after)
     return VerifyReport(tuple(student.rows))

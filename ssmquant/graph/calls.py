@@ -11,16 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ssmquant.graph.provenance import IntShim, SFloat, SInt, strip
 
 __all__ = [
-    "HOOKS", "MODE_DEPENDENT", "OPERATORS", "RANDOM", "READS_DATA", "collect_tensors", "has_tensor", "is_method",
-    "plain_ints", "swapped", "user_frame",
+    "HOOKS", "MODE_DEPENDENT", "OPERATORS", "RANDOM", "READS_DATA", "collect_tensors", "has_state", "has_tensor",
+    "is_method", "plain_ints", "swapped", "user_frame",
 ]  # fmt: skip
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_ZOO = os.path.join(_OURS, "zoo")  # a user's code like any other
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
 OPERATORS: dict[str, tuple[Callable[..., Any], bool]] = {
@@ -56,7 +57,8 @@ def user_frame() -> tuple[str, str]:
     f: types.FrameType | None = sys._getframe(1)
     while f is not None:
         name = f.f_code.co_filename
-        if not name.startswith((_HERE, _TORCH)) and not name.startswith("<"):
+        ours = name.startswith(_OURS) and not name.startswith(_ZOO)
+        if not ours and not name.startswith((_TORCH, "<")):
             return f"{name}:{f.f_lineno}", linecache.getline(name, f.f_lineno).strip()
         f = f.f_back
     return "<unknown>", ""
@@ -93,6 +95,11 @@ def has_tensor(x: Any) -> bool:
     if isinstance(x, (tuple, list)):
         return any(has_tensor(i) for i in x)
     return any(has_tensor(i) for i in x.values()) if isinstance(x, dict) else isinstance(x, Tensor)
+
+
+def has_state(mod: nn.Module) -> bool:
+    """Whether a module owns a parameter or a buffer."""
+    return next(mod.parameters(), None) is not None or next(mod.buffers(), None) is not None
 
 
 def plain_ints(x: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ssmquant.errors import TraceError
 from ssmquant.graph.provenance import IntShim
@@ -60,6 +61,40 @@ def _swap_apply(hook: Callable[..., Any]) -> Callable[[], None]:
         APPLY_HOOK.pop()
 
     return restore
+
+
+def _hold_triton(rec: Recorder, thread: int) -> list[tuple[Any, Any]]:
+    """Triton kernels are not launched on fakes: what a Function allocates for them has the right shape already.
+
+    Returns the classes whose ``run`` was exchanged, with the old one. Nothing is imported that is not there.
+    """
+    found = []
+    for module, name in (
+        ("triton.runtime.jit", "JITFunction"),
+        ("triton.runtime.autotuner", "Autotuner"),
+        ("triton.runtime.autotuner", "Heuristics"),
+        ("triton.runtime.interpreter", "InterpretedFunction"),
+    ):
+        owner = getattr(sys.modules.get(module), name, None)
+        if owner is None or "run" not in vars(owner):
+            continue
+        found.append((owner, owner.run))
+
+        def run(self: Any, *args: Any, _original: Any = owner.run, **kwargs: Any) -> Any:
+            fake = any(isinstance(a, FakeTensor) for a in (*args, *kwargs.values()))
+            if threading.get_ident() != thread or not fake:
+                return _original(self, *args, **kwargs)
+            if not rec.busy:
+                raise rec.fail(
+                    "A Triton kernel is launched outside of an autograd.Function or custom operator, where no graph "
+                    "shows what it writes.",
+                    "Wrap it in an autograd.Function (or torch.library.triton_op), or make the module a leaf: "
+                    "prepare(..., adapter=Adapter(leaf=('ClassName',))).",
+                )
+            return None
+
+        owner.run = run
+    return found
 
 
 @contextlib.contextmanager
@@ -149,13 +184,14 @@ def patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
             vars(mod)["training"] = value
 
     shimmed: list[dict[str, Any]] = []
+    launches: list[tuple[Any, Any]] = []
     restore_apply: Callable[[], None] = lambda: None  # noqa: E731
     with PATCH_LOCK:
+        if active_recorder() is not None:
+            raise TraceError(
+                "a model was prepared or traced inside the forward of another one that is being traced"
+            )
         try:
-            if active_recorder() is not None:
-                raise TraceError(
-                    "a model was prepared or traced inside the forward of another one that is being traced"
-                )
             nn.Module.training = Training()  # type: ignore[assignment]
             for (space, name), original in asked.items():
                 setattr(space, name, asking(original))
@@ -163,6 +199,7 @@ def patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
             restore_apply = _swap_apply(apply)
             autocast.__enter__, autocast.__exit__ = autocast_enter, autocast_exit  # type: ignore[method-assign]
             torch.utils.checkpoint._checkpoint_without_reentrant_generator = region
+            launches.extend(_hold_triton(rec, mine))
             for cls in {c for m in model.modules() for c in type(m).__mro__}:
                 name = cls.__module__
                 if name.split(".")[0] not in ("torch", "builtins", "ssmquant") or name.startswith(
@@ -181,6 +218,8 @@ def patched(rec: Recorder, model: nn.Module) -> Iterator[None]:
             restore_apply()
             autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
             torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
+            for owner, run in launches:
+                owner.run = run
             for shim in shimmed:
                 del shim["int"]
             for (space, name), original in asked.items():

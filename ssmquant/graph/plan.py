@@ -56,26 +56,55 @@ class Plan:
 
 
 def sample_axis(trace: Trace) -> Callable[[fx.Node], int | None]:
-    """Finds the axis of a value that numbers the samples: the one that changed with the batch between the two traces.
+    """Finds the axis of a value that numbers the samples: the one that changed with the batch between two traces.
 
     Where code folds the batch into another dimension there is none.
     """
-    other = trace.other
-    nodes = dict(zip(trace.graph.nodes, other.graph.nodes, strict=True)) if other is not None else {}
     inputs = [n for n in trace.graph.nodes if n.op == "placeholder"]
     batch = [i for i, d in sorted(trace.free) if d == 0]
+    nodes: dict[fx.Node, fx.Node] = {}
+    if batch and trace.other is not None:
+        nodes = dict(zip(trace.graph.nodes, trace.other.graph.nodes, strict=True))
+    elif trace.sample is not None:
+        nodes = _aligned(trace.graph, trace.sample.graph)
+        batch = [i for i, n in enumerate(inputs) if n in nodes and _first_size(n) != _first_size(nodes[n])]
 
     def axis(node: fx.Node) -> int | None:
-        if not batch or node not in nodes or "val" not in node.meta:
+        if not batch or node not in nodes or "val" not in node.meta or "val" not in nodes[node].meta:
             return None
-        here, there = inputs[batch[0]].meta["val"].shape[0], nodes[inputs[batch[0]]].meta["val"].shape[0]
-        if here == there:
+        here, there = _first_size(inputs[batch[0]]), _first_size(nodes[inputs[batch[0]]])
+        mine, other = node.meta["val"].shape, nodes[node].meta["val"].shape
+        if here == there or len(mine) != len(other):
             return None
-        pairs = zip(node.meta["val"].shape, nodes[node].meta["val"].shape, strict=True)
-        found = [d for d, (a, b) in enumerate(pairs) if a == here and b == there]
+        found = [d for d, (a, b) in enumerate(zip(mine, other, strict=True)) if a == here and b == there]
         return found[0] if len(found) == 1 else None
 
     return axis
+
+
+def _first_size(node: fx.Node) -> int | None:
+    shape = node.meta["val"].shape
+    return int(shape[0]) if shape else None
+
+
+def _aligned(a: fx.Graph, b: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Nodes of two graphs of the same code: the n-th that a line of a module wrote of an operator, in both.
+
+    A loop over the batch writes more of them at a larger batch; its n-th pass is still its n-th pass.
+    """
+
+    def keyed(graph: fx.Graph) -> dict[object, fx.Node]:
+        count: dict[object, int] = {}
+        out: dict[object, fx.Node] = {}
+        for n in graph.nodes:
+            name = "" if n.op == "placeholder" else str(n.target)
+            key = (n.op, name, n.meta.get("module", ""), n.meta.get("where", ""))
+            count[key] = count.get(key, 0) + 1
+            out[(key, count[key])] = n
+        return out
+
+    ours, theirs = keyed(a), keyed(b)
+    return {n: theirs[k] for k, n in ours.items() if k in theirs}
 
 
 def _reason(site: Site, rule: Rule | None, config: QConfig, adapter_float: tuple[Rule, ...]) -> str | None:

@@ -21,6 +21,7 @@ from ssmquant.graph.regions import OWNER
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.graph.trace import Call, describe_call
 from ssmquant.graph.tracer import active_recorder
+from ssmquant.graph.writer import ADOPTED
 from ssmquant.quantizers import Quantizer
 
 __all__ = [
@@ -183,7 +184,7 @@ def _load_state(model: nn.Module, base: Any, state: Any, strict: bool, assign: b
     if ours or runtime.stage == "deployed":
         return base.load_state_dict(model, state, strict=strict, assign=assign)
     own = model.state_dict()
-    full = {**{k: v for k, v in own.items() if k.startswith("_ssmquant.")}, **state}
+    full = {**{k: v for k, v in own.items() if k.startswith(("_ssmquant.", f"{ADOPTED}."))}, **state}
     result = base.load_state_dict(model, full, strict=strict, assign=assign)
     forget_baked(model)
     initialize_weights(model)

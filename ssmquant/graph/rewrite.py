@@ -15,12 +15,20 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ssmquant.graph.plan import Plan, Point
 from ssmquant.graph.sites import Operand, Site, ancestors
-from ssmquant.ops import selective_scan as _scan_front
+from ssmquant.ops import selective_scan as _s6
+from ssmquant.ops import ssd_scan as _ssd
 
 __all__ = ["ACTIVATIONS", "WEIGHTS", "rewrite"]
 
 WEIGHTS = "_ssmquant.weights"
 ACTIVATIONS = "_ssmquant.activations"
+assert _s6 is not None  # importing them registered the operators
+assert _ssd is not None
+_SCANS = {"s6": torch.ops.ssmquant.selective_scan.default, "ssd": torch.ops.ssmquant.ssd_scan.default}
+_SCAN_OPTIONS = {
+    "s6": ("window",),
+    "ssd": ("initial_states", "dt_min", "dt_max", "window", "chunk_size"),
+}
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -163,12 +171,20 @@ class _Writer:
         assert site.role is not None
         old = {k: (self.map[v] if isinstance(v, fx.Node) else v) for k, v in site.scan.items()}
         ops = {**old, **new}
-        names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-        args = (*(ops.get(k) for k in names), bool(ops.get("delta_softplus", False)))
+        args: tuple[Any, ...] = tuple(
+            ops.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+        )
+        args = (*args, bool(ops.get("delta_softplus", False)))
+        kwargs = {k: ops[k] for k in _SCAN_OPTIONS[site.role.kind] if ops.get(k) is not None}
         with self.graph.inserting_before(node):
-            both = self.new(node, "call_function", torch.ops.ssmquant.selective_scan.default, args)
+            both = self.new(node, "call_function", _SCANS[site.role.kind], args, kwargs)
             whole = site.role.always_state or ops.get("return_last_state", False)
             out = both if whole else self.new(node, "call_function", _first, (both,))
+            dtype = node.meta["val"].dtype if not whole and "val" in node.meta else None
+            if dtype is not None and dtype != site.scan["u"].meta["val"].dtype:
+                out = self.new(
+                    node, "call_method", "to", (out, dtype)
+                )  # some scans return fp32 for half inputs
         both.meta["site"] = site.name
         out.meta.update({k: v for k, v in node.meta.items() if k in ("val", "storage", "region")})
         node.replace_all_uses_with(out)
@@ -194,7 +210,6 @@ def rewrite(model: nn.Module, graph: fx.Graph, plan: Plan, *, deployed: bool = F
 
     Nodes of quantizers carry ``meta["point"]`` (the point's name), nodes of sites ``meta["site"]``.
     """
-    assert _scan_front is not None  # registers torch.ops.ssmquant
     w = _Writer(model, graph, plan, deployed)
     for point in plan.points:
         w.place(point)

@@ -25,8 +25,9 @@ from ssmquant.graph.regions import compile_graph
 from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.sites import find_sites
 from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_graph, trace
+from ssmquant.graph.writer import ADOPTED, Rules
 
-__all__ = ["Record", "Runtime", "is_prepared", "runtime_of"]
+__all__ = ["Record", "Runtime", "adopted_modules", "is_prepared", "runtime_of"]
 
 
 _MOST_RECORDS = 64
@@ -146,6 +147,8 @@ class Runtime(nn.Module):
         self.weights = nn.ModuleDict()
         self.activations = nn.ModuleDict()
         self.functions = nn.ModuleDict()
+        # Some kernels compute another function on AMD GPUs; a file remembers which one was meant.
+        self.platform = "rocm" if torch.version.hip else "cuda"
         self.constants = Constants()
         self.records: list[Record] = []
         self.known: set[str] | None = None  # names of the points that may exist
@@ -169,21 +172,32 @@ class Runtime(nn.Module):
     def make_trace(self, model: nn.Module, call: Call, *, exact: bool = False) -> Trace:
         """Traces the model for a call, at its current training mode and autocast state."""
         unbind = _unbinder(self.signature(model))
-        leaf = is_leaf(self.adapter.leaf if self.adapter else ())
+        rules = self.rules(model)
         method = self.user_method(model)
         with PATCH_LOCK, _Stand(self, model), _Hidden(model):
 
             def run(shapes: Shapes) -> Any:
-                return run_once(model, method, call, shapes, leaf, unbind)
+                return run_once(model, method, call, shapes, rules, unbind)
 
-            if exact:
-                return Trace(run(call.shapes), [], [], call.shapes)
-            return trace(run, call.shapes)
+            made = Trace(run(call.shapes), [], [], call.shapes) if exact else trace(run, call.shapes)
+        if rules.adopted:
+            model._modules[ADOPTED] = nn.ModuleList(rules.adopted)
+        return made
+
+    def rules(self, model: nn.Module) -> Rules:
+        a = self.adapter
+        return Rules(
+            is_leaf(a.leaf if a else ()),
+            a.scans if a else (),
+            a.functions if a else (),
+            list(adopted_modules(model)),
+            self.platform,
+        )
 
     def adopt(self, model: nn.Module, t: Trace) -> None:
         """Gives a trace's constants and Functions a place in this module."""
         done: dict[str, str] = {}
-        for traced in [x for x in (t.traced, t.other) if x is not None]:
+        for traced in [x for x in (t.traced, t.other, t.sample) if x is not None]:
             for name, fn in traced.functions.items():
                 if name not in self.functions:
                     self.functions[name] = fn
@@ -321,19 +335,26 @@ class _Stand:
 
 
 class _Hidden:
-    """While the user's code is traced it does not meet the runtime: it may walk over its own children or parameters."""
+    """While the user's code is traced it meets nothing of ours: it may walk over its own children or parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __enter__(self) -> None:
-        self.runtime = self.model._modules.pop("_ssmquant")
+        modules = self.model._modules
+        self.ours = {k: modules.pop(k) for k in ("_ssmquant", ADOPTED) if k in modules}
 
     def __exit__(self, *exc: Any) -> None:
-        self.model._modules["_ssmquant"] = self.runtime
+        self.model._modules.update(self.ours)
 
 
 # ---- from a model to its runtime ------------------------------------------------------------------------------------
+
+
+def adopted_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that the user's code makes in ``forward`` or keeps in plain lists, registered by the trace."""
+    adopted = model._modules.get(ADOPTED)
+    return list(adopted) if isinstance(adopted, nn.ModuleList) else []
 
 
 def is_prepared(model: nn.Module) -> bool:

@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ssmquant.adapter import ScanRole
-from ssmquant.graph.roles import FunctionModule, scan_operands
+from ssmquant.graph.functions import FunctionModule
+from ssmquant.graph.roles import scan_operands
 from ssmquant.graph.trace import Trace
 
 __all__ = ["FloatParameter", "Operand", "Site", "Sites", "ancestors", "find_sites", "op_name"]

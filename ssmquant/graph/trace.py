@@ -20,8 +20,12 @@ from ssmquant.graph.calls import MODE_DEPENDENT
 from ssmquant.graph.patches import patched, quiet, snapshot, uncached_autocast
 from ssmquant.graph.provenance import Guard, SFloat, SInt, leaves
 from ssmquant.graph.tracer import Net, Recorder, Traced
+from ssmquant.graph.writer import Rules
 
-__all__ = ["Call", "Trace", "describe_call", "is_leaf", "same_graph", "trace"]
+__all__ = ["SEED", "Call", "Trace", "describe_call", "is_leaf", "same_graph", "trace"]
+
+SEED = 0
+"""Of what is drawn for real while tracing: the weights of modules made in forward."""
 
 Shapes = tuple[tuple[int, ...], ...]
 _STATIC = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
@@ -91,6 +95,7 @@ class Trace:
     other: Traced | None = None  # the second trace, at other sizes
     free: frozenset[tuple[int, int]] = frozenset()
     notes: list[str] = field(default_factory=list)
+    sample: Traced | None = None  # a run at another batch size, where that is baked into the graph
 
     @property
     def graph(self) -> fx.Graph:
@@ -151,13 +156,13 @@ def run_once(
     method: Callable[..., Any],
     call: Call,
     shapes: Shapes,
-    leaf: Callable[[nn.Module], bool],
+    rules: Rules,
     unbind: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> Traced:
     """Traces ``method`` once at ``shapes``. ``unbind`` turns bound arguments back into ``*args, **kwargs``."""
     grad = torch.is_grad_enabled()
     for hashable in (False, True):
-        rec = Recorder(model, leaf, hashable=hashable)
+        rec = Recorder(model, rules, hashable=hashable)
         rec.again = lambda bound: _call_bound(method, unbind, bound)
         inputs = [
             rec.add_input(f"arg_{i}", t, s) for i, (t, s) in enumerate(zip(call.tensors, shapes, strict=True))
@@ -175,6 +180,7 @@ def run_once(
                 Net(rec),
                 rec,
             ):
+                torch.default_generator.manual_seed(SEED)  # snapshot puts the state back
                 rec.stack.append("")
                 rec.reads_grad = False  # our own set_grad_enabled above asked, too
                 out = method(*args, **kwargs)
@@ -291,11 +297,9 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
     except Exception:
         # Code that accepts only its own batch size; traced below at exactly the sizes it was given.
         first = None
+    widen = set(batch) if first is not None else set()
     if first is None:
-        exact = run(shapes)
-        pins = _pins(exact, shapes, {(i, d) for i, s in enumerate(shapes) for d in range(len(s))})
-        return Trace(exact, pins, [], shapes, notes=[f"holds for input sizes {list(map(list, shapes))} only"])
-
+        hint, first = shapes, run(shapes)
     start = first
 
     def holds(c: dict[tuple[int, int], int]) -> Traced | None:
@@ -306,28 +310,39 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
         return again if same_graph(start, again) else None
 
     # Multiples keep whatever divisibility the model wants; different ones for different dimensions.
-    wide = dict.fromkeys(batch, 5)
+    wide = dict.fromkeys(widen, 5)
     space = {(i, d): shapes[i][d] * (2 + d % 3) for i, d in _space_dims(shapes)}
-    other = holds(wide | space)
-    free = set(wide | space)
+    other = holds(wide | space) if wide or space else None
+    free = set(wide | space) if other is not None else set()
     if other is None:
-        free = set()
         other = holds(wide) if wide else None
         if other is not None:
             free |= set(wide)
         elif wide:  # the batch size was baked: start from the given one
             hint, start = shapes, run(shapes)
+            other = holds(space) if space else None
+            free |= set(space) if other is not None else set()
+    if not free & set(space):
         rest = {(i, d): n * (2 + d % 3) for i, s in enumerate(shapes) for d, n in enumerate(s) if d > 0}
         for key, size in rest.items():
             single = holds({key: size})
             if single is not None:
                 free.add(key)
                 other = other or single
+    sample: Traced | None = None
+    if batch and not free & batch:
+        # Which axis numbers the samples shows at another batch size, even where the graph is another one there.
+        try:
+            sample = run(_resized(hint, {(i, d): hint[i][d] + 2 for i, d in batch}))
+        except Exception:  # it takes this batch size only
+            sample = None
     free -= _leaks(start, hint, free - set(wide), run)
     # Every other dimension is pinned: another size there is traced anew.
     inputs, inner = _split(start)
     every = {(i, d) for i, s in enumerate(shapes) for d in range(len(s))}
-    return Trace(start, inputs + _pins(start, hint, every - free), inner, hint, other, frozenset(free))
+    notes = [] if free else [f"holds for input sizes {list(map(list, shapes))} only"]
+    pins = inputs + _pins(start, hint, every - free)
+    return Trace(start, pins, inner, hint, other, frozenset(free), notes, sample)
 
 
 def _leaks(

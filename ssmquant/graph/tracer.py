@@ -30,13 +30,15 @@ from ssmquant.graph.calls import (
     RANDOM,
     READS_DATA,
     collect_tensors,
+    has_state,
     has_tensor,
     is_method,
     plain_ints,
     swapped,
 )
+from ssmquant.graph.functions import FunctionModule, call_role, role_of
 from ssmquant.graph.provenance import Guard, SSize, strip, wrap
-from ssmquant.graph.roles import FunctionModule, function_rule
+from ssmquant.graph.roles import scan_role, scan_shape
 from ssmquant.graph.writer import Writer
 
 __all__ = ["APPLY_HOOK", "LOCAL", "Net", "Recorder", "Traced", "active_recorder"]
@@ -162,6 +164,12 @@ class Recorder(Writer):
                 "Traced graphs cannot follow values. Compute this outside forward, or make the module a leaf: "
                 "prepare(..., adapter=Adapter(leaf=('ClassName',))).",
             )
+        if "data pointer" in text or "doesn't have storage" in text:
+            return self.fail(
+                f"Native code was called that only runs on real tensors ({getattr(target, '__name__', target)}).",
+                "Say what comes out of it: prepare(..., adapter=Adapter(functions=(FunctionRole('ClassName', "
+                "shape=...),))) for an autograd.Function, or make the module a leaf: Adapter(leaf=('ClassName',)).",
+            )
         return e
 
     def _wrap_output(
@@ -255,7 +263,10 @@ class Recorder(Writer):
             return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0], 0)))
         if name in ("requires_grad_", "__hash__"):
             return args[0] if name == "requires_grad_" and traced else self._plain(func, args, kwargs)
-        if not (traced or owned or sized or symbolic or name in RANDOM):
+        # A module made in forward initialises its parameters: that is no part of the graph.
+        foreign = any(isinstance(t, nn.Parameter) and id(t) not in self.owned for t in tensors)
+        random = name in RANDOM and not foreign
+        if not (traced or owned or sized or symbolic or random):
             return self._plain(func, args, kwargs)
         if name in OPERATORS and is_method(func, name):
             target, swap = OPERATORS[name]
@@ -326,21 +337,19 @@ class Recorder(Writer):
 
     # ---- modules, functions, regions -------------------------------------------------------------------------------
     def module(self, mod: nn.Module, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
+        mod = self.stand_ins.get(id(mod), mod)
         name = self.module_names.get(id(mod))
         if name is None:
-            if next(mod.parameters(), None) is not None:
-                raise self.fail(
-                    f"A {type(mod).__name__} with parameters was called that is not a registered submodule of the "
-                    "model (made inside forward, or kept in a plain list).",
-                    "Register it (assign it to an attribute, or use nn.ModuleList).",
-                )
-            return call(mod, *args, **kwargs)
+            if not has_state(mod):
+                return call(mod, *args, **kwargs)
+            mod = self.adopt(mod)
+            name = self.module_names[id(mod)]
         tensors: list[Tensor] = []
         sized = collect_tensors((args, kwargs), tensors)
         sized_output = isinstance(mod, nn.modules.conv._ConvTransposeNd) and (
             len(args) > 1 or "output_size" in kwargs
         )
-        if self.leaf(mod) and (sized or tensors) and not sized_output:
+        if self.rules.leaf(mod) and (sized or tensors) and not sized_output:
             return self.record(
                 "call_module", name, args, kwargs, lambda *a, **k: self._leaf_run(mod, call, a, k)
             )
@@ -369,7 +378,9 @@ class Recorder(Writer):
         sized = collect_tensors(args, tensors)
         if not (sized or tensors):
             return call(*args)
-        rule = function_rule(cls)
+        role = role_of(cls, self.rules.functions)
+        if role is not None and role.unfold is not None:
+            return call_role(role.unfold, cls, args, self.rules.platform)
         # The same Function class is one leaf module, wherever it is used; classes that a factory made share a name.
         base = name = f"{cls.__module__}.{cls.__qualname__}".replace(".", "/").replace("<locals>", "_")
         count = 1
@@ -377,7 +388,13 @@ class Recorder(Writer):
             count += 1
             name = f"{base}#{count}"
         leaf = self.functions.setdefault(name, FunctionModule(cls))
-        run = rule if rule is not None else leaf.shape_run
+        scan = scan_role(cls, self.rules.scans)
+
+        def run(*fakes: Any) -> Any:
+            if role is not None and role.shape is not None:
+                return call_role(role.shape, cls, fakes, self.rules.platform)
+            return leaf.shape_run(*fakes) if scan is None else scan_shape(scan, cls, fakes)
+
         return self.record("call_module", f"_ssmquant.functions.{name}", args, {}, run)
 
     def checkpointed(self) -> _Region:

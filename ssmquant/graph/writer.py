@@ -7,6 +7,7 @@ arguments of the user's calls into nodes or into the fakes that stand for them. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,12 +15,35 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from ssmquant.adapter import FunctionRole, ScanRole
 from ssmquant.errors import TraceError
 from ssmquant.graph.calls import user_frame
+from ssmquant.graph.functions import FunctionModule
 from ssmquant.graph.provenance import OPS, Guard, IntShim, SFloat, SInt, SSize, strip
-from ssmquant.graph.roles import FunctionModule
 
-__all__ = ["Writer"]
+__all__ = ["ADOPTED", "Rules", "Writer"]
+
+ADOPTED = "_adopted"
+"""The child of a prepared model for modules that the user's code makes in ``forward`` or keeps in plain lists."""
+
+
+@dataclass
+class Rules:
+    """What the trace of a model goes by.
+
+    Args:
+        leaf: Says whether a module becomes one ``call_module`` node.
+        scans: The user's selective scans.
+        functions: The user's other Functions of native code.
+        adopted: Modules that earlier runs adopted, in the order in which the code meets them; runs add to it.
+        platform: ``"cuda"`` or ``"rocm"``, where kernels of the two compute something else.
+    """
+
+    leaf: Callable[[nn.Module], bool]
+    scans: tuple[ScanRole, ...] = ()
+    functions: tuple[FunctionRole, ...] = ()
+    adopted: list[nn.Module] = field(default_factory=list)
+    platform: str = "cuda"
 
 
 class Writer(TorchFunctionMode):
@@ -27,13 +51,14 @@ class Writer(TorchFunctionMode):
 
     Args:
         root: The model; its parameters and buffers are read, never written.
-        leaf: Says whether a module becomes one ``call_module`` node.
+        rules: How modules and Functions are treated.
         hashable: Let sizes be hashed (at the price of a guard on their value).
     """
 
-    def __init__(self, root: nn.Module, leaf: Callable[[nn.Module], bool], *, hashable: bool = False) -> None:
+    def __init__(self, root: nn.Module, rules: Rules, *, hashable: bool = False) -> None:
         super().__init__()
-        self.root, self.leaf, self.hashable = root, leaf, hashable
+        self.root, self.rules, self.hashable = root, rules, hashable
+        self.adopted: list[nn.Module] = []  # modules of no one that this run met, in order
         self.asked_hash = False
         self.again: Callable[[tuple[Any, ...]], Any] | None = (
             None  # what self(...) means inside the traced method
@@ -45,6 +70,7 @@ class Writer(TorchFunctionMode):
         self.values: dict[int, tuple[Any, fx.Node, Tensor]] = {}
         self.keep: list[Any] = []
         self.owned: dict[int, str] = {}
+        self.stand_ins: dict[int, nn.Module] = {}  # id of a module made in forward -> the adopted one
         self.module_names: dict[int, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.functions: dict[str, FunctionModule] = {}
@@ -66,11 +92,40 @@ class Writer(TorchFunctionMode):
         for name, mod in self.root.named_modules():
             self.module_names[id(mod)] = name
             prefix = f"{name}." if name else ""
-            for store in (mod._parameters, mod._buffers, vars(mod)):
-                for k, v in list(store.items()):
-                    if isinstance(v, Tensor):
-                        self.owned.setdefault(id(v), prefix + k)
-                        self.keep.append(v)
+            self._own(mod, prefix)
+
+    def _own(self, mod: nn.Module, prefix: str) -> None:
+        for store in (mod._parameters, mod._buffers, vars(mod)):
+            for k, v in list(store.items()):
+                if isinstance(v, Tensor):
+                    self.owned.setdefault(id(v), prefix + k)
+                    self.keep.append(v)
+
+    def adopt(self, mod: nn.Module) -> nn.Module:
+        """The module that stands for ``mod``, which is no registered submodule: the same one in every run.
+
+        Code that makes a convolution in ``forward`` makes another one in each run; the first is kept.
+        """
+        index = len(self.adopted)
+        kept = self.rules.adopted
+        if index < len(kept):
+            if _outline(kept[index]) != _outline(mod):
+                raise self.fail(
+                    f"The code makes a {type(mod).__name__} in forward, and another kind of it at other input sizes.",
+                    "Make it in __init__ and assign it to an attribute.",
+                )
+            mod_, kept_ = mod, kept[index]
+        else:
+            kept.append(mod)
+            mod_, kept_ = mod, mod
+        self.adopted.append(kept_)
+        for name, sub in kept_.named_modules():
+            full = f"{ADOPTED}.{index}" + (f".{name}" if name else "")
+            self.module_names[id(sub)] = full
+            self._own(sub, f"{full}.")
+        self.keep += [mod_, kept_]
+        self.stand_ins[id(mod_)] = kept_
+        return kept_
 
     def add_input(self, name: str, example: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A placeholder of ``shape`` with the dtype and device of ``example``."""
@@ -230,3 +285,7 @@ class Writer(TorchFunctionMode):
                 "Leave the generator out (the global one is seeded by torch.manual_seed), or draw outside the model.",
             )
         return x
+
+
+def _outline(mod: nn.Module) -> tuple[Any, ...]:
+    return repr(mod), [(k, tuple(p.shape), p.dtype) for k, p in mod.state_dict().items()]

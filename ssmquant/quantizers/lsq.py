@@ -87,19 +87,23 @@ class LearnedScale(Quantizer):
         self.beta.zero_()
 
     def _init_state(self, stats: GroupStats) -> None:
-        """Set alpha = 2 * mean|x + beta| / sqrt(Qp), as published (with beta = 0)."""
+        """Set alpha = 2 * mean|x| / sqrt(Qp), as published, but no larger than max|x| / Qp; beta = 0.
+
+        The published start suits 2 to 4 bits. At 8 it is five to ten times the step that reaches the largest value, so
+        that most codes lie idle (measured: W8A8 of whole models at 15 to 20 dB SQNR, 30 with the bound).
+        """
         self.beta.zero_()
         if self.signed_by_data:
             # Published: an absolute threshold, which makes data of scale 1e-6 unsigned.
             threshold = 1e-5 * (1.0 if self.official else stats.abs_mean.mean())
             self._set_flag("signed", bool(stats.min.min() < -threshold))
-        mean = stats.abs_mean
-        if (
-            not self.official
-        ):  # a group that is all zero takes the other groups' average rather than a dead step
-            used = mean > 0
-            mean = torch.where(used, mean, mean[used].mean())
-        self.alpha.copy_(2 * mean / math.sqrt(self.qmax))
+        alpha = 2 * stats.abs_mean / math.sqrt(self.qmax)
+        if not self.official:
+            alpha = torch.minimum(alpha, torch.maximum(stats.min.abs(), stats.max.abs()) / self.qmax)
+            # A group that is all zero takes the other groups' average rather than a dead step.
+            used = stats.abs_mean > 0
+            alpha = torch.where(used, alpha, alpha[used].mean())
+        self.alpha.copy_(alpha)
 
     def _scale_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha (floored, straight gradient) and beta in the compute dtype, broadcastable to ``x``."""

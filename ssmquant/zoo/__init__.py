@@ -19,10 +19,14 @@ from ssmquant.zoo.mambair import (
     mambair_tiny,
     unwrap_state_dict,
 )
+from ssmquant.zoo.vim import VisionMamba, vim_base, vim_nano, vim_small, vim_tiny
+from ssmquant.zoo.vmamba import VSSM, vmamba_base, vmamba_nano, vmamba_small, vmamba_tiny, vmamba_tiny_v0
 
 __all__ = [
     "REGISTRY",
+    "VSSM",
     "MambaIR",
+    "VisionMamba",
     "build",
     "describe",
     "mambair_classic",
@@ -30,6 +34,15 @@ __all__ = [
     "mambair_light",
     "mambair_tiny",
     "unwrap_state_dict",
+    "vim_base",
+    "vim_nano",
+    "vim_small",
+    "vim_tiny",
+    "vmamba_base",
+    "vmamba_nano",
+    "vmamba_small",
+    "vmamba_tiny",
+    "vmamba_tiny_v0",
 ]
 
 REGISTRY: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
@@ -39,6 +52,17 @@ REGISTRY: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "mambair_denoise": mambair_denoise,
         "mambair_light": mambair_light,
         "mambair_tiny": mambair_tiny,
+        "VSSM": VSSM,
+        "vmamba_base": vmamba_base,
+        "vmamba_nano": vmamba_nano,
+        "vmamba_small": vmamba_small,
+        "vmamba_tiny": vmamba_tiny,
+        "vmamba_tiny_v0": vmamba_tiny_v0,
+        "VisionMamba": VisionMamba,
+        "vim_base": vim_base,
+        "vim_nano": vim_nano,
+        "vim_small": vim_small,
+        "vim_tiny": vim_tiny,
     }
 )
 

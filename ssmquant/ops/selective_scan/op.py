@@ -1,7 +1,8 @@
 """``torch.ops.ssmquant.selective_scan``: schema, shape checks, fake kernels, autograd and the choice of back end.
 
 The public operator is composed of two opaque ones, ``_selective_scan_fwd`` and ``_selective_scan_bwd``, and of the gate
-``y * silu(z)``, which autograd and compilers see as what it is. Both opaque ones run on every device.
+``y * silu(z)``, which autograd and compilers see as what it is. Both opaque ones run on every device. With a window the
+forward one is called twice (``window``).
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.errors import InputError
+from ssmquant.ops.checks import check_operands, check_window, fail, state_dtype, without_autocast
 from ssmquant.ops.selective_scan import chunked
 from ssmquant.ops.selective_scan.plan import PIECE
+from ssmquant.ops.selective_scan.window import ahead
 
 __all__ = ["backend", "selective_scan"]
 
+_NAME = "selective_scan"
 _OPERANDS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D"
 _LIBRARY = torch.library.Library("ssmquant", "FRAGMENT")
 _LIBRARY.define(
-    f"selective_scan({_OPERANDS}=None, Tensor? z=None, Tensor? delta_bias=None, bool delta_softplus=False)"
-    " -> (Tensor, Tensor)"
+    f"selective_scan({_OPERANDS}=None, Tensor? z=None, Tensor? delta_bias=None, bool delta_softplus=False,"
+    " int window=0) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     f"_selective_scan_fwd({_OPERANDS}, Tensor? delta_bias, bool delta_softplus, bool save) -> (Tensor, Tensor, Tensor)"
@@ -33,10 +37,6 @@ _LIBRARY.define(
     f"_selective_scan_bwd(Tensor g, Tensor g_last, Tensor saved, {_OPERANDS}, Tensor? delta_bias, bool delta_softplus)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-def _fail(name: str, tensor: Tensor, wanted: str) -> None:
-    raise InputError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
 
 
 def _check(
@@ -50,27 +50,15 @@ def _check(
     bias: Tensor | None,
 ) -> None:
     named = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias}
-    for name, tensor in named.items():
-        if tensor is None:
-            continue
-        if tensor.is_complex():
-            raise InputError(f"selective_scan: {name} is complex; only real state spaces are supported")
-        if not tensor.is_floating_point():
-            raise InputError(
-                f"selective_scan: {name} has dtype {tensor.dtype}, expected a floating point dtype"
-            )
-        if tensor.device != u.device:
-            raise InputError(
-                f"selective_scan: {name} is on {tensor.device}, u on {u.device}; move them together"
-            )
+    check_operands(_NAME, named, "u")
     if u.dim() != 3:
-        _fail("u", u, "(B, D, L)")
+        fail(_NAME, "u", u, "(B, D, L)")
     batch, channels, length = u.shape
     for name, tensor in (("delta", delta), ("z", z)):
         if tensor is not None and tensor.shape != u.shape:
-            _fail(name, tensor, f"u's {tuple(u.shape)}")
+            fail(_NAME, name, tensor, f"u's {tuple(u.shape)}")
     if A.dim() != 2 or A.shape[0] != channels:
-        _fail("A", A, f"({channels}, N)")
+        fail(_NAME, "A", A, f"({channels}, N)")
     states = A.shape[1]
     groups: dict[str, int] = {}
     for name, tensor in (("B", B), ("C", C)):
@@ -85,7 +73,8 @@ def _check(
         elif rank == 3 and shape == (batch, states, length):
             groups[name] = 1
         elif not (rank == 2 and shape == (channels, states)):
-            _fail(
+            fail(
+                _NAME,
                 name,
                 tensor,
                 f"({batch}, {states}, {length}), ({batch}, G, {states}, {length}) with G dividing {channels}, "
@@ -97,12 +86,7 @@ def _check(
         )
     for name, tensor in (("D", D), ("delta_bias", bias)):
         if tensor is not None and tuple(tensor.shape) != (channels,):
-            _fail(name, tensor, f"({channels},)")
-
-
-def _state_dtype(*operands: Tensor | None) -> torch.dtype:
-    double = any(t is not None and t.dtype == torch.float64 for t in operands)
-    return torch.float64 if double else torch.float32
+            fail(_NAME, name, tensor, f"({channels},)")
 
 
 @functools.cache
@@ -140,7 +124,7 @@ def _forward(
     softplus: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _state_dtype(u, delta, A, B, C, D, bias)
+    dtype = state_dtype(u, delta, A, B, C, D, bias)
     batch, channels, length = u.shape
     if 0 in (batch, channels, length, A.shape[1]):
         y = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
@@ -165,7 +149,7 @@ def _fake_forward(
     softplus: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _state_dtype(u, delta, A, B, C, D, bias)
+    dtype = state_dtype(u, delta, A, B, C, D, bias)
     batch, channels, length = u.shape
     states = A.shape[1]
     pieces = -(-length // PIECE) if save else 0
@@ -187,7 +171,7 @@ def _backward(
     bias: Tensor | None,
     softplus: bool,
 ) -> tuple[Tensor, ...]:
-    dtype = _state_dtype(u, delta, A, B, C, D, bias)
+    dtype = state_dtype(u, delta, A, B, C, D, bias)
     if 0 in (*u.shape, A.shape[1]):
         grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C)]
         optional = [u.new_empty(0) if t is None else torch.zeros_like(t) for t in (D, bias)]
@@ -249,18 +233,24 @@ def _compose(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _check(u, delta, A, B, C, D, z, delta_bias)
+    check_window(_NAME, window)
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (u, delta, A, B, C, D, delta_bias)
     )
-    y, last, _ = torch.ops.ssmquant._selective_scan_fwd(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, save
-    )
+    scan = torch.ops.ssmquant._selective_scan_fwd
+    dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
+    # With a window outputs are added to, and rounded to u's dtype only then.
+    y, last, _ = scan(u.to(dtype) if window else u, delta, A, B, C, D, delta_bias, delta_softplus, save)
+    if window:
+        with without_autocast(u.device):
+            y = y + ahead(u.to(dtype), delta.to(dtype), A, B, C, delta_bias, delta_softplus, window, save)
     if z is not None:
-        dtype = _state_dtype(u, delta, A, B, C, D, z, delta_bias)
-        y = (y.to(dtype) * F.silu(z.to(dtype))).to(u.dtype)
-    return y, last
+        wide = state_dtype(u, delta, A, B, C, D, z, delta_bias)
+        y = y.to(wide) * F.silu(z.to(wide))
+    return y.to(u.dtype), last
 
 
 _LIBRARY.impl("selective_scan", _compose, "CompositeImplicitAutograd")
@@ -284,6 +274,8 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    *,
+    window: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective state space recurrence of Mamba (Gu & Dao 2023, arXiv 2312.00752), zero-order hold.
 
@@ -293,6 +285,12 @@ def selective_scan(
 
     Same arguments and meaning as mamba-ssm's ``selective_scan_fn``, differentiable once in every operand, also through
     the last state. It is one call of ``torch.ops.ssmquant.selective_scan``.
+
+    With a ``window`` of w steps, y at step t also reads what the rest of its window adds (LBMamba, Zhang et al., TMLR
+    2025; windows begin at steps 0, w, 2 w ...), walked from its end with E = 0 there::
+
+        r[t] = exp(dt[t] * A) * E[t + 1]        E[t] = r[t] + dt[t] * B[t] * u[t]
+        out = (<C, h + r> + D * u) * silu(z)
 
     Args:
         u: (B, D, L), the input; sets the dtype of ``out``.
@@ -304,14 +302,15 @@ def selective_scan(
         z: (B, D, L), gate.
         delta_bias: (D,).
         delta_softplus: apply softplus to the step sizes.
-        return_last_state: return ``(out, last_state)``.
+        return_last_state: return ``(out, last_state)``, the state of the forward recurrence.
+        window: steps in a window, 0 for none. LBMamba's own depends on the length, see ``lb_window``.
 
     Returns:
         ``out``, contiguous (B, D, L) in u's dtype. The state is kept in float32 (float64 if an operand is float64), and
         so is ``last_state``, (B, D, N).
 
     Raises:
-        InputError: a shape does not fit, or an operand is complex, an integer or on another device.
+        InputError: a shape does not fit, an operand is complex, an integer or on another device, or a negative window.
     """
-    out, last = torch.ops.ssmquant.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    out, last = torch.ops.ssmquant.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, window)
     return (out, last) if return_last_state else out

@@ -1,0 +1,55 @@
+"""What the operators have in common: checks of operands, the dtype of a state, a way around autocast."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmquant.errors import InputError
+
+__all__ = ["check_operands", "check_window", "fail", "state_dtype", "without_autocast"]
+
+
+def fail(op: str, name: str, tensor: Tensor, wanted: str) -> None:
+    """Raises the InputError of a wrong shape."""
+    raise InputError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
+
+
+def check_operands(op: str, named: Mapping[str, Tensor | None], first: str) -> None:
+    """Raises InputError unless all are real floating point tensors on the device of the one named ``first``."""
+    home = named[first]
+    assert home is not None
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.is_complex():
+            raise InputError(f"{op}: {name} is complex; only real state spaces are supported")
+        if not tensor.is_floating_point():
+            raise InputError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating point dtype")
+        if tensor.device != home.device:
+            raise InputError(
+                f"{op}: {name} is on {tensor.device}, {first} on {home.device}; move them together"
+            )
+
+
+def check_window(op: str, window: int) -> None:
+    """Raises InputError if negative."""
+    if window < 0:
+        raise InputError(f"{op}: window is {window}, expected 0 (none) or the number of steps in a window")
+
+
+def state_dtype(*operands: Tensor | None) -> torch.dtype:
+    """float64 if one of them is, else float32."""
+    double = any(t is not None and t.dtype == torch.float64 for t in operands)
+    return torch.float64 if double else torch.float32
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in here keep the dtype of their operands: a scan is not to lose its float32 state to autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
