@@ -185,13 +185,14 @@ def summary(model: nn.Module) -> Summary:
         note = record.plan.floats.get(site.name, "")
         if folded and runtime.config.statistics == "sample":
             note = "statistics per tensor: the code folds the batch away"
-        if site.role is not None and not note:
+        if site.role is not None:
             window = site.scan.get("window") or 0
-            note = (
+            kind = (
                 f"{site.role.kind}_lb, window {window}"
                 if window
                 else site.role.kind * (site.role.kind != "s6")
             )
+            note = "; ".join(filter(None, (kind, note)))
         kernel = (
             ("dequantize + torch" if points else "torch") if runtime.stage == "deployed" else "fake-quantized"
         )

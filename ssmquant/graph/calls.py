@@ -21,6 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_TRITON = f"{os.sep}site-packages{os.sep}triton{os.sep}"
 _ZOO = os.path.join(_OURS, "zoo")  # a user's code like any other
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
@@ -58,7 +59,7 @@ def user_frame() -> tuple[str, str]:
     while f is not None:
         name = f.f_code.co_filename
         ours = name.startswith(_OURS) and not name.startswith(_ZOO)
-        if not ours and not name.startswith((_TORCH, "<")):
+        if not ours and not name.startswith((_TORCH, "<")) and _TRITON not in name:
             return f"{name}:{f.f_lineno}", linecache.getline(name, f.f_lineno).strip()
         f = f.f_back
     return "<unknown>", ""

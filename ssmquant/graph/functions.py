@@ -19,7 +19,19 @@ from ssmquant.errors import TraceError
 from ssmquant.ops import mixers, selective_scan, ssd_scan
 from ssmquant.ops.selective_scan import lb_window
 
-__all__ = ["FUNCTION_ROLES", "FunctionModule", "arguments_of", "call_role", "is_named", "role_of"]
+__all__ = [
+    "FUNCTION_ROLES",
+    "FunctionError",
+    "FunctionModule",
+    "arguments_of",
+    "call_role",
+    "is_named",
+    "role_of",
+]
+
+
+class FunctionError(TraceError):
+    """A user's Function did not run on fake tensors: native code, or it does not take these sizes."""
 
 
 class FunctionModule(nn.Module):
@@ -118,7 +130,7 @@ def call_role(
     declared = arguments_of(cls)
     given = dict(zip(declared, args, strict=False))
     taken = inspect.signature(function).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())  # a user's own
     named: dict[str, Any] = {"platform": platform} if "platform" in taken else {}
     for name, default in declared.items():
         if name not in given and default is inspect.Parameter.empty:
@@ -155,10 +167,12 @@ def _same(a: Any, b: Any) -> bool:
 
 def _inner(project: bool, windowed: bool = False) -> Callable[..., Any]:
     def unfold(xz: Tensor, platform: str = "cuda", **operands: Any) -> Any:
-        operands = {k: v for k, v in operands.items() if k not in _WITHOUT_EFFECT}
         window = lb_window(xz.shape[-1], platform) if windowed else 0
         return mixers.mamba_inner(xz, **operands, project=project, window=window)
 
+    sig = inspect.signature(mixers.mamba_inner)
+    platform = inspect.Parameter("platform", inspect.Parameter.KEYWORD_ONLY, default="cuda")
+    vars(unfold)["__signature__"] = sig.replace(parameters=[*sig.parameters.values(), platform])
     return unfold
 
 
@@ -203,19 +217,6 @@ def _chunk_scan(
     return (out, last) if return_final_states else out
 
 
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, **options: Any) -> Any:
-    """Two Functions share the name: the one that adds a residual first, and the one with a gate."""
-    known = inspect.signature(
-        mixers.gated_norm if "norm_before_gate" in options else mixers.layer_norm
-    ).parameters
-    for name, value in options.items():
-        if name not in known and value not in (None, False):
-            raise TraceError(f"LayerNormFn: the argument '{name}' is not supported")
-    options = {k: v for k, v in options.items() if k in known}
-    norm = mixers.gated_norm if "norm_before_gate" in options else mixers.layer_norm
-    return norm(x, weight, bias, **options)
-
-
 _LB = "selective_scan_interface_lbm"
 FUNCTION_ROLES: tuple[FunctionRole, ...] = (
     FunctionRole(f"{_LB}.SelectiveScanFn", _lb_scan),
@@ -228,6 +229,8 @@ FUNCTION_ROLES: tuple[FunctionRole, ...] = (
     FunctionRole("MambaSplitConv1dScanCombinedFn", mixers.mamba2_split_conv1d_scan),
     FunctionRole("MambaChunkScanCombinedFn", _chunk_scan),
     FunctionRole("CausalConv1dFn", mixers.causal_conv1d),
-    FunctionRole("LayerNormFn", _norm),
+    # Two Functions share the name: one adds a residual first, one has a gate.
+    FunctionRole("layernorm_gated.LayerNormFn", mixers.gated_norm),
+    FunctionRole("LayerNormFn", mixers.layer_norm),
 )
 """Built in, the more particular first. Libraries of kernels only, no models."""

@@ -178,6 +178,8 @@ class _Finder:
         found: list[fx.Node] = []
         views = op_name(node) in VIEWS
         for i in _inputs(node):
+            if views and i is not node.args[0] and "val" not in i.meta:
+                continue  # a size of the input
             p, v = self.parameter_of(i)
             if p is not None:
                 found.append(p)

@@ -7,7 +7,7 @@ baked into the graph, and the dimensions that cause it become guards. See DESIGN
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ssmquant.errors import InputError, TraceError
 from ssmquant.graph.calls import MODE_DEPENDENT
+from ssmquant.graph.functions import FunctionError
 from ssmquant.graph.patches import patched, quiet, snapshot, uncached_autocast
 from ssmquant.graph.provenance import Guard, SFloat, SInt, leaves
 from ssmquant.graph.tracer import Net, Recorder, Traced
@@ -238,6 +239,32 @@ def same_graph(a: Traced, b: Traced) -> bool:
     )
 
 
+def _announced(a: Traced, b: Traced) -> bool:
+    """Whether the first difference between what two runs asked is another answer, not another question."""
+
+    def questions(t: Traced) -> list[tuple[Any, Any]]:
+        nodes = [n for n in t.graph.nodes if not (n.op == "call_method" and n.target == "size")]
+        index = {n: i for i, n in enumerate(nodes)}
+
+        def plain(e: Any) -> Any:
+            return (
+                tuple(plain(x) for x in e) if isinstance(e, tuple) else index.get(e, -1) if _is_node(e) else e
+            )
+
+        return [(plain(g.expr), g.value) for g in t.guards]
+
+    for (asked, answer), (asked_too, other) in zip(questions(a), questions(b), strict=False):
+        if asked != asked_too:
+            return False
+        if answer != other:
+            return True
+    return False
+
+
+def _is_node(e: Any) -> bool:
+    return isinstance(e, fx.Node)
+
+
 # ---- sizes ---------------------------------------------------------------------------------------------------------
 
 
@@ -292,8 +319,9 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
         if ok and inner and not same_graph(first, run(shapes)):
             ok = False
         first = first if ok else None
-    except TraceError:
-        raise
+    except TraceError as e:
+        if not isinstance(e, FunctionError):
+            raise
     except Exception:
         # Code that accepts only its own batch size; traced below at exactly the sizes it was given.
         first = None
@@ -301,31 +329,47 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
     if first is None:
         hint, first = shapes, run(shapes)
     start = first
+    flipped = False
 
     def holds(c: dict[tuple[int, int], int]) -> Traced | None:
+        nonlocal flipped
         try:
             again = run(_resized(hint, c))
         except Exception:  # whatever the code raises there: it does not accept these sizes
             return None
-        return again if same_graph(start, again) else None
+        same = same_graph(start, again)
+        flipped = not same and _announced(start, again)
+        return again if same else None
 
-    # Multiples keep whatever divisibility the model wants; different ones for different dimensions.
+    def spread(keys: Collection[tuple[int, int]], fixed: dict[tuple[int, int], int]) -> Traced | None:
+        """Another size for each of ``keys``: multiples, which keep whatever divisibility the model wants, or sizes
+        nearer by where a branch that the code takes on a size goes the other way there.
+        """
+        # Different ones for different dimensions.
+        found = holds(fixed | {(i, d): shapes[i][d] * (2 + d % 3) for i, d in keys})
+        for pair in ((3, 2), (5, 4)), ((1, 2), (3, 4)), ((9, 8), (7, 8)):
+            if found is not None or not flipped or not keys:
+                break
+            near = {(i, d): max(1, shapes[i][d] * pair[d % 2][0] // pair[d % 2][1]) for i, d in keys}
+            if all(near[i, d] != shapes[i][d] for i, d in keys):
+                found = holds(fixed | near)
+        return found
+
     wide = dict.fromkeys(widen, 5)
-    space = {(i, d): shapes[i][d] * (2 + d % 3) for i, d in _space_dims(shapes)}
-    other = holds(wide | space) if wide or space else None
-    free = set(wide | space) if other is not None else set()
+    space = set(_space_dims(shapes))
+    other = spread(space, wide) if wide or space else None
+    free = {*wide, *space} if other is not None else set()
     if other is None:
         other = holds(wide) if wide else None
         if other is not None:
             free |= set(wide)
         elif wide:  # the batch size was baked: start from the given one
             hint, start = shapes, run(shapes)
-            other = holds(space) if space else None
-            free |= set(space) if other is not None else set()
-    if not free & set(space):
-        rest = {(i, d): n * (2 + d % 3) for i, s in enumerate(shapes) for d, n in enumerate(s) if d > 0}
-        for key, size in rest.items():
-            single = holds({key: size})
+            other = spread(space, {}) if space else None
+            free |= space if other is not None else set()
+    if not free & space:
+        for key in [(i, d) for i, s in enumerate(shapes) for d in range(1, len(s))]:
+            single = spread([key], {})
             if single is not None:
                 free.add(key)
                 other = other or single
@@ -355,15 +399,20 @@ def _leaks(
     """
 
     def differs(dims: set[tuple[int, int]]) -> bool:
-        sizes = _resized(hint, {(i, d): hint[i][d] + 1 + 2 * (d % 2) for i, d in dims})
-        inputs, _ = _split(start)
-        if not all(g.holds(_guard_size(start.graph, sizes)) for g in inputs):
-            return False
-        try:
-            again = run(sizes)
-        except Exception:  # these sizes are none that the model takes
-            return False
-        return not same_graph(start, again)
+        for step in (1, 2, 5):
+            sizes = _resized(hint, {(i, d): hint[i][d] + step + 2 * (d % 2) for i, d in dims})
+            inputs, _ = _split(start)
+            if not all(g.holds(_guard_size(start.graph, sizes)) for g in inputs):
+                continue
+            try:
+                again = run(sizes)
+            except Exception:  # these sizes are none that the model takes
+                continue
+            if same_graph(start, again):
+                return False
+            if not _announced(start, again):  # else a guard on an inner size sees the difference
+                return True
+        return False
 
     if not free or not differs(free):
         return set()

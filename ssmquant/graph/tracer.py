@@ -36,7 +36,7 @@ from ssmquant.graph.calls import (
     plain_ints,
     swapped,
 )
-from ssmquant.graph.functions import FunctionModule, call_role, role_of
+from ssmquant.graph.functions import FunctionError, FunctionModule, call_role, role_of
 from ssmquant.graph.provenance import Guard, SSize, strip, wrap
 from ssmquant.graph.roles import scan_role, scan_shape
 from ssmquant.graph.writer import Writer
@@ -393,7 +393,20 @@ class Recorder(Writer):
         def run(*fakes: Any) -> Any:
             if role is not None and role.shape is not None:
                 return call_role(role.shape, cls, fakes, self.rules.platform)
-            return leaf.shape_run(*fakes) if scan is None else scan_shape(scan, cls, fakes)
+            if scan is not None:
+                return scan_shape(scan, cls, fakes)
+            try:
+                return leaf.shape_run(*fakes)
+            except TraceError:
+                raise
+            except Exception as e:
+                error = self.fail(
+                    f"{cls.__qualname__} (an autograd.Function) does not run on fake tensors, which have sizes but no "
+                    f"data: {type(e).__name__}: {e}",
+                    "If it is native code, say what comes out of it, or what it computes: prepare(..., adapter=Adapter("
+                    f"functions=(FunctionRole('{cls.__qualname__}', shape=...),))), or unfold=... instead.",
+                )
+                raise FunctionError(str(error)) from e
 
         return self.record("call_module", f"_ssmquant.functions.{name}", args, {}, run)
 

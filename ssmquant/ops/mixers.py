@@ -32,7 +32,7 @@ def causal_conv1d(
     """A depthwise convolution that looks back only: what causal-conv1d's ``causal_conv1d_fn`` computes.
 
     Args:
-        x: (B, D, L).
+        x: (B, D, L), of at least one step.
         weight: (D, W) or (D, 1, W); the last of W taps meets the present.
         bias: (D,).
         activation: None, or "silu" alias "swish".

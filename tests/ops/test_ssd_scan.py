@@ -70,7 +70,7 @@ def agree(
 
 
 @pytest.mark.parametrize("window", [0, 4, 8, 16])
-@pytest.mark.parametrize(("batch", "length", "states"), [(1, 197, 16), (3, 49, 10), (1, 5, 1), (3, 1, 16)])
+@pytest.mark.parametrize(("batch", "length", "states"), [(1, 197, 10), (3, 49, 16), (1, 5, 1), (3, 1, 16)])
 def test_agrees_with_the_definition(batch: int, length: int, states: int, window: int) -> None:
     agree(operands(batch, length, states=states), window=window)
 
@@ -174,13 +174,13 @@ def test_step_sizes_are_clamped(limits: tuple[float, float], softplus: bool) -> 
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_gradients_numerically(window: int) -> None:
-    args = operands(1, 7, 2, 2, 1, 2)
+    args = operands(1, 5, 2, 1, 1, 2)
 
     def scan(*t: Tensor) -> Any:
-        return OP(*t[:8], True, t[8], 0.0, None, window, 4)
+        return OP(*t[:8], True, t[8], 0.0, None, window, 3)
 
     assert torch.autograd.gradcheck(scan, tuple(args.values()))
-    assert torch.autograd.gradgradcheck(scan, tuple(args.values()))
+    assert torch.autograd.gradgradcheck(scan, tuple(args.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize("window", [0, 16])
@@ -278,9 +278,9 @@ def test_wrong_operands(message: str) -> None:
         ssd_scan(**{**operands(grad=False), **BAD[message]})
 
 
-@pytest.mark.parametrize("without", ["", "D z dt_bias initial_states"])
-def test_opcheck(without: str) -> None:
-    args = operands(1, 21, without=without, dtype=torch.float32)
+@pytest.mark.slow
+def test_opcheck() -> None:
+    args = operands(1, 21, dtype=torch.float32)
     *main, initial = args.values()
     torch.library.opcheck(OP, (*main, True, initial), {"chunk_size": 8, "window": 4})
 
@@ -305,10 +305,10 @@ def test_compiles_whole() -> None:
     assert_close(run(function, args), run(ssd_scan, args), 1e-14)
 
 
-@pytest.mark.parametrize("window", [0, 8])
-def test_one_graph_for_many_lengths(window: int) -> None:
+@pytest.mark.slow
+def test_one_graph_for_many_lengths() -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    scan = partial(ssd_scan, window=window, chunk_size=16)
+    scan = partial(ssd_scan, window=8, chunk_size=16)
     function = torch.compile(scan, backend=counter, fullgraph=True)
     for length in (40, 71, 150):  # a single chunk and whole chunks may have graphs of their own
         args = operands(2, length)

@@ -5,8 +5,8 @@ decay is the exponential of a sum of dt * A over just the steps that it spans: d
 the digits of small sums behind large ones, are not taken, and nothing is divided. Masked entries are minus infinity
 before the exponential, so that they are zero and have zero gradients whatever stands there.
 
-A length that is symbolic is not branched on: torch.compile makes one graph for all lengths of several chunks, and at most
-one more for each of two cases that torch itself tells apart, whole chunks and a single one.
+A symbolic length is not branched on: torch.compile makes one graph for all lengths of several chunks, and at most one
+more for each of two cases that torch itself tells apart, whole chunks and a single one.
 """
 
 from __future__ import annotations
