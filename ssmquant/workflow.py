@@ -159,6 +159,8 @@ def trace_example(
                 f"parameter '{name}' is read as a Python number at {where}: its value is fixed in the graph"
             )
         notes |= {f"attribute '{name}' {how}" for name, how in r.trace.traced.rebound.items()}
+    for i, mod in enumerate(adopted_modules(model)):
+        notes.add(f"{type(mod).__name__} that the code makes or keeps unregistered: is '{ADOPTED}.{i}' here")
     runtime.notes = sorted(notes)
 
 

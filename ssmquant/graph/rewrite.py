@@ -6,6 +6,7 @@ in that deployed weights and static operands take no argument, so that their flo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ssmquant.graph.plan import Plan, Point
+from ssmquant.graph.provenance import OPS
 from ssmquant.graph.sites import Operand, Site, ancestors
+from ssmquant.graph.trace import Trace
 from ssmquant.ops import selective_scan as _s6
 from ssmquant.ops import ssd_scan as _ssd
 
@@ -29,6 +32,7 @@ _SCAN_OPTIONS = {
     "s6": ("window",),
     "ssd": ("initial_states", "dt_min", "dt_max", "window", "chunk_size"),
 }
+_ARITHMETIC = set(OPS.values())
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -52,6 +56,31 @@ class _Writer:
             if k in like.meta:
                 node.meta[k] = like.meta[k]
         return node
+
+    def fold_sizes(self, trace: Trace) -> None:
+        """Sizes that a guard pins are numbers, and so is arithmetic on them: scan orders, index tables."""
+        known: dict[fx.Node, Any] = {}
+        pinned = {
+            (g.expr[1][1], g.expr[1][2]): g.value
+            for g in (*trace.input_guards, *trace.inner_guards)
+            if isinstance(g.expr, tuple) and g.expr[0] == "value" and isinstance(g.expr[1], tuple)
+            if g.expr[1][0] == "size"
+        }
+        for old in trace.graph.nodes:
+            if old.op == "call_method" and old.target == "size" and len(old.args) == 2:
+                value = pinned.get((old.args[0], old.args[1]))
+            elif old.op == "call_function" and old.target in _ARITHMETIC and not old.kwargs:
+                if not old.all_input_nodes or not all(a in known for a in old.all_input_nodes):
+                    continue
+                value = old.target(*(known.get(a, a) if isinstance(a, fx.Node) else a for a in old.args))
+            else:
+                continue
+            if value is not None:
+                known[old] = value
+        numbers = {self.map[old]: value for old, value in known.items()}
+        for user in {user for node in numbers for user in node.users}:
+            user.args = fx.node.map_aggregate(user.args, partial(_number, numbers))
+            user.kwargs = fx.node.map_aggregate(user.kwargs, partial(_number, numbers))
 
     # ---- quantizers ----------------------------------------------------------------------------------------------
     def place(self, point: Point) -> None:
@@ -201,16 +230,21 @@ class _Writer:
             self.graph.erase_node(n)
 
 
+def _number(numbers: dict[fx.Node, Any], a: Any) -> Any:
+    return numbers.get(a, a) if isinstance(a, fx.Node) else a
+
+
 def _first(pair: Any) -> Any:
     return pair[0]
 
 
-def rewrite(model: nn.Module, graph: fx.Graph, plan: Plan, *, deployed: bool = False) -> fx.Graph:
-    """A new graph with the plan's quantizers in it; ``graph`` stays as it is.
+def rewrite(model: nn.Module, trace: Trace, plan: Plan, *, deployed: bool = False) -> fx.Graph:
+    """A new graph with the plan's quantizers in it; the trace's own stays as it is.
 
     Nodes of quantizers carry ``meta["point"]`` (the point's name), nodes of sites ``meta["site"]``.
     """
-    w = _Writer(model, graph, plan, deployed)
+    w = _Writer(model, trace.graph, plan, deployed)
+    w.fold_sizes(trace)
     for point in plan.points:
         w.place(point)
     for site in plan.sites:

@@ -230,7 +230,7 @@ class Runtime(nn.Module):
                         f"this call reaches sites that the prepared graph does not have ({', '.join(sorted(new)[:3])} "
                         "...): prepare with an example input of this kind"
                     )
-            graph = rewrite(model, t.graph, plan, deployed=self.stage == "deployed")
+            graph = rewrite(model, t, plan, deployed=self.stage == "deployed")
         run, code = compile_graph(graph)
         return Record(
             call.spec, call.static, call.kinds, call.meta, _layout(call), tuple(x.dim() for x in call.tensors),
@@ -243,7 +243,7 @@ class Runtime(nn.Module):
         records = []
         for r in self.records:
             with _Stand(self, model):
-                graph = rewrite(model, r.trace.graph, r.plan, deployed=self.stage == "deployed")
+                graph = rewrite(model, r.trace, r.plan, deployed=self.stage == "deployed")
             run, code = compile_graph(graph)
             records.append(replace(r, graph=graph, run=run, code=code))
         self.records = records  # new ones: copies of the model share the old

@@ -240,7 +240,7 @@ def same_graph(a: Traced, b: Traced) -> bool:
 
 
 def _announced(a: Traced, b: Traced) -> bool:
-    """Whether the first difference between what two runs asked is another answer, not another question."""
+    """Whether the first difference between what two runs asked is another answer to a comparison."""
 
     def questions(t: Traced) -> list[tuple[Any, Any]]:
         nodes = [n for n in t.graph.nodes if not (n.op == "call_method" and n.target == "size")]
@@ -257,7 +257,7 @@ def _announced(a: Traced, b: Traced) -> bool:
         if asked != asked_too:
             return False
         if answer != other:
-            return True
+            return bool(asked[0] != "value")  # a size that is pinned has another value at every other size
     return False
 
 
@@ -347,7 +347,7 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
         """
         # Different ones for different dimensions.
         found = holds(fixed | {(i, d): shapes[i][d] * (2 + d % 3) for i, d in keys})
-        for pair in ((3, 2), (5, 4)), ((1, 2), (3, 4)), ((9, 8), (7, 8)):
+        for pair in ((5, 4), (3, 2)), ((1, 2), (3, 4)):
             if found is not None or not flipped or not keys:
                 break
             near = {(i, d): max(1, shapes[i][d] * pair[d % 2][0] // pair[d % 2][1]) for i, d in keys}

@@ -76,24 +76,28 @@ def collect(x: Tensor, axis: int | None, groups: int, *, reduce: bool) -> GroupS
     return GroupStats(total / max(count, 1), low, high, count)
 
 
+_ENDS = 64
+
+
 @torch.no_grad()
 def sample_rows(rows: Sequence[Tensor], limit: int) -> tuple[Tensor, Tensor]:
-    """Pick at most about ``limit`` elements of all ``rows`` together, always with each row's two extremes.
+    """Pick at most about ``limit`` elements of all ``rows`` together, always with each row's extremes.
 
-    A single outlier can dominate a squared error but would hardly ever be among the picked elements; therefore the
-    extremes are kept apart and weighted as the two elements that they are. The picks follow a golden-ratio sequence:
-    deterministic, and unlike a constant stride it cannot fall in step with a channel count.
+    A few outliers can dominate a squared error but would hardly ever be among the picked elements; therefore the k
+    smallest and k largest are kept apart, each weighted as the one element that it is. The picks follow a golden-ratio
+    sequence: deterministic, and unlike a constant stride it cannot fall in step with a channel count.
 
     Args:
         rows: non-empty 1-D tensors.
         limit: bound on the number of elements; every row gets at least 32.
 
     Returns:
-        points ``(rows, picks + 2)`` and their weights, each in the rows' compute dtype; a row's weights sum to its
+        points ``(rows, picks + 2 k)`` and their weights, each in the rows' compute dtype; a row's weights sum to its
         number of elements, so weighted sums of squares estimate the sum over the whole row.
     """
     picks = max(32, limit // len(rows))
     picks = min(picks, max(r.numel() for r in rows))
+    ends = max(1, min(_ENDS, picks // 16))
     steps = torch.arange(picks, dtype=torch.float64, device=rows[0].device)
     spread = (steps * _GOLDEN) % 1.0
     points, weights = [], []
@@ -102,9 +106,16 @@ def sample_rows(rows: Sequence[Tensor], limit: int) -> tuple[Tensor, Tensor]:
         index = (steps % n if n <= picks else spread * n).long()
         chosen = row[index]
         chosen = chosen.float() if chosen.dtype in (torch.float16, torch.bfloat16) else chosen
-        end_weight = 0.0 if n <= picks else 1.0
-        points.append(torch.cat((chosen, torch.stack(row.aminmax()).to(chosen.dtype))))
-        weight = torch.full_like(points[-1], (n - 2 * end_weight) / picks)
-        weight[-2:] = end_weight
+        few = n <= picks  # then the picks are the whole row, and its extremes count nothing
+        k = 1 if few else ends
+        low, high = row.topk(k, largest=False).values, row.topk(k).values
+        tail = torch.cat((low, high)).to(chosen.dtype)
+        points.append(torch.cat((chosen, tail, tail[:1].expand(2 * (ends - k)))))
+        weight = torch.full_like(points[-1], 0.0 if few else 1.0)
+        inside = torch.ones_like(chosen)
+        if not few:  # what stands among the extremes is not counted again
+            inside = ((chosen > tail[:k].max()) & (chosen < tail[k:].min())).to(chosen.dtype)
+            inside = torch.where(inside.any(), inside, torch.ones_like(inside))
+        weight[:picks] = inside * ((n if few else n - 2 * k) / inside.sum())
         weights.append(weight)
     return torch.stack(points), torch.stack(weights)

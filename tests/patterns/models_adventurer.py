@@ -123,30 +123,15 @@ _SIZES = ((3, 16, 16), (3, 12, 20))
 
 TWINS = (
     Twin(
-        "mamba-2, fused",
-        functools.partial(Adventurer, "fused", 2),
-        _SIZES,
-        _sites(_MIXER, 2),
-        2,
-        tolerance=3e-6,
+        "mamba-2, fused", functools.partial(Adventurer, "fused", 2), _SIZES, _sites(_MIXER, 2), 2, tolerance=3e-6,
         note="ssd",
     ),
     Twin(
-        "mamba-2, chunk scan",
-        functools.partial(Adventurer, "chunk"),
-        _SIZES,
-        _sites(_MIXER),
-        1,
-        tolerance=3e-6,
+        "mamba-2, chunk scan", functools.partial(Adventurer, "chunk"), _SIZES, _sites(_MIXER), 1, tolerance=3e-6,
         note="ssd",
     ),
     Twin(
-        "mamba-2, window",
-        functools.partial(Adventurer, "window"),
-        _SIZES,
-        _sites(_MIXER),
-        1,
-        elsewhere=True,
+        "mamba-2, window", functools.partial(Adventurer, "window"), _SIZES, _sites(_MIXER), 1, elsewhere=True,
         note="ssd_lb, window 8",
     ),
-)
+)  # fmt: skip

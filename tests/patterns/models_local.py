@@ -179,36 +179,26 @@ class LocalVim(nn.Module):
         return self.head(x.flatten(2).transpose(1, 2) + y)
 
 
-_ATTN = "multi_scan.attn.{0}{1}"
 _LOCAL = (
     "patch_embed",
     *under("layers.0", "in_proj conv2d x_proj_weight dt_projs_weight scan"),
-    *under(
-        "layers.0",
-        " ".join(
-            _ATTN.format(name, "" if i == 1 else f"#{i}")
-            for i in (1, 2)
-            for name in ("global_reduce", "channel_select")
-        ),
-    ),
-    *under("layers.0", "out_proj"),
+    *under("layers.0.multi_scan.attn", "global_reduce channel_select global_reduce#2 channel_select#2"),
+    "layers.0.out_proj",
     "head",
 )
 _SIZES = ((3, 12, 12), (3, 10, 16))
 
 TWINS = (
     Twin("windows and attention", LocalVMamba, _SIZES, _LOCAL, 1),
-    Twin("windows and attention, window", functools.partial(LocalVMamba, windowed), _SIZES, _LOCAL, 1, note="s6_lb, window 8"),
+    Twin(
+        "windows and attention, window", functools.partial(LocalVMamba, windowed), _SIZES, _LOCAL, 1,
+        note="s6_lb, window 8",
+    ),
     Twin(
         "parameters of one storage", LocalVim, ((3, 8, 8), (3, 4, 12)),
         (
-            "patch_embed", "in_proj",
-            *(
-                name
-                for i in range(2)
-                for name in (f"conv1d_{i}", f"x_proj_{i}", f"dt_proj_{i}", f"scan#{i + 1}" if i else "scan")
-            ),
-            "out_proj", "head",
+            "patch_embed", "in_proj", "conv1d_0", "x_proj_0", "dt_proj_0", "scan", "conv1d_1", "x_proj_1", "dt_proj_1",
+            "scan#2", "out_proj", "head",
         ), 2, tolerance=2e-6,
     ),
 )  # fmt: skip

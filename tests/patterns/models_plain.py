@@ -112,16 +112,12 @@ def _sites(scans: str) -> tuple[str, ...]:
     return ("patch_embed", *under("layers.0.mamba", f"in_proj conv2d x_proj dt_proj {scans} out_proj"))
 
 
-_SIZES = ((3, 16, 16), (3, 12, 20))
+_SIZES = ((3, 12, 12), (3, 8, 20))
 
 TWINS = (
     Twin("orders as tuples", PlainMamba, _SIZES, _sites("scan scan#2 scan#3 scan#4"), 4),
     Twin(
-        "orders as tuples, window",
-        functools.partial(PlainMamba, windowed, 2),
-        _SIZES,
-        _sites("scan scan#2"),
-        2,
+        "orders as tuples, window", functools.partial(PlainMamba, windowed, 2), _SIZES, _sites("scan scan#2"), 2,
         note="s6_lb, window 8",
     ),
-)
+)  # fmt: skip

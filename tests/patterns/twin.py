@@ -60,11 +60,11 @@ class Twin:
         return self.draw((self.batches[0] if batch is None else batch, *self.shapes[shape]))
 
     def calls(self) -> Iterator[Args]:
-        """Every batch size at the example's shape, then every further shape."""
-        for seed, batch in enumerate(self.batches):
-            yield self.args(batch, seed=seed)
-        for i in range(1, len(self.shapes)):
-            yield self.args(shape=i, seed=i)
+        """Every batch size and every shape: the last batch size at the last shape."""
+        for batch in self.batches[:-1]:
+            yield self.args(batch, seed=batch)
+        for i in range(min(1, len(self.shapes) - 1), len(self.shapes)):
+            yield self.args(self.batches[-1], i, seed=i)
 
     def model(self, seed: int = 0) -> nn.Module:
         """A model in evaluation mode with seeded weights."""

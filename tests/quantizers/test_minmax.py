@@ -40,7 +40,7 @@ def test_sampled_errors_estimate_the_whole(outlier: float) -> None:
     rows[0][123_457] = outlier
     points, weights = sample_rows(rows, 2**13)
     assert points.shape == weights.shape
-    assert points.numel() < 2**13 + 10
+    assert points.numel() <= 2**13 + 3 * 2 * 64
     for row, p, w in zip(rows, points, weights, strict=True):
         assert float(w.sum()) == pytest.approx(row.numel(), rel=1e-5)
         assert float((w * p * p).sum()) == pytest.approx(float((row * row).sum()), rel=0.1)
