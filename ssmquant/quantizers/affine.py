@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Affine", "QTensor", "affine_decode", "affine_index", "compute_dtype", "group_dims", "group_sum"]
+__all__ = [
+    "Affine",
+    "QTensor",
+    "affine_decode",
+    "affine_index",
+    "compute_dtype",
+    "group_dims",
+    "group_sum",
+    "in_dtype",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +84,15 @@ def affine_decode(index: Tensor, affine: Affine, code_min: int) -> Tensor:
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float32, or float64 as soon as one of the tensors is float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, without the call where there is nothing to do.
+
+    At the end of an ``autograd.Function``'s forward such a call loses the gradient of the input under
+    ``torch.compile`` of PyTorch 2.11, without an error.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def group_dims(ndim: int, axis: int | None) -> tuple[int, ...]:

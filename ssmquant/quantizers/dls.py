@@ -25,6 +25,7 @@ from ssmquant.quantizers.affine import (
     compute_dtype,
     group_dims,
     group_sum,
+    in_dtype,
 )
 from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.dls_fit import search_coefficients
@@ -100,7 +101,7 @@ class _DLSFunction(torch.autograd.Function):
         ctx.static = axis, bits, qmin, eps, official, dead_pass, scaled
         alpha, beta = dls_range(stats, w, v, bits, eps, floor_first=official)
         index = affine_index(xc, alpha, beta, qmin, qmin + 2**bits - 1)
-        return affine_decode(index, Affine(alpha, beta, stats[2], stats[3]), qmin).to(x.dtype)
+        return in_dtype(affine_decode(index, Affine(alpha, beta, stats[2], stats[3]), qmin), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ssmquant.quantizers.affine import Affine, affine_decode, affine_index, compute_dtype, group_sum
+from ssmquant.quantizers.affine import Affine, affine_decode, affine_index, compute_dtype, group_sum, in_dtype
 from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.observers import GroupStats, group_rows, sample_rows
 
@@ -37,7 +37,7 @@ class _LSQFunction(torch.autograd.Function):
         ctx.save_for_backward(x, alpha, beta)
         ctx.static = qmin, qmax, axis, scaled
         index = affine_index(x.to(alpha.dtype), alpha, beta, qmin, qmax)
-        return affine_decode(index, Affine(alpha, beta), qmin).to(x.dtype)
+        return in_dtype(affine_decode(index, Affine(alpha, beta), qmin), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmquant.quantizers.affine import Affine, affine_decode, compute_dtype, group_sum
+from ssmquant.quantizers.affine import Affine, affine_decode, compute_dtype, group_sum, in_dtype
 from ssmquant.quantizers.lsq import LearnedScale
 from ssmquant.quantizers.observers import GroupStats
 
@@ -75,7 +75,7 @@ class _RFAFunction(torch.autograd.Function):
         ctx.save_for_backward(x, alpha, beta, grid, thresholds)
         ctx.static = qmin, qmax, axis, scaled
         index = _index(x.to(alpha.dtype), alpha, beta, thresholds, qmin, qmax)
-        return affine_decode(index, Affine(alpha, beta), -(grid.numel() // 2)).to(x.dtype)
+        return in_dtype(affine_decode(index, Affine(alpha, beta), -(grid.numel() // 2)), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
