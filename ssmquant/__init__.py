@@ -21,7 +21,7 @@ from ssmquant.errors import (
     SsmquantError,
     TraceError,
 )
-from ssmquant.io import load, save
+from ssmquant.io import load, load_checkpoint, save
 from ssmquant.workflow import calibrate, convert, param_groups, prepare
 
 __version__ = "0.1.0.dev0"
@@ -45,6 +45,7 @@ __all__ = [
     "convert",
     "install_standins",
     "load",
+    "load_checkpoint",
     "param_groups",
     "prepare",
     "register_adapter",

@@ -190,13 +190,14 @@ class QConfig:
 
     @classmethod
     def minmax(cls, w_bits: Bits, a_bits: Bits, **changes: Any) -> QConfig:
-        """Min-max quantization everywhere: needs calibration only, for 8 bits and comparisons."""
+        """Min-max quantization everywhere, weights by output channel: needs calibration only, for 8 bits."""
         base = {
             "w_bits": w_bits,
             "a_bits": a_bits,
             "weight": "minmax",
             "activation": "minmax",
             "scan": "minmax",
+            "granularity": "channel",
         }
         return cls(**{**base, **changes})
 

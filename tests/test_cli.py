@@ -138,6 +138,53 @@ def test_errors_are_one_line(picture: Path, tmp_path: Path, capsys: pytest.Captu
     assert not out.exists()
 
 
+FACTORY = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.mix = nn.Linear(8, 8)
+        self.q = nn.Parameter(torch.rand(8, 8))
+        self.last = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x):
+        y = self.mix(self.first(x).flatten(2).transpose(1, 2))
+        modulated = self.q * y.mean()  # a weight made of activations: nothing covers it
+        y = nn.functional.linear(y, modulated)
+        return self.last(y.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+def make():
+    return Net()
+
+def needs(width):
+    return Net()
+
+number = 3
+"""
+
+
+def test_summary_of_a_factory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "some_nets.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for target in ("some_nets:make", "some_nets:Net", "some_nets.py:make"):
+        assert run("summary", target, "--input", "1,3,12,10", "--w-bits", "3") == 0
+        out = capsys.readouterr().out
+        assert "mix    linear  W3A4" in out
+        assert "NOT COVERED: q (" in out
+    assert "no adapter knows an example input" in failure(capsys, "summary", "some_nets:make")
+    assert "expected sizes" in failure(capsys, "summary", "some_nets:make", "--input", "1,a")
+    assert "has no missing" in failure(capsys, "summary", "some_nets:missing")
+    assert "takes no arguments" in failure(capsys, "summary", "some_nets:needs")
+    assert "cannot be imported" in failure(capsys, "summary", "no_such_nets:make")
+    assert "gave a int" in failure(capsys, "summary", "builtins:int")
+
+
 def test_a_bad_tile_is_refused(model_file: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = picture.with_name("out.png")
     assert "twice the overlap" in failure(

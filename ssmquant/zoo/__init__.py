@@ -17,7 +17,6 @@ from ssmquant.zoo.mambair import (
     mambair_denoise,
     mambair_light,
     mambair_tiny,
-    unwrap_state_dict,
 )
 from ssmquant.zoo.vim import VisionMamba, vim_base, vim_nano, vim_small, vim_tiny
 from ssmquant.zoo.vmamba import VSSM, vmamba_base, vmamba_nano, vmamba_small, vmamba_tiny, vmamba_tiny_v0
@@ -33,7 +32,6 @@ __all__ = [
     "mambair_denoise",
     "mambair_light",
     "mambair_tiny",
-    "unwrap_state_dict",
     "vim_base",
     "vim_nano",
     "vim_small",

@@ -7,7 +7,7 @@ plain tensor that forward rebinds, float32 scan operands): what quantizes this m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ __all__ = [
     "mambair_denoise",
     "mambair_light",
     "mambair_tiny",
-    "unwrap_state_dict",
 ]
 
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K
@@ -202,24 +201,3 @@ def mambair_tiny(upscale: int = 2) -> MambaIR:
         upscale=upscale,
         upsampler="pixelshuffledirect",
     )
-
-
-def unwrap_state_dict(checkpoint: Mapping[str, Any], key: str | None = None) -> dict[str, Tensor]:
-    """The plain state dict in a checkpoint file's content, as upstream's training code (BasicSR) writes it.
-
-    Args:
-        checkpoint: ``{"params": sd}``, ``{"params_ema": sd}``, ``{"state_dict": sd}`` or a state dict itself.
-        key: which entry to take; by default the first that is there, in that order.
-
-    Raises:
-        ConfigError: ``key`` is missing, or what was found is no state dict.
-    """
-    if key is not None and key not in checkpoint:
-        raise ConfigError(f"the checkpoint has no entry {key!r}; it has {sorted(map(str, checkpoint))[:8]}")
-    keys = (key,) if key is not None else ("params", "params_ema", "state_dict")
-    found: Any = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), Mapping)), checkpoint)
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ConfigError(
-            f"no state dict found in a checkpoint with the entries {sorted(map(str, checkpoint))[:8]}"
-        )
-    return {str(k).removeprefix("module."): v for k, v in found.items()}

@@ -82,7 +82,7 @@ LOCAL = {"repo": "hunto/LocalMamba", "commit": "75e5d1f", "folders": ("LocalMamb
 LOCAL["needs"] = ("timm", "torchvision", "einops", "fvcore", "triton")
 PLAIN = {"repo": "ChenhongyiYang/PlainMamba", "commit": "0975a1d", "folders": ("PlainMamba",)}
 MIL = {"repo": "isyangshu/MambaMIL", "commit": "9aea39e", "folders": ("MambaMIL",), "needs": ("einops",)}
-HF = {"repo": "huggingface/transformers", "commit": "pip", "needs": ("transformers", "timm", "torchvision")}
+HF = {"repo": "huggingface/transformers", "commit": "", "needs": ("transformers",)}
 LIGHT = {"repo": "MrBlankness/LightM-UNet", "commit": "6b72e27", "folders": ("LightM-UNet", "mamba")}
 LIGHT["needs"] = ("monai", "einops")
 
@@ -133,6 +133,7 @@ FAMILIES: tuple[Family, ...] = (
         "mhs_vm", repo="PixDeep/MHS-VM", commit="be64b6f", folders=("MHS-VM",), build=partial(mhsvm.build, side=64),
         shapes={"small": _rgb(64), "default": _rgb(64)}, notes="scan routes are files, one for each image size",
     ),
+    # Its LayerNorms take tokens that are next to empty, twice a layer: any noise is amplified by 20 dB and more.
     Family(
         "lightm_unet_2d", build=partial(lightmunet.build, 2),
         shapes={"small": ((1, 16, 16), (1, 32, 16)), "default": ((1, 32, 32), (1, 64, 32))}, **LIGHT,
@@ -186,7 +187,7 @@ FAMILIES: tuple[Family, ...] = (
         )
     ),
     Family(
-        "opensr_mamba", repo="ESAOpenSR/opensr-mamba", commit="0.0.1 (pip)", build=opensr.build,
+        "opensr_mamba", repo="ESAOpenSR/opensr-mamba", commit="", build=opensr.build,
         shapes=_SR, needs=("opensr_mamba", "timm", "torchvision", "einops"),
         kwargs={"save_attention_maps": True},
     ),

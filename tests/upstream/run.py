@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ import torch
 from tests.upstream import checks
 from tests.upstream.families import FAMILIES, Family
 from tests.upstream.loaders import VARIABLE, checkout
+from tests.upstream.state import State, attempt
 
 __all__ = ["main", "missing", "run"]
 
@@ -37,7 +39,9 @@ def missing(family: Family) -> str | None:
 
 
 def revision(family: Family) -> str:
-    """The commit that is checked out, else the one that the table was made for."""
+    """The commit that is checked out, the version that is installed, else the commit that the loader was made for."""
+    if not family.folders:
+        return f"{importlib.metadata.version(family.needs[0])} (pip)"
     for folder in family.folders[:1]:
         if (checkout(folder) / ".git").exists():
             command = ["git", "-C", str(checkout(folder)), "rev-parse", "--short=7", "HEAD"]
@@ -52,7 +56,7 @@ def run(family: Family, size: str) -> dict[str, Any]:
         "torch": torch.__version__, "python": platform.python_version(), "notes": family.notes,
     }  # fmt: skip
     started = time.perf_counter()
-    state = checks.State(family, size)
+    state = State(family, size)
     if family.refused is not None:
         result["refused"] = checks.refusal(state)
     else:
@@ -60,7 +64,7 @@ def run(family: Family, size: str) -> dict[str, Any]:
             if size == "default" and name not in checks.CHEAP:
                 continue
             begun = time.perf_counter()
-            value, error = checks.attempt(lambda check=check: check(state))
+            value, error = attempt(lambda check=check: check(state))
             result[name] = value if error is None else {"error": error}
             result[name]["took"] = round(time.perf_counter() - begun, 2)
             if name == "build" and error is not None:

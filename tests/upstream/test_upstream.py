@@ -21,7 +21,17 @@ CASES = [pytest.param(f, size, id=f"{f.name}-{size}") for f in FAMILIES for size
 def result_of(family: Family, size: str, folder: Path) -> dict[str, Any]:
     file = folder / f"{family.name}.{size}.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.upstream.run", family.name, size, "--out", str(file)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.upstream.run",
+        family.name,
+        size,
+        "--out",
+        str(file),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(file.read_text())

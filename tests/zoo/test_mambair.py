@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssmquant import zoo
+from ssmquant import load_checkpoint, zoo
 from ssmquant.errors import ConfigError
 from ssmquant.ops import selective_scan
 from ssmquant.ops.selective_scan import selective_scan_reference
@@ -221,19 +221,9 @@ def test_upstream_checkpoints_load_strictly(wrap: Any) -> None:
     source, target = small().eval(), small(drop_path_rate=0.0).eval()
     for parameter in source.parameters():
         nn.init.normal_(parameter, std=0.1)
-    target.load_state_dict(zoo.unwrap_state_dict(wrap(source.state_dict())))
+    load_checkpoint(target, wrap(source.state_dict()))
     x = torch.rand(1, 3, 5, 6)
     assert torch.equal(source(x), target(x))
-
-
-def test_unwrapping() -> None:
-    both = {"params": {"a": torch.zeros(1)}, "params_ema": {"module.a": torch.ones(1)}}
-    assert zoo.unwrap_state_dict(both)["a"] == 0
-    assert zoo.unwrap_state_dict(both, "params_ema")["a"] == 1
-    with pytest.raises(ConfigError, match="no entry 'ema'"):
-        zoo.unwrap_state_dict(both, "ema")
-    with pytest.raises(ConfigError, match="no state dict"):
-        zoo.unwrap_state_dict({"epoch": 3})
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -13,7 +13,13 @@ def build(name: str, size: str) -> nn.Module:
     enter(kernels=False)
     transformers = load("transformers")
     if name.startswith("Mamba2"):
-        config: dict[str, Any] = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16, "expand": 2}
+        config: dict[str, Any] = {
+            "num_heads": 4,
+            "head_dim": 16,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "expand": 2,
+        }
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 16}
         if size == "default":
             config = {"num_heads": 24, "head_dim": 64, "n_groups": 1, "chunk_size": 64}

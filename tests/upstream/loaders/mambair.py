@@ -37,7 +37,13 @@ def build(variant: str, size: str) -> nn.Module:
     from timm.layers import to_2tuple, trunc_normal_
 
     stub("basicsr.archs.arch_util", to_2tuple=to_2tuple, trunc_normal_=trunc_normal_)
-    common: dict[str, Any] = {"img_size": 64, "in_chans": 3, "upscale": 2, "img_range": 1.0, "resi_connection": "1conv"}
+    common: dict[str, Any] = {
+        "img_size": 64,
+        "in_chans": 3,
+        "upscale": 2,
+        "img_range": 1.0,
+        "resi_connection": "1conv",
+    }
     if variant in _V1:
         depths = _V1_DEPTHS[variant] if size == "default" else (2,)
         small = {} if size == "default" or variant == "light" else {"embed_dim": 48}
