@@ -7,7 +7,7 @@ plain tensor that forward rebinds, float32 scan operands): what quantizes this m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
