@@ -333,6 +333,7 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
 
     def holds(c: dict[tuple[int, int], int]) -> Traced | None:
         nonlocal flipped
+        flipped = False
         try:
             again = run(_resized(hint, c))
         except Exception:  # whatever the code raises there: it does not accept these sizes
@@ -342,10 +343,9 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
         return again if same else None
 
     def spread(keys: Collection[tuple[int, int]], fixed: dict[tuple[int, int], int]) -> Traced | None:
-        """Another size for each of ``keys``: multiples, which keep whatever divisibility the model wants, or sizes
-        nearer by where a branch that the code takes on a size goes the other way there.
+        """Another size for each of ``keys``, different ones for different dimensions: multiples, which keep whatever
+        divisibility the model wants, or sizes nearer by where a branch on a size goes the other way there.
         """
-        # Different ones for different dimensions.
         found = holds(fixed | {(i, d): shapes[i][d] * (2 + d % 3) for i, d in keys})
         for pair in ((5, 4), (3, 2)), ((1, 2), (3, 4)):
             if found is not None or not flipped or not keys:
