@@ -83,6 +83,8 @@ def collect_tensors(x: Any, out: list[Tensor]) -> bool:
     if isinstance(x, (SInt, SFloat)):
         return True
     if isinstance(x, (tuple, list)):
+        if all(type(i) is int for i in x):  # an index table may have thousands
+            return False
         return any([collect_tensors(i, out) for i in x])
     if isinstance(x, dict):
         return any([collect_tensors(i, out) for i in x.values()])

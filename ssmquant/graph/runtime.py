@@ -377,18 +377,26 @@ def runtime_of(model: nn.Module, stage: str | None = None) -> Runtime:
 
 
 def _unbinder(sig: inspect.Signature) -> Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], dict[str, Any]]]:
-    kinds = [(p.name, p.kind) for p in sig.parameters.values()]
+    """Bound arguments as a call: defaults left away, what has a default by keyword, as a user would write it.
+
+    Wrapped forwards (``def wrapper(self, *args, **kwargs)`` under another signature) look into what they are given.
+    """
+    parameters = list(sig.parameters.values())
+    starred = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
     def unbind(bound: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
-        for (name, kind), value in zip(kinds, bound, strict=True):
-            if kind is inspect.Parameter.VAR_POSITIONAL:
+        for p, value in zip(parameters, bound, strict=True):
+            optional = p.default is not p.empty
+            by_keyword = p.kind is p.POSITIONAL_OR_KEYWORD and optional and not starred
+            if p.kind is p.VAR_POSITIONAL:
                 args.extend(value)
-            elif kind is inspect.Parameter.VAR_KEYWORD:
+            elif p.kind is p.VAR_KEYWORD:
                 kwargs.update(value)
-            elif kind is inspect.Parameter.KEYWORD_ONLY:
-                kwargs[name] = value
+            elif p.kind is p.KEYWORD_ONLY or by_keyword:
+                if not (optional and value is p.default):
+                    kwargs[p.name] = value
             else:
                 args.append(value)
         return tuple(args), kwargs

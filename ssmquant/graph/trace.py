@@ -7,7 +7,7 @@ baked into the graph, and the dimensions that cause it become guards. See DESIGN
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -242,7 +242,7 @@ def same_graph(a: Traced, b: Traced) -> bool:
 def _announced(a: Traced, b: Traced) -> bool:
     """Whether the first difference between what two runs asked is another answer to a comparison."""
 
-    def questions(t: Traced) -> list[tuple[Any, Any]]:
+    def questions(t: Traced) -> Iterator[tuple[Any, Any]]:
         nodes = [n for n in t.graph.nodes if not (n.op == "call_method" and n.target == "size")]
         index = {n: i for i, n in enumerate(nodes)}
 
@@ -251,7 +251,7 @@ def _announced(a: Traced, b: Traced) -> bool:
                 tuple(plain(x) for x in e) if isinstance(e, tuple) else index.get(e, -1) if _is_node(e) else e
             )
 
-        return [(plain(g.expr), g.value) for g in t.guards]
+        return ((plain(g.expr), g.value) for g in t.guards)
 
     for (asked, answer), (asked_too, other) in zip(questions(a), questions(b), strict=False):
         if asked != asked_too:

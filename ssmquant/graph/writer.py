@@ -268,6 +268,8 @@ class Writer(TorchFunctionMode):
         if isinstance(x, torch.device):
             self.uses_device = True
             return x
+        if type(x) in (tuple, list) and all(type(i) is int for i in x):
+            return x if type(x) is tuple else list(x)
         if isinstance(x, tuple):
             items = [self.lower(i, fakes) for i in x]
             if type(x) in (tuple, SSize, torch.Size):
