@@ -387,3 +387,25 @@ def test_preparing_inside_a_traced_forward_is_refused() -> None:
         ssmquant.prepare(Model(code), FLOAT, example_inputs=(torch.randn(2, 4),))
     assert nn.Module.__call__.__module__ == "torch.nn.modules.module"
     assert "training" not in vars(nn.Module)
+
+
+def test_a_wrapped_forward_sees_keywords_as_they_were_given() -> None:
+    """A decorator sets keywords of the function that it wraps: a second value by position would clash."""
+
+    def inner(self: Any, x: Tensor, flag: bool = True, scale: float = 2.0) -> Tensor:
+        return self.lin(x) * scale if flag else self.lin(x)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        @functools.wraps(inner)
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return inner(self, *args, **{**kwargs, "flag": kwargs.get("flag", False)})
+
+    model = Wrapped()
+    x = torch.randn(2, 3, 4)
+    prepared = ssmquant.prepare(model, FLOAT, example_inputs=(x,), example_kwargs={"scale": 3.0})
+    assert torch.equal(prepared(x, scale=3.0), model(x, scale=3.0))
+    assert torch.equal(prepared(x, flag=False, scale=3.0), model(x, flag=False, scale=3.0))
