@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.errors import InputError
-from ssmquant.ops import mixers, ssd_scan
+from ssmquant.ops import mixers
 
 __all__ = [
     "BiMambaInnerFn", "MambaChunkScanCombinedFn", "MambaInnerFn", "MambaInnerFnNoOutProj",
@@ -125,10 +125,9 @@ def mamba_chunk_scan_combined(
         raise InputError(
             "mamba_chunk_scan_combined: several sequences in one row are not supported by the stand-in"
         )
-    return ssd_scan(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states,
-        dt_min=dt_limit[0], dt_max=dt_limit[1], chunk_size=chunk_size, return_last_state=return_final_states,
-    )  # fmt: skip
+    return mixers.mamba2_chunk_scan(
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, dt_softplus, dt_limit, return_final_states
+    )
 
 
 def ssd_selective_scan(

@@ -186,13 +186,9 @@ def summary(model: nn.Module) -> Summary:
         if folded and runtime.config.statistics == "sample":
             note = "statistics per tensor: the code folds the batch away"
         if site.role is not None:
-            window = site.scan.get("window") or 0
-            kind = (
-                f"{site.role.kind}_lb, window {window}"
-                if window
-                else site.role.kind * (site.role.kind != "s6")
-            )
-            note = "; ".join(filter(None, (kind, note)))
+            window = site.scan.get("window")
+            kind = f"{site.role.kind}_lb, window {window}" if window else site.role.kind
+            note = "; ".join(part for part in (kind, note) if part not in ("", "s6"))
         kernel = (
             ("dequantize + torch" if points else "torch") if runtime.stage == "deployed" else "fake-quantized"
         )

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ssmquant.adapter import FunctionRole
 from ssmquant.errors import TraceError
-from ssmquant.ops import mixers, selective_scan, ssd_scan
+from ssmquant.ops import mixers, selective_scan
 from ssmquant.ops.selective_scan import lb_window
 
 __all__ = [
     "FUNCTION_ROLES",
+    "WITHOUT_EFFECT",
     "FunctionError",
     "FunctionModule",
     "arguments_of",
@@ -138,7 +139,7 @@ def call_role(
         value = given.get(name, default)
         if open_ended or name in taken:
             named[name] = value
-        elif name not in _WITHOUT_EFFECT and not _same(value, default):
+        elif name not in WITHOUT_EFFECT and not _same(value, default):
             raise TraceError(
                 f"{cls.__module__}.{cls.__qualname__}: the argument '{name}' has no counterpart in what ssmquant knows "
                 "of this function. Say what it computes with Adapter(functions=(FunctionRole(...),))"
@@ -146,7 +147,7 @@ def call_role(
     return function(**named)
 
 
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "checkpoint_lvl",
     "deterministic_delta",
     "nrows",
@@ -195,28 +196,6 @@ def _lb_scan(
     )
 
 
-def _chunk_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    return_final_states: bool = False,
-) -> Any:
-    out, last = ssd_scan(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states,
-        dt_min=dt_limit[0], dt_max=dt_limit[1], chunk_size=chunk_size, return_last_state=True,
-    )  # fmt: skip
-    return (out, last) if return_final_states else out
-
-
 _LB = "selective_scan_interface_lbm"
 FUNCTION_ROLES: tuple[FunctionRole, ...] = (
     FunctionRole(f"{_LB}.SelectiveScanFn", _lb_scan),
@@ -227,7 +206,7 @@ FUNCTION_ROLES: tuple[FunctionRole, ...] = (
     FunctionRole("MambaInnerFnNoOutProj", _inner(project=False)),
     FunctionRole("BiMambaInnerFn", _inner(project=True)),
     FunctionRole("MambaSplitConv1dScanCombinedFn", mixers.mamba2_split_conv1d_scan),
-    FunctionRole("MambaChunkScanCombinedFn", _chunk_scan),
+    FunctionRole("MambaChunkScanCombinedFn", mixers.mamba2_chunk_scan),
     FunctionRole("CausalConv1dFn", mixers.causal_conv1d),
     # Two Functions share the name: one adds a residual first, one has a gate.
     FunctionRole("layernorm_gated.LayerNormFn", mixers.gated_norm),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ssmquant.adapter import ScanRole
-from ssmquant.graph.functions import FunctionModule, arguments_of, is_named
+from ssmquant.graph.functions import WITHOUT_EFFECT, FunctionModule, arguments_of, is_named
 
 __all__ = ["SCAN_ROLES", "scan_operands", "scan_role", "scan_shape"]
 
@@ -41,12 +41,11 @@ SCAN_ROLES: tuple[ScanRole, ...] = (
 
 _NEEDED = {"u", "delta", "A", "B", "C"}
 _KNOWN = {*_MAMBA, "return_last_state", "oflex"}
-_WITHOUT_EFFECT = {"nrows", "backnrows", "backend"}
 
 
 def _by_signature(cls: type[torch.autograd.Function]) -> ScanRole | None:
     names = tuple(arguments_of(cls))
-    if _NEEDED <= set(names) <= _KNOWN | _WITHOUT_EFFECT:
+    if _NEEDED <= set(names) <= _KNOWN | WITHOUT_EFFECT:
         return ScanRole(cls.__name__, names)
     return None
 

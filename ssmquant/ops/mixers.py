@@ -23,7 +23,7 @@ from ssmquant.ops.norms import gated_norm, layer_norm, wide
 from ssmquant.ops.selective_scan import selective_scan
 from ssmquant.ops.ssd_scan import ssd_scan
 
-__all__ = ["causal_conv1d", "gated_norm", "layer_norm", "mamba2_split_conv1d_scan", "mamba_inner"]
+__all__ = ["causal_conv1d", "gated_norm", "layer_norm", "mamba2_chunk_scan", "mamba2_split_conv1d_scan", "mamba_inner"]
 
 
 def causal_conv1d(
@@ -161,6 +161,28 @@ def _norm_of_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = layer_norm(x.transpose(-1, -2), weight, eps=eps, is_rms_norm=True)
     assert isinstance(y, Tensor)
     return y.transpose(-1, -2)
+
+
+def mamba2_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """mamba-ssm's ``mamba_chunk_scan_combined``: ``ops.ssd_scan`` under other names, which are its own."""
+    return ssd_scan(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, return_final_states,
+        dt_min=dt_limit[0], dt_max=dt_limit[1], chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 def mamba2_split_conv1d_scan(
