@@ -1,0 +1,169 @@
+// CUDA's language for one block at a time on a CPU: threads are fibers that switch at barriers and shuffles. Enough of it
+// to run the kernels of ssmquant/csrc unchanged, slowly. Shuffles and warp barriers need all 32 lanes, as there.
+//
+// Between barriers a GPU may run threads in any order and copy to shared memory at any time before it is waited for. Here
+// `late` picks one of two extremes: the last thread first and copies as late as can be, or the first and at once.
+// Kernels that lack a barrier or a wait give different results.
+#pragma once
+
+#include <setjmp.h>  // few headers, for they take most of the time to compile
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#define EMULATED
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__
+#define __restrict__
+
+extern "C" {
+float fmaf(float, float, float) noexcept;
+float fmaxf(float, float) noexcept;
+float fabsf(float) noexcept;
+float exp2f(float) noexcept;
+}
+
+namespace emulated {
+
+constexpr int MAX_THREADS = 1024, STACK = 128 * 1024;
+enum Error { NONE, NO_SUCH_KERNEL, TOO_LARGE, MISALIGNED };
+struct Dim { unsigned x, y, z; };
+struct Copy { void *to; const void *from; int bytes; };  // from null: zeros
+struct Fiber {
+    ucontext_t first;
+    jmp_buf at;
+    bool started, done;
+    char *stack;
+    Copy *copies;
+    int count, room;
+};
+struct Barrier { int waiting = 0; long turn = 0; bool all = true, result = true; };
+
+inline Dim thread_index, block_index, block_size;
+inline Fiber fibers[MAX_THREADS];
+inline Barrier block, warps[MAX_THREADS / 32];
+inline float exchange[2][MAX_THREADS];
+inline jmp_buf scheduler;
+inline int threads, left, current, error;
+inline bool late;
+inline void (*body)();
+
+inline void next() {  // never returns
+    do current = (late ? current + threads - 1 : current + 1) % threads;
+    while (fibers[current].done);
+    Fiber &f = fibers[current];
+    thread_index = {unsigned(current), 0, 0};
+    if (f.started) _longjmp(f.at, 1);
+    f.started = true;
+    setcontext(&f.first);
+}
+inline void pause() {
+    if (!_setjmp(fibers[current].at)) next();
+}
+inline bool meet(Barrier &b, int count, bool vote = true) {
+    long turn = b.turn;
+    b.all = b.all && vote;
+    if (++b.waiting == count) {
+        b.result = b.all, b.all = true, b.waiting = 0, ++b.turn;
+    } else {
+        while (b.turn == turn) pause();
+    }
+    return b.result;
+}
+inline void meet_warp() { meet(warps[current / 32], 32); }
+inline float swap(float x, int from) {
+    float *turn = exchange[warps[current / 32].turn & 1];  // nobody is two turns ahead
+    turn[current] = x;
+    meet_warp();
+    return turn[current / 32 * 32 + (from & 31)];
+}
+inline void perform(const Copy &c) {
+    if (c.from) memcpy(c.to, c.from, c.bytes);
+    else memset(c.to, 0, c.bytes);
+}
+inline void begin_copy(const Copy &c) {
+    if (((uintptr_t)c.to | (uintptr_t)c.from) % c.bytes) error = MISALIGNED;
+    if (!late) return perform(c);
+    Fiber &f = fibers[current];
+    if (f.count == f.room) f.copies = (Copy *)realloc(f.copies, (f.room = 2 * f.room + 64) * sizeof(Copy));
+    f.copies[f.count++] = c;
+}
+inline void finish_copies() {
+    Fiber &f = fibers[current];
+    for (int i = 0; i < f.count; ++i) perform(f.copies[i]);
+    f.count = 0;
+}
+inline void entry() {
+    body();
+    fibers[current].done = true;
+    if (--left == 0) _longjmp(scheduler, 1);
+    next();
+}
+inline void run_block() {
+    threads = left = block_size.x;
+    for (int i = 0; i < threads; ++i) {
+        Fiber &f = fibers[i];
+        f.started = f.done = false;
+        f.count = 0;
+        if (!f.stack) f.stack = (char *)malloc(STACK);
+        getcontext(&f.first);
+        f.first.uc_stack.ss_sp = f.stack;
+        f.first.uc_stack.ss_size = STACK;
+        f.first.uc_link = nullptr;
+        makecontext(&f.first, entry, 0);
+    }
+    block = Barrier();
+    for (auto &w : warps) w = Barrier();
+    current = late ? 0 : threads - 1;
+    if (!_setjmp(scheduler)) next();
+}
+
+}  // namespace emulated
+
+#define threadIdx emulated::thread_index
+#define blockIdx emulated::block_index
+#define blockDim emulated::block_size
+
+inline void __syncthreads() { emulated::meet(emulated::block, emulated::block_size.x); }
+inline bool __syncthreads_and(bool x) { return emulated::meet(emulated::block, emulated::block_size.x, x); }
+inline void __syncwarp() { emulated::meet_warp(); }
+inline bool __all_sync(unsigned, bool x) {
+    bool all = true;
+    for (int i = 0; i < 32; ++i) all = (emulated::swap(x ? 1.0f : 0.0f, i) != 0.0f) && all;
+    return all;
+}
+inline float __shfl_sync(unsigned, float x, int lane) { return emulated::swap(x, lane); }
+inline float __shfl_xor_sync(unsigned, float x, int mask) { return emulated::swap(x, (emulated::current & 31) ^ mask); }
+inline float __shfl_up_sync(unsigned, float x, int by) {
+    int lane = emulated::current & 31;
+    return emulated::swap(x, lane >= by ? lane - by : lane);
+}
+inline float __shfl_down_sync(unsigned, float x, int by) {
+    int lane = emulated::current & 31;
+    return emulated::swap(x, lane + by < 32 ? lane + by : lane);
+}
+
+// What the kernels say in PTX.
+struct F16 { unsigned short bits; };
+struct BF16 { unsigned short bits; };
+inline float bits_to_float(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
+inline float widen(float x) { return x; }
+inline float widen(F16 x) { _Float16 h; memcpy(&h, &x.bits, 2); return float(h); }
+inline float widen(BF16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+inline void narrow(float x, float &y) { y = x; }
+inline void narrow(float x, F16 &y) { _Float16 h = _Float16(x); memcpy(&y.bits, &h, 2); }
+inline void narrow(float x, BF16 &y) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    y.bits = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+inline void copy_done() { emulated::finish_copies(); }
+template <int BYTES> inline void copy(void *to, const void *from, bool there) {
+    emulated::begin_copy({to, there ? from : nullptr, BYTES});
+}
+inline float exp2_(float x) { return exp2f(x); }
+inline float recip(float x) { return 1.0f / x; }
