@@ -207,4 +207,5 @@ def test_env_runs_as_a_module() -> None:
     )
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert {"ssmquant", "python", "torch", "triton", "cpu", "cuda"} <= set(names)
-    assert done.stderr == ""
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("ssmquant: ") for line in lines), lines  # that kernels are being compiled

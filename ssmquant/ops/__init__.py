@@ -1,12 +1,13 @@
 """Operators of the library, each in ``torch.ops.ssmquant`` and as a function here. Needs torch only."""
 
-import importlib.util
-
 import torch
 
+from ssmquant.ops import upstream
 from ssmquant.ops.mixers import causal_conv1d, mamba2_split_conv1d_scan, mamba_inner
 from ssmquant.ops.norms import gated_norm, layer_norm
-from ssmquant.ops.selective_scan import lb_window, selective_scan
+from ssmquant.ops.selection import selected, use_backend
+from ssmquant.ops.selective_scan import lb_window, scan_paths, selective_scan, selective_scan_map
+from ssmquant.ops.selective_scan.backends import explain
 from ssmquant.ops.ssd_scan import ssd_scan
 
 __all__ = [
@@ -17,26 +18,40 @@ __all__ = [
     "lb_window",
     "mamba2_split_conv1d_scan",
     "mamba_inner",
+    "scan_paths",
     "selective_scan",
+    "selective_scan_map",
     "ssd_scan",
+    "use_backend",
 ]
 
 
 def backend_report() -> list[tuple[str, str, str]]:
-    """Which implementation serves which operator on this machine: rows of (operator and device, name, why)."""
-    rows = [
-        ("ssd_scan", "chunked", "PyTorch's matrix products over chunks of time; runs anywhere"),
-        ("selective_scan, cpu", "chunked", "PyTorch in chunks of time; runs anywhere"),
-    ]
-    if not torch.cuda.is_available():
+    """Which implementation serves which operator on this machine: rows of (operator and device, name, why).
+
+    Where kernels of ours are compiled at first use, asking for them here compiles them.
+
+    Raises:
+        InputError: ``SSMQUANT_BACKEND`` names no back end.
+    """
+    choice = selected()
+    rows = [("ssd_scan", "chunked", "PyTorch's matrix products over chunks of time; runs anywhere")]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    for device in ("cpu", *gpus):
+        found = dict(explain(torch.device(device), torch.float32, 16))
+        able = [name for name, reason in found.items() if reason is None]
+        name = choice if choice in able else able[0]
+        why = [f"not {other}: {reason}" for other, reason in found.items() if reason is not None]
+        if choice is not None and choice not in found:
+            why.append(f"not {choice}, which was chosen: it is not for this device")
+        if len(able) > 1:
+            why.append(f"can be chosen: {', '.join(n for n in able if n != name)}")
+        rows.append((f"selective_scan, {device}", name, "; ".join(why) or "the only one for this device"))
+    if not gpus:
         return [*rows, ("selective_scan, cuda", "none", "PyTorch sees no CUDA device")]
-    if importlib.util.find_spec("triton") is None:
-        why = "Triton is not installed (pip install triton)"
-    elif torch.cuda.get_device_capability() < (7, 0):
-        why = "the GPU is older than compute capability 7.0"
-    else:
-        return [
-            *rows,
-            ("selective_scan, cuda", "triton", "float32 state; chunked for float64 or more than 64 states"),
-        ]
-    return [*rows, ("selective_scan, cuda", "chunked", why)]
+    package = upstream.find("causal_conv1d")
+    if isinstance(package, str):
+        return [*rows, ("causal_conv1d, cuda", "torch", f"not mamba_ssm: {package}")]
+    if choice == "mamba_ssm":
+        return [*rows, ("causal_conv1d, cuda", "mamba_ssm", "the package causal-conv1d, as chosen")]
+    return [*rows, ("causal_conv1d, cuda", "torch", "can be chosen: mamba_ssm")]

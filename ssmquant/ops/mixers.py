@@ -19,11 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.errors import InputError
+from ssmquant.ops import upstream
 from ssmquant.ops.norms import gated_norm, layer_norm, wide
 from ssmquant.ops.selective_scan import selective_scan
 from ssmquant.ops.ssd_scan import ssd_scan
 
-__all__ = ["causal_conv1d", "gated_norm", "layer_norm", "mamba2_chunk_scan", "mamba2_split_conv1d_scan", "mamba_inner"]
+__all__ = [
+    "causal_conv1d",
+    "gated_norm",
+    "layer_norm",
+    "mamba2_chunk_scan",
+    "mamba2_split_conv1d_scan",
+    "mamba_inner",
+]
 
 
 def causal_conv1d(
@@ -42,6 +50,8 @@ def causal_conv1d(
 
     Raises:
         InputError: another activation, or a weight that does not fit x.
+
+    With ``use_backend("mamba_ssm")`` the package causal-conv1d computes it, except in what is compiled or traced.
     """
     if activation not in (None, "silu", "swish"):
         raise InputError(f"causal_conv1d: activation is {activation!r}, expected None, 'silu' or 'swish'")
@@ -52,6 +62,9 @@ def causal_conv1d(
             f"causal_conv1d: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, expected (B, D, L) and "
             "(D, W) or (D, 1, W)"
         )
+    served = upstream.causal_conv1d(x, weight, bias, activation)
+    if served is not None:
+        return served
     length = x.shape[-1]
     y = x if x.dtype == weight.dtype else x.to(weight.dtype)
     y = F.conv1d(y, weight, bias, padding=weight.shape[-1] - 1, groups=weight.shape[0])[..., :length]

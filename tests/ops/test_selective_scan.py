@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +14,21 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ssmquant.errors import InputError
-from ssmquant.ops import selective_scan
-from ssmquant.ops.selective_scan import op, plan, selective_scan_reference
+from ssmquant.ops import selective_scan, use_backend
+from ssmquant.ops.selective_scan import plan, selective_scan_reference
+from ssmquant.ops.selective_scan.backends import choose
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 OP = torch.ops.ssmquant.selective_scan.default
+
+
+@pytest.fixture(autouse=True, params=["auto", "chunked"])
+def back_end(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with what is used here, and with what is used where nothing else can be."""
+    with use_backend(request.param):
+        if request.param == "auto" and choose(torch.device("cpu"), torch.float32, 16).NAME == "chunked":
+            pytest.skip("they are the same here")
+        yield request.param
 
 
 def operands(
@@ -59,9 +70,7 @@ def run(function: Any, args: dict[str, Any], softplus: bool = True) -> list[Tens
     """Output, last state and the gradients of every operand, of both results at once."""
     out, last = function(**args, delta_softplus=softplus, return_last_state=True)
     generator = torch.Generator().manual_seed(1)
-    weights = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (out, last)
-    ]
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (out, last)]
     loss = (out * weights[0]).sum() + (last * weights[1]).sum()
     given = [t for t in args.values() if t is not None]
     return [out, last, *torch.autograd.grad(loss, given, materialize_grads=True)]
@@ -250,7 +259,7 @@ def test_opcheck(without: str, constant: str) -> None:
     args = operands(1, 4, 2, 40, 2, dtype=torch.float32, without=without, constant=constant)
     torch.library.opcheck(OP, tuple(args.values()), {"delta_softplus": True})
     inner = [args[name] for name in NAMES if name != "z"]
-    torch.library.opcheck(torch.ops.ssmquant._selective_scan_fwd.default, (*inner, True, True))
+    torch.library.opcheck(torch.ops.ssmquant._selective_scan_fwd.default, (*inner, True, True, "chunked"))
 
 
 def test_is_one_call_of_torch() -> None:
@@ -296,12 +305,6 @@ def test_exports_as_one_node() -> None:
     assert torch.equal(program.module()(*inputs), Scan()(*inputs))
 
 
-def test_back_ends_by_name() -> None:
-    assert op.backend(torch.device("cpu"), torch.float32, 16) == "chunked"
-    assert op.backend(torch.device("cuda"), torch.float64, 16) == "chunked"
-    assert op.backend(torch.device("cuda"), torch.float32, 1000) == "chunked"
-
-
 def test_import_needs_neither_triton_nor_mamba_ssm() -> None:
     code = "import sys; import ssmquant.ops as _; print([m for m in ('mamba_ssm', 'triton') if m in sys.modules])"
     plain = "import sys; import torch; print([m for m in ('mamba_ssm', 'triton') if m in sys.modules])"
@@ -310,17 +313,3 @@ def test_import_needs_neither_triton_nor_mamba_ssm() -> None:
         for c in (code, plain)
     ]
     assert outputs[0] == outputs[1]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("channels", "states", "groups"), [(288, 10, 4), (60, 1, 1), (360, 16, 1)])
-def test_on_a_gpu(channels: int, states: int, groups: int) -> None:
-    for constant in ("", "B C"):
-        args = operands(2, channels, states, 197, groups, dtype=torch.float32, constant=constant)
-        on_gpu = {k: v.detach().cuda().requires_grad_() for k, v in args.items() if v is not None}
-        exact = {k: v.detach().double().requires_grad_() for k, v in args.items() if v is not None}
-        out, last = selective_scan(**on_gpu, delta_softplus=True, return_last_state=True)
-        grads = torch.autograd.grad(out.square().sum() + last.square().sum(), list(on_gpu.values()))
-        want, final = selective_scan_reference(**exact, delta_softplus=True, return_last_state=True)
-        expected = torch.autograd.grad(want.square().sum() + final.square().sum(), list(exact.values()))
-        assert_close([t.cpu() for t in (out, last, *grads)], [want, final, *expected], 1e-5)

@@ -29,7 +29,18 @@ from ssmquant.ops.selective_scan.plan import (
     through,
 )
 
-__all__ = ["backward", "forward"]
+__all__ = ["NAME", "backward", "forward", "saved_shape", "unavailable"]
+
+NAME = "chunked"
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, states: int) -> None:
+    """Serves everything."""
+
+
+def saved_shape(batch: int, channels: int, states: int, length: int) -> tuple[int, ...]:
+    """The states at piece starts."""
+    return -(-length // PIECE), batch, states, channels
 
 
 def _enter(scan: Scan, samples: slice, s: int, decay: Tensor, drive: Tensor, entry: Tensor) -> None:

@@ -1,14 +1,15 @@
-"""``torch.ops.ssmquant.selective_scan``: schema, shape checks, fake kernels, autograd and the choice of back end.
+"""``torch.ops.ssmquant.selective_scan``: schema, shape checks, fake kernels and autograd.
 
 The public operator is composed of two opaque ones, ``_selective_scan_fwd`` and ``_selective_scan_bwd``, and of the gate
 ``y * silu(z)``, which autograd and compilers see as what it is. Both opaque ones run on every device. With a window the
 forward one is called twice (``window``).
+
+The back end (``backends``) is chosen in the public operator and handed on by its name, for what one saves in the
+forward pass no other one can read in the backward pass. A compiled graph holds the name too.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops.checks import check_operands, check_window, fail, state_dtype, without_autocast
-from ssmquant.ops.selective_scan import chunked
-from ssmquant.ops.selective_scan.plan import PIECE
+from ssmquant.ops.selective_scan.backends import choose
 from ssmquant.ops.selective_scan.window import ahead
 
-__all__ = ["backend", "selective_scan"]
+__all__ = ["selective_scan"]
 
 _NAME = "selective_scan"
 _OPERANDS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D"
@@ -31,11 +31,12 @@ _LIBRARY.define(
     " int window=0) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    f"_selective_scan_fwd({_OPERANDS}, Tensor? delta_bias, bool delta_softplus, bool save) -> (Tensor, Tensor, Tensor)"
+    f"_selective_scan_fwd({_OPERANDS}, Tensor? delta_bias, bool delta_softplus, bool save, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    f"_selective_scan_bwd(Tensor g, Tensor g_last, Tensor saved, {_OPERANDS}, Tensor? delta_bias, bool delta_softplus)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"_selective_scan_bwd(Tensor g, Tensor? g_last, Tensor saved, {_OPERANDS}, Tensor? delta_bias, bool delta_softplus,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -89,28 +90,13 @@ def _check(
             fail(_NAME, name, tensor, f"({channels},)")
 
 
-@functools.cache
-def _has_triton(device: torch.device) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (
-        7,
-        0,
-    )
-
-
-def backend(device: torch.device, dtype: torch.dtype, states: int) -> str:
-    """The name of what computes a scan there, "triton" or "chunked", for a state of ``dtype`` and size ``states``."""
-    if device.type != "cuda" or dtype == torch.float64 or states > 64:
-        return "chunked"
-    return "triton" if _has_triton(device) else "chunked"
-
-
-def _kernels(u: Tensor, dtype: torch.dtype, states: int) -> Any:
-    if backend(u.device, dtype, states) == "chunked":
-        return chunked
-    # Not at the top: Triton is optional, and slow to import.
-    from ssmquant.ops.selective_scan import triton
-
-    return triton
+def _saved(A: Tensor, u: Tensor, save: bool, dtype: torch.dtype, backend: str) -> Tensor:
+    """What the back end saves, not filled."""
+    batch, channels, length = u.shape
+    states = A.shape[1]
+    kernels = choose(u.device, dtype, int(states), backend)
+    pieces, *rest = kernels.saved_shape(batch, channels, states, length)
+    return A.new_empty((pieces if save else 0, *rest), dtype=dtype)
 
 
 def _forward(
@@ -123,6 +109,7 @@ def _forward(
     bias: Tensor | None,
     softplus: bool,
     save: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = state_dtype(u, delta, A, B, C, D, bias)
     batch, channels, length = u.shape
@@ -131,11 +118,9 @@ def _forward(
         if D is not None and y.numel():
             y.copy_(D.to(dtype)[:, None] * u)
         last = A.new_zeros((batch, channels, A.shape[1]), dtype=dtype)
-        pieces = -(-length // PIECE) if save else 0
-        return y, last, A.new_empty((pieces, batch, A.shape[1], channels), dtype=dtype)
-    kernels = _kernels(u, dtype, A.shape[1])
-    result: tuple[Tensor, Tensor, Tensor] = kernels.forward(u, delta, A, B, C, D, bias, softplus, dtype, save)
-    return result
+        return y, last, _saved(A, u, save, dtype, backend)
+    kernels = choose(u.device, dtype, A.shape[1], backend)
+    return kernels.forward(u, delta, A, B, C, D, bias, softplus, dtype, save)
 
 
 def _fake_forward(
@@ -148,19 +133,17 @@ def _fake_forward(
     bias: Tensor | None,
     softplus: bool,
     save: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = state_dtype(u, delta, A, B, C, D, bias)
-    batch, channels, length = u.shape
-    states = A.shape[1]
-    pieces = -(-length // PIECE) if save else 0
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    last = A.new_empty((batch, channels, states), dtype=dtype)
-    return y, last, A.new_empty((pieces, batch, states, channels), dtype=dtype)
+    last = A.new_empty((*u.shape[:2], A.shape[1]), dtype=dtype)
+    return y, last, _saved(A, u, save, dtype, backend)
 
 
 def _backward(
     g: Tensor,
-    g_last: Tensor,
+    g_last: Tensor | None,
     saved: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -170,6 +153,7 @@ def _backward(
     D: Tensor | None,
     bias: Tensor | None,
     softplus: bool,
+    backend: str,
 ) -> tuple[Tensor, ...]:
     dtype = state_dtype(u, delta, A, B, C, D, bias)
     if 0 in (*u.shape, A.shape[1]):
@@ -179,16 +163,15 @@ def _backward(
             grads[0].copy_(D[:, None] * g)
             optional[0].copy_((g.to(dtype) * u).sum((0, 2)))
         return (*grads, *optional)
-    kernels = _kernels(u, dtype, A.shape[1])
-    result: tuple[Tensor, ...] = kernels.backward(
-        g, g_last, saved, u, delta, A, B, C, D, bias, softplus, dtype
-    )
-    return result
+    kernels = choose(u.device, dtype, A.shape[1], backend)
+    if g_last is None and not getattr(kernels, "LAST_IS_OPTIONAL", False):
+        g_last = A.new_zeros((*u.shape[:2], A.shape[1]), dtype=dtype)
+    return kernels.backward(g, g_last, saved, u, delta, A, B, C, D, bias, softplus, dtype)
 
 
 def _fake_backward(
     g: Tensor,
-    g_last: Tensor,
+    g_last: Tensor | None,
     saved: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -198,6 +181,7 @@ def _fake_backward(
     D: Tensor | None,
     bias: Tensor | None,
     softplus: bool,
+    backend: str,
 ) -> tuple[Tensor, ...]:
     full = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (u, delta, A, B, C)]
     some = [
@@ -208,19 +192,23 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, softplus, save = inputs
+    *tensors, softplus, save, backend = inputs
     if not save:
         raise InputError("selective_scan: _selective_scan_fwd needs save=True where gradients are wanted")
-    ctx.softplus = softplus
+    ctx.softplus, ctx.backend = softplus, backend
+    # Mostly nothing depends on the last state, and a back end may save work where it knows.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2], *tensors)
     ctx.mark_non_differentiable(output[2])
 
 
-def _autograd(ctx: Any, g: Tensor, g_last: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, g: Tensor | None, g_last: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     saved, u, delta, A, B, C, D, bias = ctx.saved_tensors
-    grads = torch.ops.ssmquant._selective_scan_bwd(g, g_last, saved, u, delta, A, B, C, D, bias, ctx.softplus)
+    g = torch.zeros_like(u) if g is None else g
+    operands = (u, delta, A, B, C, D, bias)
+    grads = torch.ops.ssmquant._selective_scan_bwd(g, g_last, saved, *operands, ctx.softplus, ctx.backend)
     *main, g_D, g_bias = grads
-    return (*main, None if D is None else g_D, None if bias is None else g_bias, None, None)
+    return (*main, None if D is None else g_D, None if bias is None else g_bias, None, None, None)
 
 
 def _compose(
@@ -242,11 +230,13 @@ def _compose(
     )
     scan = torch.ops.ssmquant._selective_scan_fwd
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
+    backend = choose(u.device, dtype, int(A.shape[1])).NAME
     # With a window outputs are added to, and rounded to u's dtype only then.
-    y, last, _ = scan(u.to(dtype) if window else u, delta, A, B, C, D, delta_bias, delta_softplus, save)
+    x = u.to(dtype) if window else u
+    y, last, _ = scan(x, delta, A, B, C, D, delta_bias, delta_softplus, save, backend)
     if window:
         with without_autocast(u.device):
-            y = y + ahead(u.to(dtype), delta.to(dtype), A, B, C, delta_bias, delta_softplus, window, save)
+            y = y + ahead(x, delta.to(dtype), A, B, C, delta_bias, delta_softplus, window, save, backend)
     if z is not None:
         wide = state_dtype(u, delta, A, B, C, D, z, delta_bias)
         y = y.to(wide) * F.silu(z.to(wide))

@@ -8,6 +8,7 @@ reproducible bit for bit. Import this module only where Triton is installed.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,32 @@ from torch import Tensor
 from ssmquant.ops.selective_scan import triton_kernels as kernels
 from ssmquant.ops.selective_scan.plan import PIECE
 
-__all__ = ["backward", "forward"]
+__all__ = ["NAME", "backward", "forward", "saved_shape", "unavailable"]
 
+NAME = "triton"
+
+_STATES = 64  # more do not fit a program
 _TILE = 256  # states of one program, by one warp: sums over channels or states then need no barrier
 _SCRATCH = 2**28  # bytes of recomputed states that one launch of the backward pass may hold
+
+
+@functools.cache
+def unavailable(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
+    """Why it cannot serve such a scan; None if it can."""
+    if dtype != torch.float32:
+        return "its state is float32"
+    if states > _STATES:
+        return f"it holds up to {_STATES} states, not {states}"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return "the GPU is older than compute capability 7.0"
+    return None
+
+
+def saved_shape(batch: int, channels: int, states: int, length: int) -> tuple[int, ...]:
+    """The states at piece starts."""
+    return -(-length // PIECE), batch, states, channels
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def ahead(
     softplus: bool,
     window: int,
     save: bool,
+    backend: str,
 ) -> Tensor:
     """What the future of each step's window adds to the output, (B, D, L); u and delta in the dtype of the state."""
     batch, _, length = u.shape
@@ -98,5 +99,5 @@ def ahead(
         dt = F.softplus(dt)
     folded = [x if x.dim() == 2 else _backwards(x, window) for x in (u, dt, B, C)]
     x, step, b, c = folded
-    y, _, _ = torch.ops.ssmquant._selective_scan_fwd(x, step, A, b, c, None, None, False, save)
+    y, _, _ = torch.ops.ssmquant._selective_scan_fwd(x, step, A, b, c, None, None, False, save, backend)
     return _restore(y, batch, length) - _own(dt * u, B.to(u.dtype), C.to(u.dtype))
