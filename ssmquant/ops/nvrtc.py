@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -25,11 +26,12 @@ import torch
 from ssmquant.errors import SsmquantError
 from ssmquant.ops import cache
 
-__all__ = ["CompileError", "Kernels", "compile_source", "describe", "load", "name_of", "store"]
+__all__ = ["CompileError", "Kernels", "compile_source", "describe", "load", "name_of", "sealed", "store"]
 
 _PREBUILT = Path(__file__).parents[1] / "lib"
 _OPTIONS = ("-std=c++17", "--fmad=true")
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _lock = threading.Lock()
 _announced = False
 
@@ -145,6 +147,20 @@ def compile_source(source: str, arch: int) -> bytes:
     return _by_nvcc(nvcc, source, arch)
 
 
+def sealed(cubin: bytes) -> bytes:
+    """The content of a file: a digest, then the cubin. The driver is told no length, so a cut one must not reach it."""
+    return hashlib.sha256(cubin).digest() + cubin
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    cubin = content[hashlib.sha256().digest_size :]
+    return cubin if sealed(cubin) == content else None
+
+
 def store(source: str, arch: int, folder: Path) -> Path:
     """Compile into ``folder`` under the name that ``load`` looks for.
 
@@ -154,7 +170,7 @@ def store(source: str, arch: int, folder: Path) -> Path:
     """
     path = folder / name_of(source, arch)
     if not path.exists():
-        cache.publish(path, compile_source(source, arch))
+        cache.publish(path, sealed(compile_source(source, arch)))
     return path
 
 
@@ -169,14 +185,15 @@ def _cubin(source: str, arch: int) -> tuple[bytes, Path | None]:
     """The cubin and the file that it was read from."""
     name = name_of(source, arch)
     for path in (_PREBUILT / name, cache.folder() / name):
-        with contextlib.suppress(OSError):
-            return path.read_bytes(), path
+        cubin = _read(path)
+        if cubin is not None:
+            return cubin, path
     if os.environ.get("SSMQUANT_NO_COMPILE") == "1":
         raise CompileError("SSMQUANT_NO_COMPILE=1 forbids compiling, and no compiled kernel was found")
     _announce(cache.folder())
     cubin = compile_source(source, arch)
     with contextlib.suppress(OSError):  # an unwritable cache costs the next process a compilation
-        cache.publish(cache.folder() / name, cubin)
+        cache.publish(cache.folder() / name, sealed(cubin))
     return cubin, None
 
 
@@ -208,6 +225,8 @@ class Kernels:
             "cannot load a kernel",
         )
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
+        self._context = ctypes.c_void_p()
+        self._driver.cuCtxGetCurrent(ctypes.byref(self._context))
 
     def _function(self, name: str, shared: int) -> ctypes.c_void_p:
         if (name, shared) not in self._functions:
@@ -235,9 +254,12 @@ class Kernels:
         """
         array = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        status = self._driver.cuLaunchKernel(
-            self._function(name, shared), *grid, 1, threads, 1, 1, shared, stream, array, None
-        )
+        function = self._function(name, shared)
+        arguments = (function, *grid, 1, threads, 1, 1, shared, stream, array, None)
+        status = self._driver.cuLaunchKernel(*arguments)
+        if status == _INVALID_CONTEXT:  # of a thread that has not used CUDA yet
+            self._driver.cuCtxSetCurrent(self._context)
+            status = self._driver.cuLaunchKernel(*arguments)
         _check(self._driver, status, f"cannot launch {name}")
 
 
@@ -253,10 +275,10 @@ def _load(source: str, index: int) -> Kernels:
         except CompileError:
             if path is None or os.environ.get("SSMQUANT_NO_COMPILE") == "1":
                 raise
-        # A file that was cut short: once more from the source.
+        # What the driver refuses, whatever it is: once more from the source.
         cubin = compile_source(source, arch)
         with contextlib.suppress(OSError):
-            cache.publish(cache.folder() / name_of(source, arch), cubin)
+            cache.publish(cache.folder() / name_of(source, arch), sealed(cubin))
         return Kernels(cubin)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmquant.ops.selective_scan import cuda, cuda_shapes
@@ -50,9 +50,7 @@ def is_power_of_two(x: int) -> bool:
     return x > 0 and x & (x - 1) == 0
 
 
-@given(WORKS, st.sampled_from(sorted(DEVICES)))
-def test_what_is_chosen_can_be_done(work: Work, device: str) -> None:
-    limits = DEVICES[device]
+def check(work: Work, limits: Limits) -> None:
     shape, chunks = choose(work, limits)
     assert all(map(is_power_of_two, (shape.steps, shape.columns, shape.lanes)))
     assert shape.steps % 4 == 0  # steps are read by four
@@ -86,6 +84,22 @@ def test_what_is_chosen_can_be_done(work: Work, device: str) -> None:
     assert choose.__wrapped__(work, limits) == (shape, chunks)
 
 
+@settings(max_examples=200)
+@given(WORKS, st.sampled_from(sorted(DEVICES)))
+def test_what_is_chosen_can_be_done(work: Work, device: str) -> None:
+    check(work, DEVICES[device])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 16, 17, 32, 33, 49, 63, 64, 65, 128, 129, 4096])
+def test_short_scans_and_large_states(length: int, device: str) -> None:
+    for back in (False, True):
+        for states in (1, 16, 100, cuda.MAX_STATES):
+            for inner in (1, 161):
+                work = Work(back, 2, 4, inner, states, length, True, True, True, ("float",) * 4, False)
+                check(work, DEVICES[device])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("states", [1, 16])
@@ -99,17 +113,6 @@ def test_time_is_cut_where_processors_would_be_idle(states: int, back: bool, dev
     assert chunks(1, 16, 16384) > 4
     assert chunks(1, 16, 64) == 1
     assert chunks(64, 768, 4096) == 1
-
-
-def test_more_states_never_fail_to_fit() -> None:
-    for limits in DEVICES.values():
-        for states in range(1, cuda.MAX_STATES + 1):
-            for back in (False, True):
-                types = ("float",) * 4
-                work = Work(back, 1, 1, 512, states, 4096, True, True, True, types, False)
-                shape, _ = choose(work, limits)
-                for ends in (False, True):
-                    assert case_of(work, shape, 4, ends).shared <= limits.block_shared
 
 
 def any_case(random: Random) -> Case:

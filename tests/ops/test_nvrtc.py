@@ -17,6 +17,7 @@ import torch
 from ssmquant.ops import cache, nvrtc
 from ssmquant.ops.nvrtc import CompileError
 from ssmquant.ops.selective_scan import cuda
+from ssmquant.ops.selective_scan.cuda_shapes import Limits, Work, case_of, choose
 from tests.ops import emulator
 
 SOURCE = 'extern "C" __global__ void answer(int *x) { *x = 42; }\n'
@@ -117,6 +118,30 @@ def test_nvcc(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(nvrtc.describe() is None, reason="needs NVRTC or nvcc")
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("back", [False, True])
+def test_compiles_for_every_architecture(back: bool, arch: int, capfd: pytest.CaptureFixture[str]) -> None:
+    limits = {
+        80: Limits(108, 166912, 167936),
+        89: Limits(128, 101376, 102400),
+        90: Limits(132, 232448, 233472),
+    }
+    for states, types, is_map in (
+        (10, ("F16", "F16", "F16", "F16"), False),
+        (1, ("float", "BF16", "F16", "float"), True),
+    ):
+        work = Work(back, 1, 4, 90, states, 4096, True, False, False, types, is_map)
+        shape = choose(work, limits[arch])[0]
+        for ends in (False, True):
+            cubin = nvrtc.compile_source(case_of(work, shape, 1 if is_map else 4, ends).source(), arch)
+            main = (b"scan_backward", b"scan_sum") if back else (b"scan_forward",)
+            assert cubin.startswith(b"\x7fELF")
+            assert all(name in cubin for name in ((b"scan_ends", b"scan_carry") if ends else main))
+    assert capfd.readouterr() == ("", "")
+
+
 class Compiled(list[tuple[str, int]]):
     """What has been compiled."""
 
@@ -179,19 +204,21 @@ def test_is_loaded_once(compiled: Compiled) -> None:
 
 def test_what_came_with_the_package_is_taken_first(compiled: Compiled, tmp_path: Path) -> None:
     path = nvrtc.store(SOURCE, 90, tmp_path / "lib")
-    path.write_bytes(b"whole, from the wheel")
+    path.write_bytes(nvrtc.sealed(b"whole, from the wheel"))
     assert nvrtc.store(SOURCE, 90, tmp_path / "lib") == path
     assert load_in_a_new_process() == b"whole, from the wheel"
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize("broken", [b"", b"who"])
-def test_a_broken_file_is_compiled_anew(broken: bytes, compiled: Compiled) -> None:
+@pytest.mark.parametrize("length", [0, 10, 32, 36, -1])
+def test_a_file_that_was_cut_short_is_compiled_anew(length: int, compiled: Compiled) -> None:
     kernels = load_in_a_new_process()
     (path,) = cache.folder().iterdir()
-    path.write_bytes(broken)
+    content = path.read_bytes()
+    assert content == nvrtc.sealed(kernels)
+    path.write_bytes(content[:length])
     assert load_in_a_new_process() == kernels
-    assert path.read_bytes() == kernels
+    assert path.read_bytes() == content
     assert len(compiled) == 2
 
 
@@ -268,6 +295,21 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanted == [[8, 99], [8, 100]]
 
 
+def test_a_thread_that_has_not_used_cuda_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NewThread(Driver):
+        def cuLaunchKernel(self, *args: Any) -> int:
+            ready = "cuCtxSetCurrent" in [name for name, *_ in self.calls]
+            self.calls.append(("cuLaunchKernel", *args))
+            return 0 if ready else 201
+
+    driver = NewThread()
+    launch(driver, monkeypatch)
+    assert [name for name, *_ in driver.calls if name in ("cuLaunchKernel", "cuCtxSetCurrent")] == [
+        *("cuLaunchKernel", "cuCtxSetCurrent"),
+        *("cuLaunchKernel",) * 3,
+    ]
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -307,7 +349,7 @@ def test_says_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tries_to_compile_before_it_promises(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "_limits", lambda device: cuda.Limits(132, 232448, 233472))
+    monkeypatch.setattr(cuda, "_limits", lambda device: Limits(132, 232448, 233472))
     nvrtc._load.cache_clear()
     assert unavailable() is None
     assert len(compiled) == 2

@@ -9,7 +9,7 @@
 //
 // Where channels and samples alone would leave the GPU idle, time is also cut into chunks, one a block. What a chunk adds
 // to the state is found first (scan_ends), from its far end on and only as long as the decay leaves more than 2^-32 of
-// it, which is below what float32 can add to the rest. scan_carry hands states from chunk to chunk.
+// it, which is below what float32 can add to the rest (all of it where steps can be negative). scan_carry hands states from chunk to chunk.
 //
 // Sums are of one order; nothing depends on the order of blocks. No header is included, so that NVRTC needs none.
 //
@@ -54,7 +54,8 @@ constexpr int SEG = T + (T / 4 % 2 ? 0 : 4);         // those of a segment of B 
 constexpr int LINE = LS * SEG;                       // so that lanes read from different banks
 constexpr int TABLE = (STATES * ROWS + 3) / 4 * 4;   // floats of a table [state][row]
 constexpr int SPAN = 32 * V;                         // elements that a warp moves at once
-constexpr int NONE = -32;                            // a decay of 2^NONE leaves nothing
+// A decay of 2^NONE leaves nothing. Without softplus steps can go back, and what seems gone can return.
+constexpr float NONE = SOFTPLUS ? -32.0f : -3.0e38f;
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr int MIX = UNROLL;
 constexpr unsigned ALL = 0xffffffffu;

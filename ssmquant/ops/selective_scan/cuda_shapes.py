@@ -202,14 +202,14 @@ def _cost(work: Work, shape: Shape, chunks: int, resident: int, processors: int)
 def choose(work: Work, limits: Limits) -> tuple[Shape, int]:
     """The shape of the kernels for ``work`` and the number of chunks. Any shape is right, this one should be fast."""
     steps, columns = (8, 2) if work.backward else (16, 1)
-    smallest = SAVE if work.length > SAVE else 0  # tiles of the backward pass begin where states were saved
+    smallest = min(SAVE, work.length)  # tiles of the backward pass begin where states were saved
     best: tuple[float, Shape, int] | None = None
-    for allowed in ((4, 6, 8, 9, 12), (1, 2, 3)):  # fewer only where more do not fit
+    few, long = (1, 2, 3), 2 * work.length
+    # Fewer warps, and tiles longer than they need to be, only where others do not fit.
+    for allowed, longest in (((4, 6, 8, 9, 12), long), (few, long), (few, math.inf)):
         for lanes in (1, 2, 4, 8, 16, 32):
             tile = 32 // lanes * steps
-            if (work.backward and tile < min(smallest, work.length)) or (
-                lanes < 32 and tile >= 2 * work.length
-            ):
+            if (work.backward and tile < smallest) or (lanes < 32 and tile >= longest):
                 continue
             needed = -(-work.inner // (lanes * columns))
             for warps in sorted({min(w, needed) for w in allowed}):

@@ -22,6 +22,7 @@ _ERRORS = {
     1: "no such kernel, or its shared memory is not of the size that the source wants",
     2: "too many threads or too much shared memory",
     3: "a copy from or to an address that is no multiple of its size",
+    4: "threads wait for others that have ended or wait elsewhere",
 }
 
 

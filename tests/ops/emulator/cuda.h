@@ -2,8 +2,8 @@
 // to run the kernels of ssmquant/csrc unchanged, slowly. Shuffles and warp barriers need all 32 lanes, as there.
 //
 // Between barriers a GPU may run threads in any order and copy to shared memory at any time before it is waited for. Here
-// `late` picks one of two extremes: the last thread first and copies as late as can be, or the first and at once.
-// Kernels that lack a barrier or a wait give different results.
+// a warp runs until it waits for others, and `late` picks one of two extremes: the last thread first and copies as late as
+// can be, or the first and at once. Kernels that lack a barrier or a wait give different results.
 #pragma once
 
 #include <setjmp.h>  // few headers, for they take most of the time to compile
@@ -30,18 +30,20 @@ float exp2f(float) noexcept;
 namespace emulated {
 
 constexpr int MAX_THREADS = 1024, STACK = 128 * 1024;
-enum Error { NONE, NO_SUCH_KERNEL, TOO_LARGE, MISALIGNED };
+enum Error { NONE, NO_SUCH_KERNEL, TOO_LARGE, MISALIGNED, DEADLOCK };
 struct Dim { unsigned x, y, z; };
 struct Copy { void *to; const void *from; int bytes; };  // from null: zeros
+struct Barrier { int waiting = 0; long turn = 0; bool all = true, result = true; };
 struct Fiber {
     ucontext_t first;
     jmp_buf at;
     bool started, done;
+    const Barrier *waits;  // for this one to get beyond `turn`
+    long turn;
     char *stack;
     Copy *copies;
     int count, room;
 };
-struct Barrier { int waiting = 0; long turn = 0; bool all = true, result = true; };
 
 inline Dim thread_index, block_index, block_size;
 inline Fiber fibers[MAX_THREADS];
@@ -52,25 +54,35 @@ inline int threads, left, current, error;
 inline bool late;
 inline void (*body)();
 
+// The first of `count` threads from `base` on that can run, or -1.
+inline int first_ready(int base, int count) {
+    for (int i = 0; i < count; ++i) {
+        int thread = base + (late ? count - 1 - i : i);
+        const Fiber &f = fibers[thread];
+        if (!f.done && (!f.waits || f.waits->turn != f.turn)) return thread;
+    }
+    return -1;
+}
 inline void next() {  // never returns
-    do current = (late ? current + threads - 1 : current + 1) % threads;
-    while (fibers[current].done);
-    Fiber &f = fibers[current];
-    thread_index = {unsigned(current), 0, 0};
+    int thread = first_ready(current / 32 * 32, 32);
+    if (thread < 0) thread = first_ready(0, threads);
+    if (thread < 0) error = DEADLOCK, _longjmp(scheduler, 1);
+    current = thread;
+    thread_index = {unsigned(thread), 0, 0};
+    Fiber &f = fibers[thread];
+    f.waits = nullptr;
     if (f.started) _longjmp(f.at, 1);
     f.started = true;
     setcontext(&f.first);
 }
-inline void pause() {
-    if (!_setjmp(fibers[current].at)) next();
-}
 inline bool meet(Barrier &b, int count, bool vote = true) {
-    long turn = b.turn;
     b.all = b.all && vote;
     if (++b.waiting == count) {
         b.result = b.all, b.all = true, b.waiting = 0, ++b.turn;
     } else {
-        while (b.turn == turn) pause();
+        Fiber &f = fibers[current];
+        f.waits = &b, f.turn = b.turn;
+        if (!_setjmp(f.at)) next();
     }
     return b.result;
 }
@@ -108,6 +120,7 @@ inline void run_block() {
     for (int i = 0; i < threads; ++i) {
         Fiber &f = fibers[i];
         f.started = f.done = false;
+        f.waits = nullptr;
         f.count = 0;
         if (!f.stack) f.stack = (char *)malloc(STACK);
         getcontext(&f.first);
