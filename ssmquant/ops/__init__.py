@@ -6,7 +6,7 @@ from ssmquant.ops import upstream
 from ssmquant.ops.mixers import causal_conv1d, mamba2_split_conv1d_scan, mamba_inner
 from ssmquant.ops.norms import gated_norm, layer_norm
 from ssmquant.ops.selection import selected, use_backend
-from ssmquant.ops.selective_scan import lb_window, scan_paths, selective_scan, selective_scan_map
+from ssmquant.ops.selective_scan import cpu, lb_window, scan_paths, selective_scan, selective_scan_map
 from ssmquant.ops.selective_scan.backends import explain
 from ssmquant.ops.ssd_scan import ssd_scan
 
@@ -46,6 +46,8 @@ def backend_report() -> list[tuple[str, str, str]]:
             why.append(f"not {choice}, which was chosen: it is not for this device")
         if len(able) > 1:
             why.append(f"can be chosen: {', '.join(n for n in able if n != name)}")
+        if name == "cpu":
+            why.insert(0, f"C++ with {cpu.paths()[0]} instructions")
         rows.append((f"selective_scan, {device}", name, "; ".join(why) or "the only one for this device"))
     if not gpus:
         return [*rows, ("selective_scan, cuda", "none", "PyTorch sees no CUDA device")]
