@@ -248,7 +248,9 @@ def build(folder: Path, wanted: str) -> subprocess.CompletedProcess[str]:
 def test_libraries_in_a_wheel(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     assert build(tmp_path / "pure", "").returncode == 0
-    assert (tmp_path / "pure" / "ssmquant" / "csrc" / "selective_scan_cuda.cu").is_file()
+    sources = {path.relative_to(ROOT / "ssmquant") for path in (ROOT / "ssmquant" / "csrc").rglob("*.*")}
+    assert sources
+    assert all((tmp_path / "pure" / "ssmquant" / path).is_file() for path in sources)
     assert not (tmp_path / "pure" / "ssmquant" / "lib").exists()
     assert "'tpu' is none of cpu, cuda" in build(tmp_path, "cpu,tpu").stderr
     if dict(backends.explain(CPU, torch.float32, 16))["cpu"] is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -42,7 +42,7 @@ Use = Callable[..., None]
 
 
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Use:
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
     """Runs kernels on the CPU; called, it sets their shapes (None: as would be chosen) and the order of threads."""
     if emulator.COMPILER is None:
         pytest.skip("needs g++ or clang++ on Linux")
@@ -63,9 +63,11 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
         monkeypatch.setattr(cuda, "choose", chosen)
         monkeypatch.setattr(cuda, "_limits", lambda device: Limits(processors, 232448, 233472))
         monkeypatch.setattr(cuda, "_kernels", lambda case, device: emulator.load(cuda._source(case), late))
+        cuda._plan.cache_clear()
 
     use()
-    return use
+    yield use
+    cuda._plan.cache_clear()
 
 
 @pytest.mark.usefixtures("use")
@@ -110,6 +112,7 @@ def test_a_long_scan_of_few_channels_is_cut(use: Use) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_kernels", recording)
+        cuda._plan.cache_clear()
         got = run(args)
     assert launched == ["ends", "whole"] * 2
     assert_close(got, by_chunked(args))

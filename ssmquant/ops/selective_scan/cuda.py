@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,97 +101,118 @@ class _Params(ctypes.Structure):
     )
 
 
+class _Step(NamedTuple):
+    """A launch, but for its arguments."""
+
+    kernels: Any
+    name: str
+    grid: tuple[int, int]
+    threads: int
+    shared: int  # bytes
+    blocks: int  # of a group
+
+
+class _Plan(NamedTuple):
+    """All about a call that its sizes and dtypes say."""
+
+    sizes: _Sizes
+    steps: tuple[_Step, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(device: torch.device, vector: int, *of_work: Any) -> _Plan:
+    """``of_work``: the fields of ``Work``. Kept, for working it out takes the host longer than many a scan the GPU."""
+    work = Work(*of_work)
+    shape, chunks = choose(work, _limits(device))
+    s = _cut(work, shape, chunks)
+    steps = []
+    if s.chunks > 1:
+        case = case_of(work, shape, vector, ends=True)
+        kernels, threads = _kernels(case, device), 32 * case.shape.warps
+        blocks = -(-work.inner // case.shape.channels)
+        grid = (s.batch * s.groups * blocks, s.chunks - 1)
+        steps.append(_Step(kernels, "scan_ends", grid, threads, case.shared, blocks))
+        lanes = s.batch * s.states * s.channels
+        steps.append(_Step(kernels, "scan_carry", (-(-lanes // 128), 1), 128, 0, blocks))
+    case = case_of(work, shape, vector)
+    kernels, threads = _kernels(case, device), 32 * case.shape.warps
+    name = "scan_backward" if work.backward else "scan_forward"
+    steps.append(_Step(kernels, name, s.grid, threads, case.shared, s.blocks))
+    if work.backward:
+        sums = s.channels * (s.states + 2)
+        full = s.batch * s.groups * s.states * s.length // vector if s.blocks > 1 else 0
+        for constant in (work.constant_b, work.constant_c):
+            sums += s.channels * s.states if constant else full
+        steps.append(_Step(kernels, "scan_sum", (-(-sums // 256), 1), 256, 0, s.blocks))
+    return _Plan(s, tuple(steps))
+
+
 class _Call:
-    """One call of the operator: arguments of its kernels, filled in step by step."""
+    """One call of the operator: arguments of its kernels, filled in step by step. ``g`` makes it the backward pass."""
 
     def __init__(
-        self, backward: bool, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, bias: Tensor | None,
-        D: Tensor | None, softplus: bool, path: Tensor | None = None,
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, bias: Tensor | None,
+        softplus: bool, path: Tensor | None = None, g: Tensor | None = None,
     ) -> None:  # fmt: skip
-        (channels, states), batch = A.shape, u.shape[0]
-        length = u.shape[2] if path is None else u.shape[1]
-        groups = len(path) if path is not None else next((x.shape[1] for x in (B, C) if x.dim() == 4), 1)
-        types = tuple(_TYPES[x.dtype] for x in (u, delta, B, C))
-        constant_b, constant_c = (path is None and x.dim() == 2 for x in (B, C))
-        self._work = Work(
-            backward,
-            batch,
-            groups,
-            channels // groups,
-            states,
-            length,
-            softplus,
-            constant_b,
-            constant_c,
-            types,
-            path is not None,
-        )
-        self._shape, chunks = choose(self._work, _limits(u.device))
-        self.device = u.device
-        self.sizes = _cut(self._work, self._shape, chunks)
-        self.params = _Params(**{name: getattr(self.sizes, name) for name in _COUNTS})
         self._kept: list[Tensor] = []
-        self._aligned = length % 4 == 0 and path is None
+        self._values: dict[str, int] = {}
+        self._starts = (
+            0  # where rows begin, in elements, all in one by "or": its last bits say how they are aligned
+        )
+        self.device = u.device
         if path is None:
-            self.rows("u", u)
-            self.rows("delta", delta)
-            self.matrix("b", B)
-            self.matrix("c", C)
+            batch, channels, length = u.shape
+            groups = next((x.shape[1] for x in (B, C) if x.dim() == 4), 1)
+            self._starts = length
+            forms = ("bd", "bd", "bgn")
+            B, C = (x[:, None] if x.dim() == 3 else x for x in (B, C))
         else:
+            (batch, length, _), channels, groups = u.shape, A.shape[0], len(path)
+            self._starts = 1
+            forms = ("bd", "bdg", "bng")
             self.set(path=path)
-            self.map("u", u, "bd")
-            self.map("delta", delta, "bdg")
-            self.map("b", B, "bng")
-            self.map("c", C, "bng")
-        self.set(a=A.float().contiguous())
-        self.set(bias=None if bias is None else bias.float().contiguous())
-        self.set(skip=None if D is None else D.float().contiguous())
-
-    def case(self, ends: bool = False) -> Case:
-        """What to compile, once all operands are known."""
-        return case_of(self._work, self._shape, 4 if self._aligned else 1, ends)
-
-    def _align(self, x: Tensor) -> None:
-        """Rows of all operands must begin at multiples of four elements for them to be moved by four."""
-        starts = (x.data_ptr() // x.element_size(), *x.stride()[:-1])
-        self._aligned = self._aligned and all(start % 4 == 0 for start in starts)
+        self.operand("u", u, forms[0])
+        self.operand("delta", delta, forms[1])
+        self.operand("b", B, forms[2])
+        self.operand("c", C, forms[2])
+        if g is not None:
+            self.operand("g", g.to(u.dtype), forms[0])
+        self.set(
+            a=A.float().contiguous(),
+            bias=None if bias is None else bias.float().contiguous(),
+            skip=None if D is None else D.float().contiguous(),
+        )
+        types = (_TYPES[u.dtype], _TYPES[delta.dtype], _TYPES[B.dtype], _TYPES[C.dtype])
+        sizes, self._steps = _plan(
+            self.device, 1 if self._starts % 4 else 4, g is not None, batch, groups, channels // groups, A.shape[1],
+            length, softplus, B.dim() == 2, C.dim() == 2, types, path is not None,
+        )  # fmt: skip
+        self.sizes = sizes
+        if sizes.chunks > 1:  # where states, or gradients, are handed from chunk to chunk
+            self.set(
+                carry=self.new(sizes.chunks, sizes.batch, sizes.states, sizes.channels),
+                totals=self.new(sizes.chunks, sizes.batch, sizes.channels),
+            )
 
     def set(self, **tensors: Tensor | None) -> None:
         """Contiguous tensors by the name of their pointer, kept alive until the launch."""
         for name, tensor in tensors.items():
-            setattr(self.params, name, None if tensor is None else tensor.data_ptr())
             if tensor is not None:
+                self._values[name] = tensor.data_ptr()
                 self._kept.append(tensor)
 
-    def rows(self, name: str, x: Tensor) -> None:
-        """A (B, D, L) operand of any strides but that of L, which has to be 1."""
-        if x.stride(2) != 1:
+    def operand(self, name: str, x: Tensor, axes: str) -> None:
+        """One with strides, named by ``axes`` and the last one 1. Of constant B or C, (D, N), there are none."""
+        if x.stride(-1) != 1 or x.dim() == 2:
             x = x.contiguous()
-        self._align(x)
-        self.set(**{name: x})
-        setattr(self.params, f"{name}_b", x.stride(0))
-        setattr(self.params, f"{name}_d", x.stride(1))
-
-    def matrix(self, name: str, x: Tensor) -> None:
-        """B or C, in any of its forms."""
-        if x.dim() == 2:
-            self.set(**{name: x.contiguous()})
-            return
-        x = x if x.dim() == 4 else x[:, None]
-        if x.stride(3) != 1:
-            x = x.contiguous()
-        self._align(x)
-        self.set(**{name: x})
-        for axis, letter in enumerate("bgn"):
-            setattr(self.params, f"{name}_{letter}", x.stride(axis))
-
-    def map(self, name: str, x: Tensor, axes: str) -> None:
-        """A map of pixels, its last axis contiguous; ``axes`` name the strides of the others."""
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        self.set(**{name: x})
-        for axis, letter in enumerate(axes):
-            setattr(self.params, f"{name}_{letter}", x.stride(axis))
+        self._kept.append(x)
+        address = x.data_ptr()
+        self._values[name] = address
+        if x.dim() > 2:
+            self._starts |= address // x.element_size()
+            for axis, stride in zip(axes, x.stride(), strict=False):
+                self._values[f"{name}_{axis}"] = stride
+                self._starts |= stride
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -203,42 +224,20 @@ class _Call:
             return self.new(s.chunks * s.batch, s.channels, s.states)
         return self.new(s.blocks, s.batch, s.groups, s.states, s.length) if s.blocks > 1 else None
 
-    def chunk_states(self) -> None:
-        """Where states, or gradients, are handed from chunk to chunk; nowhere if there is one chunk."""
-        s = self.sizes
-        if s.chunks > 1:
-            self.set(
-                carry=self.new(s.chunks, s.batch, s.states, s.channels),
-                totals=self.new(s.chunks, s.batch, s.channels),
-            )
-
     def run(self) -> None:
         """Launch the kernels."""
         s = self.sizes
-        if s.chunks > 1:
-            case = self.case(ends=True)
-            blocks = -(-self._work.inner // case.shape.channels)
-            params = _Params.from_buffer_copy(self.params)
-            params.blocks = blocks
-            grid = (s.batch * s.groups * blocks, s.chunks - 1)
-            kernels = _kernels(case, self.device)
-            kernels.launch("scan_ends", grid, 32 * case.shape.warps, case.shared, params, self.device)
-            lanes = s.batch * s.states * s.channels
-            kernels.launch("scan_carry", (-(-lanes // 128), 1), 128, 0, params, self.device)
-        case = self.case()
-        kernels = _kernels(case, self.device)
-        name = "scan_backward" if case.backward else "scan_forward"
-        kernels.launch(name, s.grid, 32 * case.shape.warps, case.shared, self.params, self.device)
-        if case.backward:
-            sums = s.channels * (s.states + 2)
-            for parts, constant in (
-                (self.params.gb_parts, case.constant_b),
-                (self.params.gc_parts, case.constant_c),
-            ):
-                if parts:
-                    full = s.batch * s.groups * s.states * s.length // case.vector
-                    sums += s.channels * s.states if constant else full
-            kernels.launch("scan_sum", (-(-sums // 256), 1), 256, 0, self.params, self.device)
+        values = {
+            **self._values,
+            "batch": s.batch,
+            "channels": s.channels,
+            "length": s.length,
+            "groups": s.groups,
+        }
+        params = _Params(**values, chunks=s.chunks, chunk=s.chunk)
+        for step in self._steps:
+            params.blocks = step.blocks  # the driver copies the arguments when it is told to launch
+            step.kernels.launch(step.name, step.grid, step.threads, step.shared, params, self.device)
 
 
 def _kernels(case: Case, device: torch.device) -> Any:
@@ -303,7 +302,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``chunked.forward``; ``dtype`` has to be float32."""
-    call = _Call(False, u, delta, A, B, C, bias, D, softplus)
+    call = _Call(u, delta, A, B, C, D, bias, softplus)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     return (y, *_forward(call, y, save))
 
@@ -321,7 +320,7 @@ def map_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The scan of a map (``maps``): the output of each direction, (B, K, P, D / K), and what is saved."""
-    call = _Call(False, x, delta, A, B, C, bias, D, softplus, path)
+    call = _Call(x, delta, A, B, C, D, bias, softplus, path)
     y = torch.empty((x.shape[0], len(path), *x.shape[1:]), dtype=x.dtype, device=x.device)
     return y, _forward(call, y, save)[1]
 
@@ -333,7 +332,6 @@ def _forward(call: _Call, y: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     saved = call.new(*shape) if save else call.new(0, *shape[1:])
     last = call.new(s.batch, s.channels, s.states)
     call.set(y=y, last=last, saved=saved if save else None)
-    call.chunk_states()
     with torch.cuda.device_of(y):
         call.run()
     return last, saved
@@ -354,8 +352,7 @@ def backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As ``chunked.backward``; ``dtype`` has to be float32."""
-    call = _Call(True, u, delta, A, B, C, bias, D, softplus)
-    call.rows("g", g.to(u.dtype))
+    call = _Call(u, delta, A, B, C, D, bias, softplus, g=g)
     gu = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     return _backward(
         call, gu, None if g_last is None else g_last.to(dtype).contiguous(), saved, delta, A, B, C, D, bias
@@ -376,8 +373,7 @@ def map_backward(
     softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``map_forward`` given that of the sum of its outputs; x's of each direction, (B, K, P, D / K)."""
-    call = _Call(True, x, delta, A, B, C, bias, D, softplus, path)
-    call.map("g", g.to(x.dtype), "bd")
+    call = _Call(x, delta, A, B, C, D, bias, softplus, path, g)
     gx = torch.empty((x.shape[0], len(path), *x.shape[1:]), dtype=x.dtype, device=x.device)
     return _backward(call, gx, None, saved, delta, A, B, C, D, bias)
 
@@ -408,7 +404,6 @@ def _backward(
         gskip_parts=None if D is None else call.new(parts, s.channels),
         gbias_parts=None if bias is None else call.new(parts, s.channels),
     )
-    call.chunk_states()
     with torch.cuda.device_of(gu):
         call.run()
     empty = gu.new_empty(0)
