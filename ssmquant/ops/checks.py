@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 __all__ = ["check_operands", "check_window", "fail", "state_dtype", "without_autocast"]
 
 
@@ -28,8 +30,8 @@ def check_operands(op: str, named: Mapping[str, Tensor | None], first: str) -> N
             continue
         if tensor.is_complex():
             raise InputError(f"{op}: {name} is complex; only real state spaces are supported")
-        if not tensor.is_floating_point():
-            raise InputError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating point dtype")
+        if tensor.dtype not in _DTYPES:
+            raise InputError(f"{op}: {name} has dtype {tensor.dtype}, expected a float of 16, 32 or 64 bits")
         if tensor.device != home.device:
             raise InputError(
                 f"{op}: {name} is on {tensor.device}, {first} on {home.device}; move them together"

@@ -48,10 +48,10 @@ def causal_conv1d(
     Returns:
         (B, D, L) in x's dtype, computed in weight's.
 
+    With ``use_backend("mamba_ssm")`` the package causal-conv1d computes it, except in what is compiled or traced.
+
     Raises:
         InputError: another activation, or a weight that does not fit x.
-
-    With ``use_backend("mamba_ssm")`` the package causal-conv1d computes it, except in what is compiled or traced.
     """
     if activation not in (None, "silu", "swish"):
         raise InputError(f"causal_conv1d: activation is {activation!r}, expected None, 'silu' or 'swish'")

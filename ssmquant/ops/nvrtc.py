@@ -188,8 +188,11 @@ def _cubin(source: str, arch: int) -> tuple[bytes, Path | None]:
         cubin = _read(path)
         if cubin is not None:
             return cubin, path
-    if os.environ.get("SSMQUANT_NO_COMPILE") == "1":
-        raise CompileError("SSMQUANT_NO_COMPILE=1 forbids compiling, and no compiled kernel was found")
+    if os.environ.get("SSMQUANT_NO_COMPILE", "0") not in ("", "0"):
+        raise CompileError(
+            "SSMQUANT_NO_COMPILE=1 forbids compiling, and there is no compiled kernel for this case; "
+            "ssmquant.ops.use_backend('triton') or 'chunked' need none"
+        )
     _announce(cache.folder())
     cubin = compile_source(source, arch)
     with contextlib.suppress(OSError):  # an unwritable cache costs the next process a compilation
@@ -273,7 +276,7 @@ def _load(source: str, index: int) -> Kernels:
         try:
             return Kernels(cubin)
         except CompileError:
-            if path is None or os.environ.get("SSMQUANT_NO_COMPILE") == "1":
+            if path is None or os.environ.get("SSMQUANT_NO_COMPILE", "0") not in ("", "0"):
                 raise
         # What the driver refuses, whatever it is: once more from the source.
         cubin = compile_source(source, arch)

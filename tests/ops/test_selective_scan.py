@@ -242,6 +242,7 @@ BAD: dict[str, dict[str, Tensor]] = {
     "z has shape": {"z": torch.zeros(2, 12, 1)},
     "delta_bias has shape": {"delta_bias": torch.zeros(12, 1)},
     "A is complex": {"A": torch.zeros(12, 4, dtype=torch.complex64)},
+    "B has dtype torch.float8_e4m3fn": {"B": torch.zeros(2, 4, 4, 49).to(torch.float8_e4m3fn)},
     "u has dtype torch.int64": {"u": torch.zeros(2, 12, 49, dtype=torch.int64)},
     "D is on meta": {"D": torch.zeros(12, device="meta")},
 }

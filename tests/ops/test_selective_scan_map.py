@@ -177,6 +177,24 @@ def test_opcheck() -> None:
     torch.library.opcheck(OP, tuple(t.detach() for t in args.values()), {"delta_softplus": True})
 
 
+def test_runs_in_inference_mode() -> None:
+    args = operands()
+    with torch.inference_mode():
+        args["path"] = scan_paths(5, 7)
+        for _ in range(2):
+            got = selective_scan_map(**args)
+        args["path"][0, 0] = 1
+        with pytest.raises(InputError, match="once in each row"):
+            selective_scan_map(**args)
+    want = selective_scan_map(**{**args, "path": scan_paths(5, 7)})
+    assert torch.equal(got, want)
+
+
+def test_shapes_on_meta() -> None:
+    args = {k: v.detach().to("meta") for k, v in operands().items()}
+    assert selective_scan_map(**args).shape == (2, 35, 6)
+
+
 @pytest.mark.slow
 def test_compiles_whole() -> None:
     args = operands(dtype=torch.float32)
@@ -199,3 +217,7 @@ def test_on_a_gpu(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     want = results(selective_scan_map, exact, True)
     assert_close([t.cpu() for t in got], want, 1e-5 if dtype == torch.float32 else 2e-2)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert all(
+            torch.equal(a, b) for a, b in zip(results(selective_scan_map, args, True), got, strict=True)
+        )

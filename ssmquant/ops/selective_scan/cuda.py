@@ -24,6 +24,7 @@ __all__ = [
     "forward",
     "map_backward",
     "map_forward",
+    "probes",
     "saved_shape",
     "unavailable",
 ]
@@ -259,6 +260,13 @@ def _limits(device: torch.device) -> Limits:
     )
 
 
+def probes(states: int, limits: Limits) -> list[Case]:
+    """What is compiled to see whether a device and its compiler can serve; in every wheel for common ``states``."""
+    kinds = ("float",) * 4
+    works = [Work(back, 1, 1, 64, states, 4096, True, False, False, kinds, False) for back in (False, True)]
+    return [case_of(work, choose(work, limits)[0], 4) for work in works]
+
+
 @functools.cache
 def unavailable(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
     """Why this cannot serve a scan on ``device`` with a state of ``dtype`` and size ``states``; None if it can."""
@@ -276,9 +284,8 @@ def unavailable(device: torch.device, dtype: torch.dtype, states: int) -> str | 
     if 10 * major + minor < _MIN_ARCH:
         return f"the GPU is sm_{major}{minor}, older than sm_{_MIN_ARCH}"
     try:
-        for back in (False, True):
-            work = Work(back, 1, 1, 64, states, 4096, True, False, False, ("float",) * 4, False)
-            _kernels(case_of(work, choose(work, _limits(device))[0], 4), device)
+        for case in probes(states, _limits(device)):
+            _kernels(case, device)
     except (nvrtc.CompileError, OSError) as error:
         return str(error).splitlines()[0]
     return None

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ssmquant.ops import nvrtc
+from ssmquant.ops.selective_scan.cuda import probes
 from ssmquant.ops.selective_scan.cuda_shapes import Limits, Work, case_of, choose
 
-__all__ = ["build"]
+__all__ = ["DEVICES", "build", "sources"]
 
 # By architecture: A100, L40, H100.
-_DEVICES = {
+DEVICES = {
     80: Limits(108, 166_912, 167_936),
     89: Limits(142, 101_376, 102_400),
     90: Limits(132, 232_448, 233_472),
@@ -37,8 +38,11 @@ _WORKS = (
 _TYPES = ("float", "F16", "BF16")
 
 
-def _sources() -> Iterator[tuple[str, int]]:
-    for arch, limits in _DEVICES.items():
+def sources() -> Iterator[tuple[str, int]]:
+    """Texts to compile, and for which architecture."""
+    for arch, limits in DEVICES.items():
+        for states in {work[3] for work in _WORKS}:
+            yield from ((case.source(), arch) for case in probes(states, limits))
         for batch, groups, inner, states, length in _WORKS:
             for kind in _TYPES:
                 for backward in (False, True):
@@ -58,7 +62,7 @@ def build(folder: Path) -> None:
         CompileError: there is no compiler, or it refuses.
         OSError: ``folder`` cannot be written to.
     """
-    jobs = list(dict.fromkeys(_sources()))
+    jobs = list(dict.fromkeys(sources()))
 
     def run(job: tuple[str, int]) -> Path:
         return nvrtc.store(*job, folder)

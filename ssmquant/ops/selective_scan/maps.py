@@ -99,7 +99,7 @@ def _compose(
         operands = (x, delta, A, B, C, D, delta_bias)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
         y, _ = torch.ops.ssmquant._selective_scan_map_fwd(*operands, path, delta_softplus, save)
-        return y.sum(1)
+        return y
     order = path.long()
     rows = [_along(m.transpose(1, 2), order).transpose(2, 3) for m in (delta, B, C)]
     u = x[:, order].transpose(2, 3).flatten(1, 2)
@@ -107,7 +107,7 @@ def _compose(
         u, rows[0].flatten(1, 2), A, rows[1], rows[2], D, None, delta_bias, delta_softplus
     )
     y = y.unflatten(1, (len(path), x.shape[2])).transpose(2, 3)
-    return _along(y, order.argsort(1)).sum(1)
+    return _along(y, order.argsort(1)).sum(1, dtype=x.dtype)  # which autocast would make float32
 
 
 def _kernels(x: Tensor, A: Tensor) -> Any:
@@ -132,10 +132,8 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     path = path.int().contiguous()
-    result: tuple[Tensor, Tensor] = _kernels(x, A).map_forward(
-        x, delta, A, B, C, D, bias, path, softplus, save
-    )
-    return result
+    y, saved = _kernels(x, A).map_forward(x, delta, A, B, C, D, bias, path, softplus, save)
+    return y.sum(1, dtype=x.dtype), saved
 
 
 def _fake_forward(
@@ -151,7 +149,7 @@ def _fake_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     (channels, states), (batch, pixels, _) = A.shape, x.shape
-    y = x.new_empty((batch, path.shape[0], *x.shape[1:]))
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     pieces, *rest = _kernels(x, A).saved_shape(batch, channels, states, pixels)
     return y, A.new_empty((pieces if save else 0, *rest), dtype=torch.float32)
 
@@ -171,7 +169,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     path = path.int().contiguous()
     gx, *others = _kernels(x, A).map_backward(g, saved, x, delta, A, B, C, D, bias, path, softplus)
-    return (gx.sum(1), *others)
+    return (gx.sum(1, dtype=x.dtype), *others)
 
 
 def _fake_backward(
@@ -196,17 +194,20 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, softplus, _ = inputs
+    *tensors, softplus, save = inputs
+    if not save:
+        raise InputError(f"{_NAME}: _selective_scan_map_fwd needs save=True where gradients are wanted")
     ctx.softplus = softplus
+    ctx.set_materialize_grads(False)  # what is saved would get zeros of its size
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    # All directions are added, so each gets the same gradient: g is one map, expanded.
+def _autograd(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     saved, x, delta, A, B, C, D, bias, path = ctx.saved_tensors
     operands = (x, delta, A, B, C, D, bias, path)
-    grads = torch.ops.ssmquant._selective_scan_map_bwd(g[:, 0], saved, *operands, ctx.softplus)
+    g = torch.zeros_like(x) if g is None else g
+    grads = torch.ops.ssmquant._selective_scan_map_bwd(g, saved, *operands, ctx.softplus)
     *main, g_D, g_bias = grads
     return (*main, None if D is None else g_D, None if bias is None else g_bias, None, None, None)
 
@@ -225,12 +226,14 @@ _checked: Any = WeakIdKeyDictionary()  # a path -> its version when it was check
 
 def _check_path(path: Tensor) -> None:
     """Raises InputError unless each row is a permutation. Reads it once, for that waits for the GPU."""
-    if _checked.get(path) == path._version or (path.is_cuda and torch.cuda.is_current_stream_capturing()):
+    version = 0 if path.is_inference() else path._version  # inference tensors count none
+    if _checked.get(path) == version or (path.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     wanted = torch.arange(path.shape[1], device=path.device, dtype=path.dtype)
     if not torch.equal(path.sort(1).values, wanted.expand_as(path)):
         raise InputError(f"{_NAME}: path has to hold every pixel, 0 to {path.shape[1] - 1}, once in each row")
-    _checked[path] = path._version
+    if not path.is_inference():
+        _checked[path] = version
 
 
 def selective_scan_map(
@@ -267,9 +270,10 @@ def selective_scan_map(
 
     Raises:
         InputError: a shape or dtype does not fit, operands are on several devices, or a row of ``path`` is no
-            permutation (looked at once for each tensor, not while compiling or capturing).
+            permutation (looked at once for each tensor, not while compiling or capturing: what a wrong one gives
+            there is undefined).
     """
-    if type(path) is Tensor and not torch.compiler.is_compiling() and path.dim() == 2:
+    if type(path) is Tensor and not (torch.compiler.is_compiling() or path.is_meta) and path.dim() == 2:
         if path.dtype in (torch.int32, torch.int64):
             _check_path(path)
     result: Tensor = torch.ops.ssmquant.selective_scan_map(
