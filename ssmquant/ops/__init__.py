@@ -2,7 +2,7 @@
 
 import torch
 
-from ssmquant.ops import upstream
+from ssmquant.ops import nvrtc, upstream
 from ssmquant.ops.mixers import causal_conv1d, mamba2_split_conv1d_scan, mamba_inner
 from ssmquant.ops.norms import gated_norm, layer_norm
 from ssmquant.ops.selection import selected, use_backend
@@ -46,6 +46,8 @@ def backend_report() -> list[tuple[str, str, str]]:
             why.append(f"not {choice}, which was chosen: it is not for this device")
         if len(able) > 1:
             why.append(f"can be chosen: {', '.join(n for n in able if n != name)}")
+        if name == "cuda":
+            why.insert(0, f"our CUDA C++, from a wheel or compiled by {nvrtc.describe() or 'no one here'}")
         if name == "cpu":
             why.insert(0, f"C++ with {cpu.paths()[0]} instructions")
         rows.append((f"selective_scan, {device}", name, "; ".join(why) or "the only one for this device"))

@@ -7,7 +7,12 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["folder", "key", "publish"]
+__all__ = ["compiling_is_forbidden", "folder", "key", "publish"]
+
+
+def compiling_is_forbidden() -> bool:
+    """Whether ``SSMQUANT_NO_COMPILE`` is set, to anything but "" or 0."""
+    return os.environ.get("SSMQUANT_NO_COMPILE", "0") not in ("", "0")
 
 
 def folder() -> Path:

@@ -13,7 +13,15 @@ from ssmquant.errors import InputError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-__all__ = ["check_operands", "check_window", "fail", "state_dtype", "without_autocast"]
+__all__ = [
+    "check_operands",
+    "check_window",
+    "differentiable_once",
+    "fail",
+    "state_dtype",
+    "unfilled",
+    "without_autocast",
+]
 
 
 def fail(op: str, name: str, tensor: Tensor, wanted: str) -> None:
@@ -42,6 +50,25 @@ def check_window(op: str, window: int) -> None:
     """Raises InputError if negative."""
     if window < 0:
         raise InputError(f"{op}: window is {window}, expected 0 (none) or the number of steps in a window")
+
+
+def unfilled(*operands: Tensor | None) -> tuple[Tensor, ...]:
+    """Their gradients without values, as of a fake kernel; empty for None, which the first one must not be."""
+    home = operands[0]
+    assert home is not None
+    return tuple(
+        home.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in operands
+    )
+
+
+def differentiable_once(name: str, operator: str, library: torch.library.Library) -> None:
+    """Makes a second derivative through ``operator``, the backward pass of ``name``, an error instead of a zero."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise InputError(f"{name}: it is differentiable once; a gradient of its gradient is not implemented")
+
+    torch.library.register_autograd(f"ssmquant::{operator}", backward, lib=library)
 
 
 def state_dtype(*operands: Tensor | None) -> torch.dtype:

@@ -99,7 +99,7 @@ def _find() -> ctypes.CDLL:
         if _is_whole(path):
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(path))
-    if os.environ.get("SSMQUANT_NO_COMPILE", "0") not in ("", "0"):
+    if cache.compiling_is_forbidden():
         raise _Failed("SSMQUANT_NO_COMPILE forbids compiling the CPU kernels")
     print(f"ssmquant: compiling the CPU kernels, once, into {folder}", file=sys.stderr, flush=True)
     content = _compile(command)

@@ -169,7 +169,7 @@ def store(source: str, arch: int, folder: Path) -> Path:
         OSError: the file cannot be written.
     """
     path = folder / name_of(source, arch)
-    if not path.exists():
+    if _read(path) is None:
         cache.publish(path, sealed(compile_source(source, arch)))
     return path
 
@@ -188,9 +188,9 @@ def _cubin(source: str, arch: int) -> tuple[bytes, Path | None]:
         cubin = _read(path)
         if cubin is not None:
             return cubin, path
-    if os.environ.get("SSMQUANT_NO_COMPILE", "0") not in ("", "0"):
+    if cache.compiling_is_forbidden():
         raise CompileError(
-            "SSMQUANT_NO_COMPILE=1 forbids compiling, and there is no compiled kernel for this case; "
+            "SSMQUANT_NO_COMPILE forbids compiling, and there is no compiled kernel for this case; "
             "ssmquant.ops.use_backend('triton') or 'chunked' need none"
         )
     _announce(cache.folder())
@@ -276,7 +276,7 @@ def _load(source: str, index: int) -> Kernels:
         try:
             return Kernels(cubin)
         except CompileError:
-            if path is None or os.environ.get("SSMQUANT_NO_COMPILE", "0") not in ("", "0"):
+            if path is None or cache.compiling_is_forbidden():
                 raise
         # What the driver refuses, whatever it is: once more from the source.
         cubin = compile_source(source, arch)

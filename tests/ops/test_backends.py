@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssmquant import cli
 from ssmquant.errors import InputError
-from ssmquant.ops import backend_report, selection, selective_scan, use_backend
+from ssmquant.ops import backend_report, nvrtc, selection, selective_scan, use_backend
 from ssmquant.ops.selective_scan import backends, chunked, selective_scan_reference
 from tests.conftest import ROOT
 from tests.ops.test_selective_scan import OP, assert_close, operands, run
@@ -214,6 +214,13 @@ def test_report_of_a_gpu(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     assert rows["selective_scan, cuda:0"] == rows["selective_scan, cuda:1"]
     why = "not cuda: NVRTC is missing; not mamba_ssm: it cannot be imported; can be chosen: chunked"
     assert rows["selective_scan, cuda:0"] == ("triton", why)
+    fakes["cuda"].reason = None
+    backends._reason.cache_clear()
+    backends._automatic.cache_clear()
+    monkeypatch.setattr(nvrtc, "describe", lambda: "NVRTC 13.0")
+    name, why = {row[0]: row[1:] for row in backend_report()}["selective_scan, cuda:0"]
+    assert name == "cuda"
+    assert "compiled by NVRTC 13.0" in why
     with use_backend("mamba_ssm"):
         fakes["mamba_ssm"] = Fake("mamba_ssm")
         backends._reason.cache_clear()

@@ -205,9 +205,17 @@ def test_is_loaded_once(compiled: Compiled) -> None:
 def test_what_came_with_the_package_is_taken_first(compiled: Compiled, tmp_path: Path) -> None:
     path = nvrtc.store(SOURCE, 90, tmp_path / "lib")
     path.write_bytes(nvrtc.sealed(b"whole, from the wheel"))
-    assert nvrtc.store(SOURCE, 90, tmp_path / "lib") == path
+    assert nvrtc.store(SOURCE, 90, tmp_path / "lib") == path  # is whole, and left alone
     assert load_in_a_new_process() == b"whole, from the wheel"
     assert len(compiled) == 1
+
+
+def test_a_file_for_a_wheel_that_was_cut_short_is_made_anew(compiled: Compiled, tmp_path: Path) -> None:
+    path = nvrtc.store(SOURCE, 90, tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:40])
+    assert nvrtc.store(SOURCE, 90, tmp_path).read_bytes() == content
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("length", [0, 10, 32, 36, -1])
@@ -226,7 +234,7 @@ def test_compiling_can_be_forbidden(compiled: Compiled, monkeypatch: pytest.Monk
     load_in_a_new_process()
     monkeypatch.setenv("SSMQUANT_NO_COMPILE", "1")
     load_in_a_new_process()  # forbids nothing that is there
-    with pytest.raises(CompileError, match="SSMQUANT_NO_COMPILE=1 forbids"):
+    with pytest.raises(CompileError, match="SSMQUANT_NO_COMPILE forbids"):
         load_in_a_new_process(SOURCE + "// another\n")
     (path,) = cache.folder().iterdir()
     path.write_bytes(b"")
@@ -362,7 +370,7 @@ def test_tries_to_compile_before_it_promises(compiled: Compiled, monkeypatch: py
     assert len(compiled) == 2
     nvrtc._load.cache_clear()
     monkeypatch.setenv("SSMQUANT_NO_COMPILE", "1")
-    assert str(unavailable(states=3)).startswith("SSMQUANT_NO_COMPILE=1 forbids compiling")
+    assert str(unavailable(states=3)).startswith("SSMQUANT_NO_COMPILE forbids compiling")
     monkeypatch.setattr(nvrtc, "Kernels", lambda cubin: ctypes.CDLL("no such driver"))
     assert "no such driver" in str(unavailable())
     nvrtc._load.cache_clear()

@@ -231,6 +231,16 @@ def test_gradients_only_where_wanted() -> None:
     assert_close([got], list(expected), 1e-12)
 
 
+@pytest.mark.parametrize("wanted", ["u", "A", "delta_bias"])
+def test_a_second_derivative_is_an_error(wanted: str) -> None:
+    args = operands(dtype=torch.float32)
+    out = selective_scan(**args, delta_softplus=True)
+    assert isinstance(out, Tensor)
+    (g,) = torch.autograd.grad(out.square().sum(), [args[wanted]], create_graph=True)
+    with pytest.raises(InputError, match="differentiable once"):
+        g.square().sum().backward()
+
+
 BAD: dict[str, dict[str, Tensor]] = {
     "u has shape": {"u": torch.zeros(2, 12)},
     "delta has shape": {"delta": torch.zeros(2, 12, 48)},

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssmquant.errors import InputError
 from ssmquant.ops import selective_scan, use_backend
 from ssmquant.ops.selective_scan import cuda
 from ssmquant.ops.selective_scan.cuda_shapes import Case, Limits, Shape, Work
@@ -116,6 +117,14 @@ def test_a_long_scan_of_few_channels_is_cut(use: Use) -> None:
         got = run(args)
     assert launched == ["ends", "whole"] * 2
     assert_close(got, by_chunked(args))
+
+
+def test_more_than_the_kernels_can_count(use: Use) -> None:
+    use(None, None)
+
+    cpu = torch.device("cpu")
+    with pytest.raises(InputError, match="more than the CUDA kernels count"):
+        cuda._plan(cpu, 1, False, 1, 1, 1, 1, 2**30, True, False, False, ("F16",) * 4, False)
 
 
 SHAPES = {  # steps, columns, lanes, warps of the forward and the backward pass; channels, length, chunks

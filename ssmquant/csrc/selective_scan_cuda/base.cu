@@ -9,7 +9,8 @@
 //
 // Where channels and samples alone would leave the GPU idle, time is also cut into chunks, one a block. What a chunk adds
 // to the state is found first (scan_ends), from its far end on and only as long as the decay leaves more than 2^-32 of
-// it, which is below what float32 can add to the rest (all of it where steps can be negative). scan_carry hands states from chunk to chunk.
+// what came in: next to states of the same size float32 cannot hold that. (All of it where steps can be negative.)
+// scan_carry hands states from chunk to chunk.
 //
 // Sums are of one order; nothing depends on the order of blocks. No header is included, so that NVRTC needs none.
 //

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
 from ssmquant.ops.selective_scan.cuda_shapes import SAVE, Case, Limits, Shape, Work, case_of, choose, unit
 
@@ -33,6 +34,7 @@ NAME = "cuda"
 LAST_IS_OPTIONAL = True
 MAX_STATES = 256
 _MIN_ARCH = 80  # asynchronous copies
+_MOST = 2**30  # channels, steps, blocks: they are ints there, and added up
 _TYPES = {torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -74,21 +76,7 @@ _POINTERS = (
     *("g", "gu", "gdelta", "ga_parts", "gb_parts", "gc_parts", "gskip_parts", "gbias_parts"),
     *("ga", "gb", "gc", "gskip", "gbias", "path"),
 )
-_STRIDES = (
-    "u_b",
-    "u_d",
-    "delta_b",
-    "delta_d",
-    "delta_g",
-    "g_b",
-    "g_d",
-    "b_b",
-    "b_g",
-    "b_n",
-    "c_b",
-    "c_g",
-    "c_n",
-)
+_STRIDES = tuple("u_b u_d delta_b delta_d delta_g g_b g_d b_b b_g b_n c_b c_g c_n".split())
 _COUNTS = ("batch", "channels", "length", "groups", "blocks", "chunks", "chunk")
 
 
@@ -126,6 +114,11 @@ def _plan(device: torch.device, vector: int, *of_work: Any) -> _Plan:
     work = Work(*of_work)
     shape, chunks = choose(work, _limits(device))
     s = _cut(work, shape, chunks)
+    if max(s.length, s.channels, s.grid[0]) >= _MOST:
+        raise InputError(
+            f"selective_scan: {s.batch} samples of {s.channels} channels and {s.length} steps are more than the CUDA "
+            "kernels count; pass fewer at once, or choose the back end 'chunked'"
+        )
     steps = []
     if s.chunks > 1:
         case = case_of(work, shape, vector, ends=True)
@@ -157,9 +150,8 @@ class _Call:
     ) -> None:  # fmt: skip
         self._kept: list[Tensor] = []
         self._values: dict[str, int] = {}
-        self._starts = (
-            0  # where rows begin, in elements, all in one by "or": its last bits say how they are aligned
-        )
+        # Where rows begin, in elements, all in one by "or": its last bits say how they are aligned.
+        self._starts = 0
         self.device = u.device
         if path is None:
             batch, channels, length = u.shape

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ssmquant.errors import InputError
-from ssmquant.ops.checks import check_operands, fail, state_dtype
+from ssmquant.ops.checks import check_operands, differentiable_once, fail, state_dtype, unfilled
 from ssmquant.ops.selective_scan.backends import choose
 
 __all__ = ["scan_paths", "selective_scan_map"]
@@ -185,12 +185,7 @@ def _fake_backward(
     path: Tensor,
     softplus: bool,
 ) -> tuple[Tensor, ...]:
-    full = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, delta, A, B, C)]
-    some = [
-        x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in (D, bias)
-    ]
-    return (*full, *some)
+    return unfilled(x, delta, A, B, C, D, bias)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -220,6 +215,7 @@ torch.library.register_fake("ssmquant::_selective_scan_map_bwd", _fake_backward,
 torch.library.register_autograd(
     "ssmquant::_selective_scan_map_fwd", _autograd, setup_context=_setup, lib=_LIBRARY
 )
+differentiable_once(_NAME, "_selective_scan_map_bwd", _LIBRARY)
 
 _checked: Any = WeakIdKeyDictionary()  # a path -> its version when it was checked
 

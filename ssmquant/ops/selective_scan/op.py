@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.errors import InputError
-from ssmquant.ops.checks import check_operands, check_window, fail, state_dtype, without_autocast
+from ssmquant.ops.checks import (
+    check_operands,
+    check_window,
+    differentiable_once,
+    fail,
+    state_dtype,
+    unfilled,
+    without_autocast,
+)
 from ssmquant.ops.selective_scan.backends import choose
 from ssmquant.ops.selective_scan.window import ahead
 
@@ -183,12 +191,7 @@ def _fake_backward(
     softplus: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    full = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (u, delta, A, B, C)]
-    some = [
-        u.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in (D, bias)
-    ]
-    return (*full, *some)
+    return unfilled(u, delta, A, B, C, D, bias)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -251,6 +254,7 @@ torch.library.register_fake("ssmquant::_selective_scan_bwd", _fake_backward, lib
 torch.library.register_autograd(
     "ssmquant::_selective_scan_fwd", _autograd, setup_context=_setup, lib=_LIBRARY
 )
+differentiable_once(_NAME, "_selective_scan_bwd", _LIBRARY)
 
 
 def selective_scan(
