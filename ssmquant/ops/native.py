@@ -92,13 +92,20 @@ def _find() -> ctypes.CDLL:
     if ready_made.exists():
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(ready_made))
-    command = _compiler()
-    name = f"cpu-{cache.key(*_ingredients(), _version(command))}"
+    # What another compiler made is passed by, unless there is none now.
+    name, missing = f"cpu-{cache.key(*_ingredients())}", None
+    try:
+        command = _compiler()
+        name += f"-{cache.key(_version(command))}"
+    except _Failed as error:
+        command, missing = [], error
     folder = cache.folder()
     for path in sorted(folder.glob(f"{name}-*.so")):
         if _is_whole(path):
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(path))
+    if missing is not None:
+        raise missing
     if cache.compiling_is_forbidden():
         raise _Failed("SSMQUANT_NO_COMPILE forbids compiling the CPU kernels")
     print(f"ssmquant: compiling the CPU kernels, once, into {folder}", file=sys.stderr, flush=True)

@@ -190,8 +190,7 @@ def _cubin(source: str, arch: int) -> tuple[bytes, Path | None]:
             return cubin, path
     if cache.compiling_is_forbidden():
         raise CompileError(
-            "SSMQUANT_NO_COMPILE forbids compiling, and there is no compiled kernel for this case; "
-            "ssmquant.ops.use_backend('triton') or 'chunked' need none"
+            "SSMQUANT_NO_COMPILE forbids compiling, and there is no compiled kernel for this case"
         )
     _announce(cache.folder())
     cubin = compile_source(source, arch)

@@ -86,7 +86,10 @@ def test_a_guard_that_makes_no_sense_alone() -> None:
 @pytest.mark.parametrize(
     ("code", "call"),
     [
-        (lambda self, x: self.f(x if x.is_floating_point() else x.float() / 255), torch.ones(2, 4, dtype=torch.uint8)),
+        (
+            lambda self, x: self.f(x if x.is_floating_point() else x.float() / 255),
+            torch.ones(2, 4, dtype=torch.uint8),
+        ),
         (lambda self, x: self.f(x) * (1 if x.is_contiguous() else 2), torch.randn(4, 2).t()),
         (lambda self, x: self.f(x) * (2 if torch.is_grad_enabled() else 3), torch.randn(2, 4)),
         (lambda self, x: self.f(x) * (2 if torch.is_autocast_enabled("cpu") else 3), torch.randn(2, 4)),
@@ -104,7 +107,9 @@ def test_questions_that_are_guards(code: Any, call: Tensor) -> None:
 
 
 def test_static_arguments_of_other_types() -> None:
-    model = Model(lambda self, x, k: self.f(x) * (5 if isinstance(k, bool) else 7 if isinstance(k, float) else 9))
+    model = Model(
+        lambda self, x, k: self.f(x) * (5 if isinstance(k, bool) else 7 if isinstance(k, float) else 9)
+    )
     same(model, (torch.randn(2, 4), 1), (torch.randn(2, 4), True), (torch.randn(2, 4), 1.0))
 
 
@@ -183,7 +188,9 @@ def test_attributes_that_the_prepared_model_no_more_changes_are_listed() -> None
 
     model = Model(code)
     model.calls, model.last = 0, None
-    notes = " ".join(ssmquant.summary(ssmquant.prepare(model, FLOAT, example_inputs=(torch.randn(2, 4),))).notes)
+    notes = " ".join(
+        ssmquant.summary(ssmquant.prepare(model, FLOAT, example_inputs=(torch.randn(2, 4),))).notes
+    )
     assert "'calls'" in notes
     assert "'last'" in notes
     assert model.calls == 0
@@ -272,7 +279,9 @@ def test_a_layer_quantized_at_one_of_its_uses() -> None:
     prepared = quantized(model, QConfig(w_bits=8, a_bits=8), torch.randn(64, 4))  # first and last in float
     x = torch.randn(64, 4)
     torch.testing.assert_close(prepared(x), model(x), rtol=0.05, atol=0.1)
-    second = quantized(model, QConfig(w_bits=8, rules=[Rule("f#2", keep_float=True)], keep_first_last=False), x)
+    second = quantized(
+        model, QConfig(w_bits=8, rules=[Rule("f#2", keep_float=True)], keep_first_last=False), x
+    )
     assert second(x).isfinite().all()
 
 
@@ -343,7 +352,9 @@ def test_numbers_read_from_parameters_follow_a_loaded_file(tmp_path: Any) -> Non
     x = torch.randn(8, 4)
     deployed = ssmquant.convert(quantized(build(5.0), W8, x))
     ssmquant.save(deployed, tmp_path / "m.safetensors")
-    torch.testing.assert_close(ssmquant.load(tmp_path / "m.safetensors", build(1.0))(x), deployed(x), rtol=0, atol=0)
+    torch.testing.assert_close(
+        ssmquant.load(tmp_path / "m.safetensors", build(1.0))(x), deployed(x), rtol=0, atol=0
+    )
 
 
 def scaled(self: Any, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ssmquant.ops.selective_scan.cuda_shapes import (
     Work,
     case_of,
     choose,
+    choose_ends,
     unit,
 )
 from tests.ops import emulator
@@ -64,13 +65,11 @@ def check(work: Work, limits: Limits) -> None:
     assert whole.shape == shape
     assert whole.shared <= limits.block_shared
     assert whole.shared + 1024 <= limits.processor_shared
-    ends = case_of(work, shape, 1, ends=True)
-    assert ends.shared <= limits.block_shared
-    assert (ends.shape.steps, ends.shape.columns, ends.shape.lanes) == (
-        shape.steps,
-        shape.columns,
-        shape.lanes,
-    )
+    before = choose_ends(work, limits)
+    assert case_of(work, before, 1, ends=True).shared + 1024 <= limits.processor_shared
+    assert case_of(work, before, 1, ends=True).shared <= limits.block_shared
+    assert 1 <= before.staged <= work.states
+    assert before.channels <= work.inner
 
     cut = cuda._cut(work, shape, chunks)
     assert 1 <= cut.chunks <= chunks

@@ -76,7 +76,9 @@ class Extension:
                 (batch, channels, -(-length // CHUNK), 2 * A.shape[1]), torch.nan, dtype=torch.float32
             )
             for i in range(states.shape[2]):
-                cut = [t[..., : (i + 1) * CHUNK] if t.dim() > 2 else t for t in (u, delta, B, C)]
+                # as there: a constant B is a factor of what is read out, not of the state
+                ones = torch.ones_like(B) if B.dim() == 2 else B
+                cut = [t[..., : (i + 1) * CHUNK] if t.dim() > 2 else t for t in (u, delta, ones, C)]
                 until = (cut[0], cut[1], A, cut[2], cut[3], *operands[5:])
                 states[:, :, i, 1::2] = self.scan(until, softplus)[1]
         return [out, states]
@@ -307,7 +309,8 @@ def test_parity_of_mamba_ssm(form: dict[str, Any], dtype: torch.dtype) -> None:
     with use_backend("auto"):
         ours = run(selective_scan, on_gpu(args))
     tolerance = 2e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    assert_close([t.cpu() for t in got], want, tolerance)
+    floor = 1e-3  # its gradient of A has rounding errors where the exact one is zero
+    assert_close([t.cpu() for t in got], want, tolerance, floor)
     assert_close([t.cpu() for t in ours], want, tolerance)
 
 

@@ -113,6 +113,14 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("sources")
+def test_what_a_lost_compiler_made_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answer() == 42
+    next_process()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert answer() == 42
+
+
+@pytest.mark.usefixtures("sources")
 def test_compiling_can_be_forbidden(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

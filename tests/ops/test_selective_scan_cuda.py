@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops import selective_scan, use_backend
+from ssmquant.ops.nvrtc import CompileError
 from ssmquant.ops.selective_scan import cuda
 from ssmquant.ops.selective_scan.cuda_shapes import Case, Limits, Shape, Work
 from tests.ops import emulator
@@ -32,6 +33,7 @@ from tests.ops.emulator.scan import (
     operands,
     run,
     run_map,
+    run_with,
     weights,
 )
 
@@ -47,7 +49,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
     """Runs kernels on the CPU; called, it sets their shapes (None: as would be chosen) and the order of threads."""
     if emulator.COMPILER is None:
         pytest.skip("needs g++ or clang++ on Linux")
-    choose = cuda.choose
+    choose, choose_ends = cuda.choose, cuda.choose_ends
 
     def use(
         forward: Shape | None = SMALL,
@@ -61,7 +63,12 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
             shape = backward if work.backward else forward
             return choose(work, limits) if shape is None else (shape, chunks)
 
+        def chosen_ends(work: Work, limits: Limits) -> Shape:
+            shape = backward if work.backward else forward
+            return choose_ends(work, limits) if shape is None else shape
+
         monkeypatch.setattr(cuda, "choose", chosen)
+        monkeypatch.setattr(cuda, "choose_ends", chosen_ends)
         monkeypatch.setattr(cuda, "_limits", lambda device: Limits(processors, 232448, 233472))
         monkeypatch.setattr(cuda, "_kernels", lambda case, device: emulator.load(cuda._source(case), late))
         cuda._plan.cache_clear()
@@ -117,6 +124,24 @@ def test_a_long_scan_of_few_channels_is_cut(use: Use) -> None:
         got = run(args)
     assert launched == ["ends", "whole"] * 2
     assert_close(got, by_chunked(args))
+
+
+def test_a_case_that_cannot_be_compiled(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(case: Case, device: torch.device) -> Any:
+        raise CompileError("the compiler says no")
+
+    monkeypatch.setattr(cuda, "_kernels", refused)
+    with pytest.raises(CompileError, match=r"(?s)3 states, 49 steps.*the compiler says no.*use_backend"):
+        run(operands(1, 8, 3, 49))
+
+
+@pytest.mark.parametrize("states", [3, 40])
+def test_states_forget_at_their_own_pace(states: int, use: Use) -> None:
+    use(chunks=3)
+    args = operands(1, 24, states, 1536)
+    args[2] = -torch.logspace(-3, 2, states).repeat(24, 1)
+    args[2][:4] *= 50
+    check(args)
 
 
 def test_more_than_the_kernels_can_count(use: Use) -> None:
@@ -368,10 +393,11 @@ class TestOnAGpu:
 
     def test_can_be_captured_in_a_graph(self) -> None:
         args = operands(1, 16, 16, 16384, device="cuda")  # in chunks
+        g = weights(args)
         want = run(args)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = run(args)
+            got = run_with(*g, args)
         for result in got:
             result.fill_(math.nan)
         graph.replay()

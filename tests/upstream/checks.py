@@ -83,7 +83,9 @@ def exact(state: State) -> Data:
     prepared, model = state.kept["float"].eval(), state.model
     out: Data = {}
     shapes = state.family.shapes[state.size]
-    cases = [(n, 0) for n in state.family.batches] + [(state.family.batches[0], i) for i in range(1, len(shapes))]
+    cases = [(n, 0) for n in state.family.batches] + [
+        (state.family.batches[0], i) for i in range(1, len(shapes))
+    ]
     for n, i in cases:
         x = state.batch(n, i, seed=3)
         with torch.no_grad():

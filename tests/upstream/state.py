@@ -58,7 +58,9 @@ class State:
     def prepare(self, config: QConfig, adapter: Adapter | None = None) -> Any:
         kwargs = self.family.kwargs
         example = (self.batch(),)
-        return ssmquant.prepare(self.model, config, example_inputs=example, example_kwargs=kwargs, adapter=adapter)
+        return ssmquant.prepare(
+            self.model, config, example_inputs=example, example_kwargs=kwargs, adapter=adapter
+        )
 
     def call(self, model: nn.Module, x: Tensor) -> list[Tensor]:
         """The tensors that a model returns; random draws in forward are the same every time."""

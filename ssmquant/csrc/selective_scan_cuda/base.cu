@@ -74,7 +74,7 @@ constexpr bool LANES_END = STATES * CT <= 32;        // lanes sum up what a chun
 constexpr int ENDS_WARP = FORWARD_WARP + (LANES_END ? 4 * STATES * CT * 32 : 0);
 constexpr int FORWARD_BYTES = 2 * (STAGE_B + STAGE_C) + WARPS * FORWARD_WARP;
 constexpr int BACKWARD_BYTES = 2 * (STAGE_B + STAGE_C) + WARPS * BACKWARD_WARP;
-constexpr int ENDS_BYTES = 2 * (PASS == 3 ? STAGE_C : STAGE_B) + WARPS * ENDS_WARP;
+constexpr int ENDS_BYTES = 2 * (PASS == 3 ? STAGE_C : STAGE_B) + WARPS * (ENDS_WARP + 2 * 4);
 constexpr int BYTES = PASS == 0 ? FORWARD_BYTES : PASS == 1 ? BACKWARD_BYTES : ENDS_BYTES;
 
 // With MAP, operands are maps of pixels, channels innermost: u (B, P, D / G), delta (B, P, G, D / G), B and C

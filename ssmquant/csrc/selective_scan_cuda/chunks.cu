@@ -11,6 +11,9 @@ __device__ __forceinline__ void ends(const Params &p) {
     constexpr int STAGE = BACK ? STAGE_C : STAGE_B;
     float *decay = reinterpret_cast<float *>(shared + 2 * STAGE + at.warp * ENDS_WARP + 2 * (TILE_D + TILE_U));
     float *state = decay + TABLE, *adds = state + TABLE;
+    // By bits, the states that the warps still want, in turn for one tile and the next. (Those from 32 on they all do.)
+    unsigned *wants = reinterpret_cast<unsigned *>(shared + 2 * STAGE + WARPS * ENDS_WARP), mine = ALL;
+    if (at.lane == 0) wants[at.warp] = ALL;
     auto buffer = [&](int turn) { return shared + 2 * STAGE + (turn & 1) * (TILE_D + TILE_U); };
     auto stage_b_of = [&](int turn) { return reinterpret_cast<TB *>(shared + (turn & 1) * STAGE); };
     auto stage_c_of = [&](int turn) { return reinterpret_cast<TC *>(shared + (turn & 1) * STAGE); };
@@ -36,13 +39,13 @@ __device__ __forceinline__ void ends(const Params &p) {
         fetch_tile<ENDS_WARP>(mover, buffer(i), delta, p.delta_d, at, start_of(i), end);
         fetch_tile<ENDS_WARP>(mover, buffer(i) + TILE_D, x, x_d, at, start_of(i), end);
     };
-    auto fetch_stage = [&](int turn, int n0, int i) {
+    auto fetch_stage = [&](int turn, int n0, int i, unsigned wanted) {
         if (CONSTANT) return;
-        if (BACK) stage(stage_c_of(turn), p.c + at.sample * p.c_b + at.group * p.c_g, p.c_n, n0, at, start_of(i), end);
-        else stage(stage_b_of(turn), p.b + at.sample * p.b_b + at.group * p.b_g, p.b_n, n0, at, start_of(i), end);
+        if (BACK) stage(stage_c_of(turn), p.c + at.sample * p.c_b + at.group * p.c_g, p.c_n, n0, at, start_of(i), end, wanted);
+        else stage(stage_b_of(turn), p.b + at.sample * p.b_b + at.group * p.b_g, p.b_n, n0, at, start_of(i), end, wanted);
     };
     fetch(0);
-    fetch_stage(0, 0, 0);
+    fetch_stage(0, 0, 0, ALL);
     int stage_turn = 0;
     bool over = false;                                        // nothing of the warp's channels gets to the end from here
     for (int i = 0; i < count; ++i) {
@@ -50,9 +53,11 @@ __device__ __forceinline__ void ends(const Params &p) {
         const TD *tile = reinterpret_cast<TD *>(buffer(i) + at.warp * ENDS_WARP);
         const TU *tile_x = reinterpret_cast<TU *>(buffer(i) + at.warp * ENDS_WARP + TILE_D);
         copy_done();
-        __syncthreads();
-        if (i + 1 < count) fetch(i + 1);
-        float dt[CT][T], drive[CT][T], beyond[CT], sum_before[CT];  // beyond: dt between the segment and the end it is walked from
+        if (__syncthreads_and(over)) break;
+        if (i + 1 < count && (MAP || !over)) fetch(i + 1);
+        unsigned wanted = 0;
+        for (int warp = 0; warp < WARPS; ++warp) wanted |= wants[i % 2 * WARPS + warp];
+        float dt[CT][T], drive[CT][T], beyond[CT];  // beyond: dt between the segment and the end it is walked from
         if (!over)
 #pragma unroll
         for (int ct = 0; ct < CT; ++ct) {
@@ -64,7 +69,6 @@ __device__ __forceinline__ void ends(const Params &p) {
                 float more = BACK ? __shfl_up_sync(ALL, total, off * LC) : __shfl_down_sync(ALL, total, off * LC);
                 if (BACK ? at.seg >= off : at.seg + off < LS) total += more;
             }
-            sum_before[ct] = sum[ct];
             beyond[ct] = sum[ct] + (total - mine);
             sum[ct] += __shfl_sync(ALL, total, (BACK ? LS - 1 : 0) * LC + at.lc);
             if (!BACK)
@@ -76,15 +80,12 @@ __device__ __forceinline__ void ends(const Params &p) {
                 copy_done();
                 __syncthreads();
             }
-            if (n0 + GROUP < STATES) fetch_stage(stage_turn + 1, n0 + GROUP, i);
-            else if (i + 1 < count) fetch_stage(stage_turn + 1, 0, i + 1);
+            if (n0 + GROUP < STATES) fetch_stage(stage_turn + 1, n0 + GROUP, i, wanted);
+            else if (i + 1 < count) fetch_stage(stage_turn + 1, 0, i + 1, wanted);
             if (over) continue;
 #pragma unroll MIX
             for (int n = n0; n < n0 + GROUP && n < STATES; ++n) {
-                bool gone = true;                             // nothing of this state gets to the end from here
-#pragma unroll
-                for (int ct = 0; ct < CT; ++ct) gone = gone && (!at.real(ct) || decay[n * ROWS + at.row(ct)] * sum_before[ct] < NONE);
-                if (__all_sync(ALL, gone)) continue;
+                if (n < 32 && !(mine >> n & 1)) continue;
                 float v[T];
                 if (!CONSTANT && BACK) read(v, stage_c_of(stage_turn) + (n - n0) * LINE, at.seg);
                 if (!CONSTANT && !BACK) read(v, stage_b_of(stage_turn) + (n - n0) * LINE, at.seg);
@@ -109,13 +110,19 @@ __device__ __forceinline__ void ends(const Params &p) {
                 }
             }
         }
-        if (!over) {
-            over = true;
+        // What of a state comes from before this tile does not get to the end.
+        auto gone = [&](const float *rates, int pitch) {
+            bool all = true;
 #pragma unroll
-            for (int ct = 0; ct < CT; ++ct) over = over && (!at.real(ct) || slowest[ct] * sum[ct] < NONE);
-            over = __all_sync(ALL, over);
+            for (int ct = 0; ct < CT; ++ct) all = all && (!at.real(ct) || rates[ct * pitch] * sum[ct] < NONE);
+            return __all_sync(ALL, all);
+        };
+        if (!over) {
+            for (int n = 0; n < STATES && n < 32; ++n)
+                if (gone(decay + n * ROWS + at.lc, LC)) mine &= ~(1u << n);
+            over = gone(slowest, 1);
         }
-        if (__syncthreads_and(over)) break;
+        if (at.lane == 0) wants[(i + 1) % 2 * WARPS + at.warp] = over ? 0 : mine;
     }
     copy_done();
     __syncwarp();

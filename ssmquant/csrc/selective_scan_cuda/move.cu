@@ -108,13 +108,16 @@ __device__ __forceinline__ void write(X *row, const float (&x)[T], int seg) {
     }
 }
 
-// GROUP states of B or C, shared by the block: a state a warp.
+// GROUP states of B or C, shared by the block: a state a warp. Of the first 32, those that are wanted (by bits); what else
+// is in their place stays.
 template <class X>
-__device__ __forceinline__ void stage(X *to, const X *from, long long stride, int n0, const Place &at, int start, int end) {
+__device__ __forceinline__ void stage(X *to, const X *from, long long stride, int n0, const Place &at, int start, int end, unsigned wanted = ALL) {
+    auto want = [&](int n) { return n < STATES && (n >= 32 || (wanted >> n & 1)); };
     if constexpr (MAP) {
         for (int i = threadIdx.x; i < GROUP * TILE; i += WARPS * 32) {
             int n = i % GROUP, step = i / GROUP;
-            int pixel = n0 + n < STATES && start + step < end ? at.pixel(start + step) : -1;
+            if (!want(n0 + n)) continue;
+            int pixel = start + step < end ? at.pixel(start + step) : -1;
             move(to + n * LINE + step / T * SEG + step % T, pixel < 0 ? from : from + pixel * stride + n0 + n, pixel >= 0);
         }
         return;
@@ -122,11 +125,13 @@ __device__ __forceinline__ void stage(X *to, const X *from, long long stride, in
     constexpr int PER_ROW = TILE >= SPAN ? TILE / SPAN : 1;
     const int col = at.lane * V;
     if (TILE < SPAN && col >= TILE) return;
-    for (int i = at.warp; i < GROUP; i += WARPS)
+    for (int i = at.warp; i < GROUP; i += WARPS) {
+        if (!want(n0 + i)) continue;
 #pragma unroll
         for (int c = 0; c < PER_ROW; ++c)
             move(to + i * LINE + c * (SPAN / T) * SEG + col / T * SEG + col % T, from + (n0 + i) * stride + start + col + c * SPAN,
-                 n0 + i < STATES && start + col + c * SPAN < end);
+                 start + col + c * SPAN < end);
+    }
 }
 
 // The segment's B or C of a state: from shared memory, or one value of the channel.

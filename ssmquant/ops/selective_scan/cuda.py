@@ -16,7 +16,17 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
-from ssmquant.ops.selective_scan.cuda_shapes import SAVE, Case, Limits, Shape, Work, case_of, choose, unit
+from ssmquant.ops.selective_scan.cuda_shapes import (
+    SAVE,
+    Case,
+    Limits,
+    Shape,
+    Work,
+    case_of,
+    choose,
+    choose_ends,
+    unit,
+)
 
 __all__ = [
     "LAST_IS_OPTIONAL",
@@ -112,7 +122,18 @@ class _Plan(NamedTuple):
 def _plan(device: torch.device, vector: int, *of_work: Any) -> _Plan:
     """``of_work``: the fields of ``Work``. Kept, for working it out takes the host longer than many a scan the GPU."""
     work = Work(*of_work)
-    shape, chunks = choose(work, _limits(device))
+    try:
+        return _planned(device, vector, work)
+    except nvrtc.CompileError as error:  # what was tried to see that this back end serves was another case
+        raise nvrtc.CompileError(
+            f"selective_scan: no CUDA kernel for {work.states} states, {work.length} steps and {work.types}: {error}\n"
+            "The back ends 'triton' and 'chunked' do without: ssmquant.ops.use_backend"
+        ) from None
+
+
+def _planned(device: torch.device, vector: int, work: Work) -> _Plan:
+    limits = _limits(device)
+    shape, chunks = choose(work, limits)
     s = _cut(work, shape, chunks)
     if max(s.length, s.channels, s.grid[0]) >= _MOST:
         raise InputError(
@@ -121,7 +142,7 @@ def _plan(device: torch.device, vector: int, *of_work: Any) -> _Plan:
         )
     steps = []
     if s.chunks > 1:
-        case = case_of(work, shape, vector, ends=True)
+        case = case_of(work, choose_ends(work, limits), vector, ends=True)
         kernels, threads = _kernels(case, device), 32 * case.shape.warps
         blocks = -(-work.inner // case.shape.channels)
         grid = (s.batch * s.groups * blocks, s.chunks - 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ssmquant.ops import nvrtc
 from ssmquant.ops.selective_scan.cuda import probes
-from ssmquant.ops.selective_scan.cuda_shapes import Limits, Work, case_of, choose
+from ssmquant.ops.selective_scan.cuda_shapes import Limits, Work, case_of, choose, choose_ends
 
 __all__ = ["DEVICES", "build", "sources"]
 
@@ -51,8 +51,9 @@ def sources() -> Iterator[tuple[str, int]]:
                     )
                     shape, chunks = choose(work, limits)
                     vector = 4 if length % 4 == 0 else 1
-                    for ends in {False, chunks > 1}:
-                        yield case_of(work, shape, vector, ends).source(), arch
+                    yield case_of(work, shape, vector).source(), arch
+                    if chunks > 1:
+                        yield case_of(work, choose_ends(work, limits), vector, ends=True).source(), arch
 
 
 def build(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What the CUDA kernels of the selective scan are compiled for, and the choice of their shape.
 
 The choice minimises a model of time fitted to measurements on an H100: multiprocessors work in waves of blocks; within
-one, each of four schedulers has its share of warps, and fewer than two leave it waiting; longer tiles cost more steps
+one, each of four schedulers has its share of warps, and fewer than three leave it waiting; longer tiles cost more steps
 of the scan over lanes; cutting time into chunks costs another pass over most of it.
 """
 
@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 
-__all__ = ["SAVE", "TYPES", "Case", "Limits", "Shape", "Work", "case_of", "choose", "unit"]
+__all__ = ["SAVE", "TYPES", "Case", "Limits", "Shape", "Work", "case_of", "choose", "choose_ends", "unit"]
 
 SAVE = 64  # steps between saved states, as in the source
 TYPES = {"float": 4, "F16": 2, "BF16": 2}  # names in the source, and bytes
 _WARPS = 12  # of a multiprocessor, given the registers of both kernels
-_END_WARPS = 4
+_END_WARPS, _END_TILE = 6, 512  # of the pass before chunks
 _BYTES_PER_CYCLE = 1700  # of memory
+_LAUNCH = 10_000  # cycles of two more kernels
 _MEMORY = 4096  # steps after which most channels have forgotten
 
 
@@ -130,7 +131,7 @@ class Case:
         of_lanes = 128 * self.states * s.columns if self.states * s.columns <= 32 else 0
         if self.ends:
             stage = stage_c if self.backward else stage_b
-            return 2 * stage + s.warps * (2 * (tile_d + tile_u) + 2 * table + of_lanes)
+            return 2 * stage + s.warps * (2 * (tile_d + tile_u) + 2 * table + of_lanes + 8)
         stage = 2 * (stage_b + stage_c)
         if not self.backward:
             return stage + s.warps * (2 * (tile_d + tile_u) + 2 * table)
@@ -149,8 +150,6 @@ def _text() -> str:
 
 def case_of(work: Work, shape: Shape, vector: int, ends: bool = False) -> Case:
     """What to compile for ``work``, or for what chunks of it need before."""
-    if ends:  # a block walks as far as its slowest channel needs, so few share one
-        shape = replace(shape, warps=min(shape.warps, _END_WARPS), staged=min(work.states, 8))
     return Case(
         shape,
         work.backward,
@@ -180,16 +179,21 @@ def _cost(work: Work, shape: Shape, chunks: int, resident: int, processors: int)
     # Instructions of a warp for a tile: recurrence, scans over lanes, what it shares with the block's other warps.
     steps, states = shape.steps * shape.columns, work.states
     one: float = steps * ((22 if work.backward else 8) * states + (60 if work.backward else 35))
-    one += shape.columns * states * (2 if work.backward else 1) * (6 * math.log2(shape.segments) + 8)
+    levels = math.log2(shape.segments)
+    one += shape.columns * states * (2 if work.backward else 1) * (6 * levels + 8)
+    if not work.backward:  # shuffles, and reads of B and C, which lanes side by side share
+        width = max(TYPES[x] for x in work.types[2:]) / (1 if shape.lanes == 1 else 2)
+        one += states * 3 * (steps / 2 * width + 2 * shape.columns * levels)
     staged = 2 * states * shape.tile / 32
     one += 2 * staged / shape.warps + 200 * -(-states // shape.staged) + 300
     if work.backward:
         one += 6 * shape.steps * (1 - 1 / shape.lanes) * states + staged * (1.2 + 10 / shape.warps)
-    cycles = waves * max(2.0, -(-at_once // 4)) * tiles * one
+    cycles = waves * max(2.5, -(-at_once // 4)) * tiles * one
     if chunks > 1:  # the pass before stops where channels have forgotten what was
-        memory = _MEMORY * (1 + shape.lanes) / 2  # of the slowest of them
-        forgets = min(1.0, memory * chunks / work.length) * (1 - 1 / chunks)
-        cycles *= 1 + (0.5 if work.backward else 0.8) * forgets
+        chunk = work.length / chunks
+        walked = _END_TILE * math.ceil(min(_MEMORY, chunk) / _END_TILE) / chunk * (1 - 1 / chunks)
+        cycles *= 1.1 + 0.4 * walked if work.backward else 1.15 + 0.55 * walked
+        cycles += _LAUNCH
     size = max(TYPES[x] for x in work.types[:2])
     moved = (5 if work.backward else 3) * size * work.batch * work.groups * work.inner * work.length
     moving = moved / _BYTES_PER_CYCLE * (1.1 + 40 / (shape.tile * size))  # short rows are read slowly
@@ -230,10 +234,26 @@ def choose(work: Work, limits: Limits) -> tuple[Shape, int]:
     raise AssertionError("one warp fits every device")  # pragma: no cover
 
 
+def choose_ends(work: Work, limits: Limits) -> Shape:
+    """The shape of the pass before chunks. A block walks as far as its slowest channel needs, so few share one."""
+    warps = min(work.inner, _END_WARPS)
+    for most in (10, 8, 5, 4, 3, 2, 1):
+        shape = Shape(16, 1, 1, warps, 1, _evenly(work.states, most), 2)
+        needed = case_of(work, shape, 1, ends=True).shared
+        if 2 * (needed + 1024) <= limits.processor_shared:
+            return shape
+    return shape
+
+
+def _evenly(states: int, most: int) -> int:
+    """States to be staged at once, at most ``most``, so that no barrier comes early."""
+    return -(-states // -(-states // most))
+
+
 def _fit(work: Work, limits: Limits, shape: Shape) -> tuple[Shape, int] | None:
     """The shape with as many staged states as fit, and the blocks that a multiprocessor holds; None if none fits."""
-    for most in (8, 5, 4, 3, 2, 1):
-        staged = -(-work.states // -(-work.states // most))  # evenly, so that no barrier comes early
+    for most in (8, 5, 4, 3, 2, 1) if work.backward else (10, 8, 5, 4, 3, 2, 1):
+        staged = _evenly(work.states, most)
         tried = Shape(
             shape.steps,
             shape.columns,

@@ -123,6 +123,8 @@ def forward(
         found.append(_extension().fwd(*tensors, None, shift, softplus))
     y, states = (torch.cat(ts, 1) if len(ts) > 1 else ts[0] for ts in zip(*found, strict=True))
     last = states[:, :, -1, 1::2].contiguous()
+    if B.dim() == 2:  # it takes a constant B as a factor of what is read out: its states are without
+        last = last * operands[3]
     saved = states.permute(2, 0, 1, 3) if save else states[:, :, :0].permute(2, 0, 1, 3)
     return y.to(u.dtype).contiguous(), last, saved.contiguous()
 

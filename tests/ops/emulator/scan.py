@@ -77,7 +77,13 @@ def weights(args: list[Any]) -> tuple[Tensor, Tensor]:
 
 def run(args: list[Any], softplus: bool = True, *, last: bool = True) -> list[Tensor]:
     """Output, last state, and the gradients of all operands that there are; ``last``: of the last state too."""
-    g, g_last = weights(args)
+    return run_with(*weights(args), args, softplus, last=last)
+
+
+def run_with(
+    g: Tensor, g_last: Tensor, args: list[Any], softplus: bool = True, *, last: bool = True
+) -> list[Tensor]:
+    """``run`` with given gradients of the results."""
     y, state, saved = cuda.forward(*args, softplus, torch.float32, True)
     grads = cuda.backward(g, g_last if last else None, saved, *args, softplus, torch.float32)
     for grad, like in zip(grads, args, strict=True):
@@ -130,7 +136,7 @@ def moved(x: Tensor, how: str) -> Tensor:
     if how == "channels last":
         return x.movedim(min(1, x.dim() - 1), -1).contiguous().movedim(-1, min(1, x.dim() - 1))
     before, stride, pitch = {"strided": (0, 2, 2), "offset": (1, 1, 4), "odd rows": (0, 1, 1)}[how]
-    wide = torch.full((*x.shape[:-1], stride * x.shape[-1] + pitch), math.nan, dtype=x.dtype)
+    wide = torch.full((*x.shape[:-1], stride * x.shape[-1] + pitch), math.nan, dtype=x.dtype, device=x.device)
     view = wide[..., before : before + stride * x.shape[-1] : stride]
     return view.copy_(x)
 
