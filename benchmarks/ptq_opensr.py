@@ -67,7 +67,9 @@ def score(model: Any, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--set5", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

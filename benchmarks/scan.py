@@ -24,17 +24,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import heading, write
 from torch import Tensor
 
 from ssmquant.ops import selective_scan, use_backend
@@ -326,33 +323,10 @@ def rows_of(
             }
 
 
-def hardware(device: torch.device) -> str:
-    """The name of the GPU or CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def heading(device: torch.device, bounds: dict[str, float | None]) -> dict[str, Any]:
+def scan_heading(device: torch.device, bounds: dict[str, float | None]) -> dict[str, Any]:
     """What a reader of the numbers has to know of the machine."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
-    try:
-        triton = importlib.import_module("triton").__version__
-    except ImportError:
-        triton = None
-    return {
-        "hardware": hardware(device),
-        "torch": torch.__version__,
-        "triton": triton,
-        "commit": commit.strip() or None,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        **bounds,
-        "back_ends": {n: why or "here" for n, why in explain(device, torch.float32, 16)},
-    }
+    back_ends = {n: why or "here" for n, why in explain(device, torch.float32, 16)}
+    return {**heading(device), **bounds, "back_ends": back_ends}
 
 
 def table(rows: list[dict[str, Any]]) -> None:
@@ -377,13 +351,6 @@ def compare(rows: list[dict[str, Any]]) -> None:
             row["of_mamba_ssm"] = row["median_ms"] / theirs[row["pass"]]
 
 
-def write(path: Path, report: dict[str, Any]) -> None:
-    """Whole or not at all, so that a run that is cut short keeps what it has."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -395,7 +362,7 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     bounds = limits(device)
-    report = {**heading(device, bounds), "rows": []}
+    report = {**scan_heading(device, bounds), "rows": []}
     print(
         f"{report['hardware']}, copy {(bounds['bytes_per_s'] or 0) / 1e9:.0f} GB/s, torch {report['torch']}"
     )

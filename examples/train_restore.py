@@ -1,4 +1,4 @@
-"""Train a MambaIR model for super-resolution, denoising or JPEG artifacts, or fine-tune it with any quantizer.
+r"""Train a MambaIR model for super-resolution, denoising or JPEG artifacts, or fine-tune it with any quantizer.
 
 A float model, then a 4-bit one that starts from it:
 
@@ -9,6 +9,16 @@ A float model, then a 4-bit one that starts from it:
 It writes OUT/model.safetensors (float, or deployed), OUT/checkpoint.pt (for --resume) and OUT/metrics.json; the scores
 are those of the model loaded back from the file. --time-limit alone anneals the learning rate over that time; with
 --steps it only stops (go on later with --resume).
+
+A training step runs in one of three ways:
+
+    eager        the default: every kernel is launched from Python
+    compiled     --compile: torch.compile makes fewer, larger kernels of the model; the first step takes minutes
+    graphed      --cuda-graph, on a GPU: after 5 eager steps the whole step (forward, backward, clipping, Adam, EMA) is
+                 recorded once, and is one launch from then on; fastest where many small kernels wait for Python
+
+Both options together record the compiled model's kernels. Results are the same up to rounding; benchmarks/train.py
+times them. --bf16 goes with each.
 """
 
 from __future__ import annotations
@@ -68,8 +78,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="CPU threads")
     add("--bf16", action="store_true", help="train under bfloat16 autocast")
-    add("--cuda-graph", action="store_true", help="one graph launch a step")
-    add("--compile", action="store_true", help="torch.compile the model for training")
+    add("--cuda-graph", action="store_true", help="graphed steps: one launch a step (GPU)")
+    add("--compile", action="store_true", help="compiled steps: torch.compile the model")
     add("--no-tf32", action="store_true", help="full fp32 matrix products on the GPU")
     add("--eval", nargs="*", default=[str(ROOT / "photos")], metavar="FOLDER", help="clean test pictures")
     return parser.parse_args(argv)

@@ -2,8 +2,9 @@
 GPU-efficient.
 
 Per step the host only launches work: learning rates and losses stay on the device, the loss is read back
-once every ``log_every`` steps. With ``cuda_graph`` the whole step (forward, backward, clipping, Adam, EMA)
-is one graph launch.
+once every ``log_every`` steps. A step runs in one of three ways (:class:`Step`): eagerly, with the model
+compiled (``compile``), or as one launch of a CUDA graph that holds forward, backward, clipping, Adam and EMA
+(``cuda_graph``); a compiled model can be in the graph too.
 """
 
 from __future__ import annotations
@@ -113,8 +114,15 @@ def reporter(title: str, total: float) -> Iterator[Callable[[float, str], None]]
     yield line
 
 
-class _Step:
-    """One optimiser step on static buffers; callable eagerly, or captured as a CUDA graph."""
+WARM_UP = 5  # real steps on a side stream before a capture: they compile, tune and allocate
+
+
+class Step:
+    """One optimiser step of ``model``: call it with a batch.
+
+    It runs eagerly, through ``torch.compile`` with ``recipe.compile``, and after :meth:`capture` (on a GPU) as a
+    CUDA graph on static buffers, whatever ran before. ``loss_sum`` adds up the losses. No way waits for the device.
+    """
 
     def __init__(
         self, model: nn.Module, groups: list[dict[str, Any]], recipe: Recipe, device: torch.device
@@ -128,12 +136,12 @@ class _Step:
             for g, lr in zip(groups, self.base, strict=True)
         ]
         self.params = [p for g in groups for p in g["params"]]
-        options: dict[str, Any] = {"fused": True, "capturable": True} if gpu else {"foreach": True}
         make = torch.optim.AdamW if any(g.get("weight_decay") for g in groups) else torch.optim.Adam
-        self.optimizer = make(groups, betas=recipe.betas, **options)
+        self.optimizer = make(groups, betas=recipe.betas, fused=True, capturable=gpu)
         self.ema = [p.detach().clone() for p in self.params] if recipe.ema is not None else []
         self.loss_sum = torch.zeros((), device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.side = torch.cuda.Stream(device) if gpu else None  # type: ignore[no-untyped-call]
         self.x = self.y = torch.empty(0)
 
     def set_rate(self, factor: float) -> None:
@@ -144,17 +152,18 @@ class _Step:
                 group["lr"] = base * factor
 
     def _work(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             out = self.forward(x)
         error = out.float() - y
         loss = error.abs().mean() if self.recipe.loss == "l1" else (error.square() + 1e-6).sqrt().mean()
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.params, self.recipe.clip)
         self.optimizer.step()
         if self.ema:
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - (self.recipe.ema or 0.0))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.params, 1 - (self.recipe.ema or 0.0))
         self.loss_sum += loss.detach()
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
@@ -163,6 +172,15 @@ class _Step:
         self.x.copy_(x)
         self.y.copy_(y)
         self.graph.replay()
+
+    def warm_up(self, x: Tensor, y: Tensor) -> None:
+        """A step as any other, but on a side stream: :meth:`capture` wants ``WARM_UP`` of them before."""
+        if self.side is None:
+            return self(x, y)
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            self(x, y)
+        torch.cuda.current_stream().wait_stream(self.side)
 
     def capture(self, x: Tensor, y: Tensor) -> None:
         """Record the step; nothing runs. ``x`` and ``y`` only tell the shapes."""
@@ -193,7 +211,7 @@ def fit(
     """
     model.train()
     device = next(model.parameters()).device
-    step = _Step(
+    step = Step(
         model, groups or [{"params": [p for p in model.parameters() if p.requires_grad]}], recipe, device
     )
     done = 0
@@ -203,8 +221,10 @@ def fit(
     result = Result(done, 0.0)
     logged, saved = done, done
     running: deque[torch.cuda.Event] = deque()
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-    warm = done + 5 if recipe.cuda_graph and side is not None else -1
+    gpu = device.type == "cuda"
+    if recipe.cuda_graph and not gpu:
+        print(f"no CUDA graph on a {device.type} device, going on step by step", file=sys.stderr)
+    warm = done + WARM_UP if recipe.cuda_graph and gpu else -1
     with reporter(title, recipe.steps or recipe.time_limit or 1.0) as report:
         while recipe.steps is None or done < recipe.steps:
             elapsed = time.monotonic() - started
@@ -215,15 +235,12 @@ def fit(
             if done == warm:
                 _try_capture(step, x, y)
             step.set_rate(learning_rate(recipe, done, elapsed) / recipe.lr)
-            if side is not None and done < warm:  # a capture wants its warm-up on a side stream
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    step(x, y)
-                torch.cuda.current_stream().wait_stream(side)
+            if done < warm:
+                step.warm_up(x, y)
             else:
                 step(x, y)
             done += 1
-            if side is not None:  # the host may run at most 4 steps ahead, or time limits would not hold
+            if gpu:  # the host may run at most 4 steps ahead, or time limits would not hold
                 running.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
                 running[-1].record()
                 if len(running) > 4:
@@ -250,7 +267,7 @@ def fit(
     return result
 
 
-def _try_capture(step: _Step, x: Tensor, y: Tensor) -> None:
+def _try_capture(step: Step, x: Tensor, y: Tensor) -> None:
     try:
         step.capture(x, y)
     except RuntimeError as error:
@@ -258,7 +275,7 @@ def _try_capture(step: _Step, x: Tensor, y: Tensor) -> None:
         print(f"no CUDA graph, going on step by step: {reason}", file=sys.stderr)
 
 
-def _read(step: _Step, count: int) -> float:
+def _read(step: Step, count: int) -> float:
     mean = step.loss_sum.item() / count
     step.loss_sum.zero_()
     if not math.isfinite(mean):
@@ -268,7 +285,7 @@ def _read(step: _Step, count: int) -> float:
     return mean
 
 
-def _save(path: Path, model: nn.Module, step: _Step, data: Data, done: int) -> None:
+def _save(path: Path, model: nn.Module, step: Step, data: Data, done: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {
         "step": done,
@@ -284,14 +301,17 @@ def _save(path: Path, model: nn.Module, step: _Step, data: Data, done: int) -> N
     os.replace(temporary, path)
 
 
-def _load(path: Path, model: nn.Module, step: _Step, data: Data) -> int:
+def _load(path: Path, model: nn.Module, step: Step, data: Data) -> int:
     try:
         state = torch.load(path, map_location=step.device, weights_only=True)
         model.load_state_dict(state["model"])
-        rates = [group["lr"] for group in step.optimizer.param_groups]
+        # The device's own kinds of Adam, and the tensor of the rate that a captured step reads.
+        own = [
+            {k: g[k] for k in ("lr", "fused", "foreach", "capturable")} for g in step.optimizer.param_groups
+        ]
         step.optimizer.load_state_dict(copy.copy(state["optimizer"]))
-        for group, rate in zip(step.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the tensor that the captured step reads
+        for group, options in zip(step.optimizer.param_groups, own, strict=True):
+            group.update(options)
         for average, value in zip(step.ema, state["ema"], strict=True):
             average.copy_(value)
         data.load_state({name: value.cpu() for name, value in state["data"].items()})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ PHOTOS = ROOT / "examples" / "photos"
 sys.path.insert(0, str(ROOT / "examples"))
 
 from patches import PatchData, read_images  # noqa: E402
-from training import Recipe, fit, learning_rate  # noqa: E402
+from training import Recipe, Step, fit, learning_rate  # noqa: E402
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -141,6 +143,89 @@ def test_resuming_is_exact(tmp_path: Path, kind: str) -> None:
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(next(whole.parameters()), next(start.parameters()))
+
+
+def test_resuming_keeps_the_kind_of_adam_of_this_device(tmp_path: Path) -> None:
+    data = PatchData([("a", noise(40, 40))], Task("sr", 2), patch=8)
+    recipe = Recipe(steps=2, batch=2, checkpoint=tmp_path / "c.pt")
+    model = Small()
+    fit(model, data, recipe)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:  # as of another device
+        group.update(lr=torch.tensor(1.0), fused=None, foreach=True, capturable=True)
+    torch.save(state, tmp_path / "c.pt")
+    assert fit(model, data, Recipe(steps=4, batch=2, checkpoint=tmp_path / "c.pt"), resume=True).step == 4
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    (group,) = state["optimizer"]["param_groups"]
+    assert (group["fused"], group["foreach"], group["capturable"]) == (True, None, False)
+    assert isinstance(group["lr"], float)
+
+
+def plain(seed: int = 0) -> nn.Module:
+    """Without anything random in its forward."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2)
+    )
+
+
+def losses(device: str, **options: Any) -> list[float]:
+    """Of 9 steps, and the weights' sum of squares after them."""
+    data = PatchData([("a", open_image(PHOTOS / "coffee.png"))], Task("sr", 2), device=device, patch=12)
+    model = plain().to(device)
+    result = fit(model, data, Recipe(steps=9, batch=2, warmup=3, lr=3e-3, ema=0.9, log_every=1, **options))
+    return [loss for _, loss in result.losses] + [
+        sum((p.detach() ** 2).sum().item() for p in model.parameters())
+    ]
+
+
+def test_compiled_steps_are_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = torch.compile, []
+
+    def compile_quickly(model: nn.Module) -> Any:
+        calls.append(model)
+        return real(model, backend="aot_eager")
+
+    eager = losses("cpu")
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    assert losses("cpu", compile=True) == pytest.approx(eager, rel=1e-4)
+    assert len(calls) == 1
+
+
+def test_no_graph_on_a_cpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert losses("cpu", cuda_graph=True) == losses("cpu")
+    assert "no CUDA graph on a cpu device" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{"cuda_graph": True}, {"compile": True}, {"compile": True, "cuda_graph": True}]
+)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_ways_of_a_step_agree_on_a_gpu(
+    options: dict[str, bool], bf16: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eager = losses("cuda", bf16=bf16)
+    assert losses("cuda", bf16=bf16, **options) == pytest.approx(eager, rel=2e-2 if bf16 else 1e-3)
+    assert "no CUDA graph" not in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    device = torch.device("cuda")
+    model = plain().to(device)
+    step = Step(model, [{"params": list(model.parameters())}], Recipe(ema=0.9), device)
+    x, y = torch.rand(2, 3, 8, 8, device=device), torch.rand(2, 3, 16, 16, device=device)
+    step(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.set_rate(0.5)
+        step(x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(step.loss_sum.item())
 
 
 def test_training_learns_and_ends(tmp_path: Path) -> None:

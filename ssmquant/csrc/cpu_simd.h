@@ -16,6 +16,12 @@
 
 #define SSMQUANT_INLINE inline __attribute__((always_inline))
 
+// For what a file calls after its instruction set, SSMQUANT_PATH: NAME##path, and "path".
+#define SSMQUANT_JOIN_(a, b) a##b
+#define SSMQUANT_JOIN(a, b) SSMQUANT_JOIN_(a, b)
+#define SSMQUANT_TEXT_(a) #a
+#define SSMQUANT_TEXT(a) SSMQUANT_TEXT_(a)
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -63,27 +69,31 @@ SSMQUANT_INLINE void store(S* p, Vec<S> x) {
 
 // A bound is returned only where x is beyond it, so a NaN stays one. Compilers do not make one instruction of the
 // comparison, those of x86 return their second operand where there is a NaN.
-template <typename V, typename S>
-SSMQUANT_INLINE V at_least(S bound, V x) {
+template <typename B, typename V>
+SSMQUANT_INLINE V at_least(B bound, V x) {
   const V b = bound - V{};
   return b > x ? b : x;
 }
 
-template <typename V, typename S>
-SSMQUANT_INLINE V at_most(S bound, V x) {
+template <typename B, typename V>
+SSMQUANT_INLINE V at_most(B bound, V x) {
   const V b = bound - V{};
   return b < x ? b : x;
 }
 
+#if defined(__x86_64__)
 #if defined(__AVX512F__)
-SSMQUANT_INLINE Vec<float> at_least(float b, Vec<float> x) { return _mm512_max_ps(_mm512_set1_ps(b), x); }
-SSMQUANT_INLINE Vec<float> at_most(float b, Vec<float> x) { return _mm512_min_ps(_mm512_set1_ps(b), x); }
+SSMQUANT_INLINE Vec<float> at_least(Vec<float> b, Vec<float> x) { return _mm512_max_ps(b, x); }
+SSMQUANT_INLINE Vec<float> at_most(Vec<float> b, Vec<float> x) { return _mm512_min_ps(b, x); }
 #elif defined(__AVX2__)
-SSMQUANT_INLINE Vec<float> at_least(float b, Vec<float> x) { return _mm256_max_ps(_mm256_set1_ps(b), x); }
-SSMQUANT_INLINE Vec<float> at_most(float b, Vec<float> x) { return _mm256_min_ps(_mm256_set1_ps(b), x); }
-#elif defined(__x86_64__)
-SSMQUANT_INLINE Vec<float> at_least(float b, Vec<float> x) { return _mm_max_ps(_mm_set1_ps(b), x); }
-SSMQUANT_INLINE Vec<float> at_most(float b, Vec<float> x) { return _mm_min_ps(_mm_set1_ps(b), x); }
+SSMQUANT_INLINE Vec<float> at_least(Vec<float> b, Vec<float> x) { return _mm256_max_ps(b, x); }
+SSMQUANT_INLINE Vec<float> at_most(Vec<float> b, Vec<float> x) { return _mm256_min_ps(b, x); }
+#else
+SSMQUANT_INLINE Vec<float> at_least(Vec<float> b, Vec<float> x) { return _mm_max_ps(b, x); }
+SSMQUANT_INLINE Vec<float> at_most(Vec<float> b, Vec<float> x) { return _mm_min_ps(b, x); }
+#endif
+SSMQUANT_INLINE Vec<float> at_least(float b, Vec<float> x) { return at_least(b - Vec<float>{}, x); }
+SSMQUANT_INLINE Vec<float> at_most(float b, Vec<float> x) { return at_most(b - Vec<float>{}, x); }
 #endif
 
 template <typename S>

@@ -2,14 +2,12 @@
 
 #include "selective_scan_cpu.h"
 
-#include <pthread.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
 #include "cpu_dtypes.h"
+#include "cpu_threads.h"
 
 extern const Path ssmquant_scan_portable;
 #if defined(__x86_64__)
@@ -24,28 +22,9 @@ constexpr int64_t kTasks = 64, kBackwardTasks = 16;
 // With fewer tiles of eight channels than this, time is cut as well, which costs a second pass over most of the work.
 constexpr int64_t kFewTiles = 3, kFewTasks = 8, kLeastPieces = 16;
 // States of one step that are worth the start of a thread.
-constexpr int64_t kThreadWork = 1 << 18, kMostThreads = 256;
+constexpr int64_t kThreadWork = 1 << 18;
 
-struct Paths {  // that this machine can run, best first
-  const Path* found[3];
-  int64_t count = 0;
-
-  Paths() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-      found[count++] = &ssmquant_scan_avx512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &ssmquant_scan_avx2;
-#endif
-    found[count++] = &ssmquant_scan_portable;
-  }
-};
-
-int64_t parts(int64_t wanted, int64_t most) { return std::max<int64_t>(1, std::min(wanted, most)); }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+const Paths<Path> kPaths(SSMQUANT_PATHS(ssmquant_scan_));
 
 int64_t useful_threads(const Call& call) {
   const int64_t work = call.batch * call.channels * call.length * (call.states + 2);
@@ -56,7 +35,7 @@ Plan make_plan(const Call& call, bool backward) {
   Plan p{};
   const int64_t size = call.wide ? 8 : 4, N = call.states;
   const int64_t line = 64 / size;
-  p.lanes = Paths().found[call.path]->bytes / size;
+  p.lanes = kPaths.found[call.path]->bytes / size;
   p.inner = call.channels / call.groups;
   p.tiles_in_group = divide_up(p.inner, p.lanes);
   p.tiles = p.tiles_in_group * call.groups;
@@ -96,42 +75,6 @@ Plan make_plan(const Call& call, bool backward) {
   p.scratch = take(useful_threads(call) * p.scratch_size);
   p.size = used;
   return p;
-}
-
-template <typename F>
-struct Worker {
-  const F* run;
-  std::atomic<int64_t>* next;
-  int64_t tasks, thread;
-  pthread_t handle;
-
-  void work() const {
-    for (int64_t i; (i = next->fetch_add(1, std::memory_order_relaxed)) < tasks;) (*run)(i, thread);
-  }
-
-  static void* start(void* self) {
-    static_cast<const Worker*>(self)->work();
-    return nullptr;
-  }
-};
-
-// Calls run(task, thread) for all tasks. A thread that cannot be started leaves its share to the others. Threads of
-// our own, since a second OpenMP library beside torch's may not be loaded, and nothing of C++'s library, whose version
-// would have to fit.
-template <typename F>
-void share(int64_t threads, int64_t tasks, const F& run) {
-  std::atomic<int64_t> next{0};
-  Worker<F> workers[kMostThreads];
-  int64_t started = 1;
-  for (int64_t i = 0; i < std::min(threads, tasks); ++i) {
-    workers[i] = {&run, &next, tasks, i, {}};
-    if (i > 0) {
-      if (pthread_create(&workers[i].handle, nullptr, Worker<F>::start, &workers[i]) != 0) break;
-      started = i + 1;
-    }
-  }
-  workers[0].work();
-  for (int64_t i = 1; i < started; ++i) pthread_join(workers[i].handle, nullptr);
 }
 
 // (D, N) -> (N, lanes) per tile, zeros in lanes that are no channels.
@@ -189,7 +132,7 @@ void carry(const Call& call, const Plan& p, bool reverse) {
 template <typename S>
 void run(const Call& call, bool backward) {
   const Plan p = make_plan(call, backward);
-  const Path& path = *Paths().found[call.path];
+  const Path& path = *kPaths.found[call.path];
   const Run task = (backward ? path.backward : path.forward)[call.wide ? 1 : 0];
   const int64_t threads = useful_threads(call);
   prepare<S>(call, p);
@@ -272,12 +215,10 @@ void run_backward(const Call& call) {
 
 }  // namespace
 
-#define SSMQUANT_EXPORT extern "C" __attribute__((visibility("default")))
-
 // How many instruction sets this machine can run, best first, and their names.
-SSMQUANT_EXPORT int64_t ssmquant_scan_paths() { return Paths().count; }
+SSMQUANT_EXPORT int64_t ssmquant_scan_paths() { return kPaths.count; }
 
-SSMQUANT_EXPORT const char* ssmquant_scan_path(int64_t index) { return Paths().found[index]->name; }
+SSMQUANT_EXPORT const char* ssmquant_scan_path(int64_t index) { return kPaths.found[index]->name; }
 
 // Elements of the state dtype that a call needs as its workspace.
 SSMQUANT_EXPORT int64_t ssmquant_scan_workspace(const Call* call, int64_t backward) {

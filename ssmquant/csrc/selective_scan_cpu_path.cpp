@@ -255,11 +255,6 @@ void backward(const Call& call, const Plan& plan, Pass pass, int64_t index, int6
 
 }  // namespace
 
-#define SSMQUANT_JOIN_(a, b) a##b
-#define SSMQUANT_JOIN(a, b) SSMQUANT_JOIN_(a, b)
-#define SSMQUANT_TEXT_(a) #a
-#define SSMQUANT_TEXT(a) SSMQUANT_TEXT_(a)
-
 extern const Path SSMQUANT_JOIN(ssmquant_scan_, SSMQUANT_PATH);
 const Path SSMQUANT_JOIN(ssmquant_scan_, SSMQUANT_PATH) = {
     SSMQUANT_TEXT(SSMQUANT_PATH),

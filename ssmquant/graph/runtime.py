@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from ssmquant.adapter import Adapter
 from ssmquant.config import QConfig
 from ssmquant.errors import ConfigError, SsmquantError, TraceError
+from ssmquant.graph.bank import bank_weights
 from ssmquant.graph.patches import PATCH_LOCK
 from ssmquant.graph.plan import Plan, make_plan
 from ssmquant.graph.regions import compile_graph
@@ -231,7 +232,7 @@ class Runtime(nn.Module):
                         "...): prepare with an example input of this kind"
                     )
             graph = rewrite(model, t, plan, deployed=self.stage == "deployed")
-        run, code = compile_graph(graph)
+        run, code = compile_graph(bank_weights(graph))
         return Record(
             call.spec, call.static, call.kinds, call.meta, _layout(call), tuple(x.dim() for x in call.tensors),
             t.traced.training_read, _autocast(call), t, plan,
@@ -244,7 +245,7 @@ class Runtime(nn.Module):
         for r in self.records:
             with _Stand(self, model):
                 graph = rewrite(model, r.trace, r.plan, deployed=self.stage == "deployed")
-            run, code = compile_graph(graph)
+            run, code = compile_graph(bank_weights(graph))
             records.append(replace(r, graph=graph, run=run, code=code))
         self.records = records  # new ones: copies of the model share the old
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ssmquant.ops import nvrtc, upstream
+from ssmquant.ops import nvrtc, quantize, upstream
 from ssmquant.ops.mixers import causal_conv1d, mamba2_split_conv1d_scan, mamba_inner
 from ssmquant.ops.norms import gated_norm, layer_norm
 from ssmquant.ops.selection import selected, use_backend
@@ -34,7 +34,7 @@ def backend_report() -> list[tuple[str, str, str]]:
     Raises:
         InputError: ``SSMQUANT_BACKEND`` names no back end.
     """
-    choice = selected()
+    choice = selected("selective_scan")
     rows = [("ssd_scan", "chunked", "PyTorch's matrix products over chunks of time; runs anywhere")]
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     for device in ("cpu", *gpus):
@@ -51,6 +51,9 @@ def backend_report() -> list[tuple[str, str, str]]:
         if name == "cpu":
             why.insert(0, f"C++ with {cpu.paths()[0]} instructions")
         rows.append((f"selective_scan, {device}", name, "; ".join(why) or "the only one for this device"))
+        module, reason = quantize.explain(torch.device(device))
+        fused = "fused kernels of fake quantization"
+        rows.append((f"quantize, {device}", *(("torch", reason) if module is None else (module.NAME, fused))))
     if not gpus:
         return [*rows, ("selective_scan, cuda", "none", "PyTorch sees no CUDA device")]
     package = upstream.find("causal_conv1d")

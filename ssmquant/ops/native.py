@@ -39,8 +39,13 @@ _FLAGS = (
 _LINK = ("-shared", "-pthread")
 _PATHS = {
     "portable": (),
-    "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+}
+# Kernels: source files <name>_cpu.cpp, and <name>_cpu_path.cpp once for each instruction set; flags of their own.
+_KERNELS = {
+    "selective_scan": (),
+    "quantize": ("-ffp-contract=off",),  # codes have to equal those of plain PyTorch
 }
 _LONGEST = 600  # seconds for one run of the compiler
 
@@ -151,14 +156,12 @@ def _is_whole(path: Path) -> bool:
 
 def _units() -> dict[str, tuple[str, ...]]:
     """What is compiled, by name of the object: source file and flags."""
-    units: dict[str, tuple[str, ...]] = {"selective_scan": ("selective_scan_cpu.cpp",)}
-    for path, flags in _PATHS.items():
-        if path == "portable" or platform.machine().lower() in ("x86_64", "amd64"):
-            units[f"selective_scan_{path}"] = (
-                "selective_scan_cpu_path.cpp",
-                f"-DSSMQUANT_PATH={path}",
-                *flags,
-            )
+    units: dict[str, tuple[str, ...]] = {}
+    for name, own in _KERNELS.items():
+        units[name] = (f"{name}_cpu.cpp", *own)
+        for path, flags in _PATHS.items():
+            if path == "portable" or platform.machine().lower() in ("x86_64", "amd64"):
+                units[f"{name}_{path}"] = (f"{name}_cpu_path.cpp", f"-DSSMQUANT_PATH={path}", *flags, *own)
     return units
 
 

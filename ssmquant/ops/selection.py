@@ -13,15 +13,16 @@ from ssmquant.errors import InputError
 __all__ = ["NAMES", "VARIABLE", "note", "passed_over", "selected", "use_backend"]
 
 NAMES = ("auto", "cuda", "triton", "cpu", "chunked", "mamba_ssm")
+OPERATORS = ("selective_scan", "causal_conv1d", "quantize")
 VARIABLE = "SSMQUANT_BACKEND"
 
 
 class _State:
-    """Of the process: what ``use_backend`` has set (None: nothing), and the messages that have been given."""
+    """Of the process: what ``use_backend`` has set for an operator (None: for all), and the messages already given."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.name: str | None = None
+        self.names: dict[str | None, str | None] = {}
         self.said: set[str] = set()
 
     def first_time(self, message: str) -> bool:
@@ -41,11 +42,12 @@ def _checked(name: str, source: str) -> str:
 
 
 class use_backend:
-    """Choose what computes the float operators: from now on, or inside a ``with`` block.
+    """Choose what computes the operators: from now on, or inside a ``with`` block.
 
         ssmquant.ops.use_backend("triton")
         with ssmquant.ops.use_backend("mamba_ssm"):
             y = model(x)
+        ssmquant.ops.use_backend("chunked", op="quantize")
 
     The choice is of the process, all threads included, and goes before the environment variable ``SSMQUANT_BACKEND``.
     Where the chosen back end cannot serve a call (other device, dtype or state size, not installed), that call goes to
@@ -56,16 +58,21 @@ class use_backend:
         name: "auto": the fastest one that can serve the call; "cuda": our CUDA kernels; "triton"; "cpu": our C++;
             "chunked": plain PyTorch; "mamba_ssm": the CUDA extensions of the packages mamba-ssm (the selective scan)
             and causal-conv1d (``ops.causal_conv1d``), where they are installed.
+        op: for this operator only, before what is chosen for all: "selective_scan", "causal_conv1d", or "quantize",
+            the fake quantization of training, which has "triton", "cpu" and "chunked" (any other name means "auto").
 
     Raises:
-        InputError: no such name.
+        InputError: no such name or operator.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, op: str | None = None) -> None:
         name = _checked(name, "use_backend")
+        if op is not None and op not in OPERATORS:
+            raise InputError(f"use_backend: there is no choice for {op!r}, only for {', '.join(OPERATORS)}")
+        self.op = op
         with _STATE.lock:
-            self.previous = _STATE.name
-            _STATE.name = name
+            self.previous = _STATE.names.get(op)
+            _STATE.names[op] = name
 
     def __enter__(self) -> None:
         pass
@@ -74,16 +81,16 @@ class use_backend:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _STATE.lock:
-            _STATE.name = self.previous
+            _STATE.names[self.op] = self.previous
 
 
-def selected() -> str | None:
-    """The back end that ``use_backend`` or ``SSMQUANT_BACKEND`` names; None for the automatic choice.
+def selected(op: str) -> str | None:
+    """The back end that ``use_backend`` or ``SSMQUANT_BACKEND`` names for ``op``; None for the automatic choice.
 
     Raises:
         InputError: the variable names none that there is.
     """
-    name = _STATE.name
+    name = _STATE.names.get(op) or _STATE.names.get(None)
     if name is None:
         name = _checked(os.environ.get(VARIABLE, "").strip() or "auto", VARIABLE)
     return None if name == "auto" else name

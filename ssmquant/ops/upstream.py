@@ -57,7 +57,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
 
     Left to PyTorch as well: what is compiled or traced, for an opaque call would hide the convolution.
     """
-    if torch.compiler.is_compiling() or selected() != "mamba_ssm":
+    if torch.compiler.is_compiling() or selected("causal_conv1d") != "mamba_ssm":
         return None
     if any(type(t) not in (Tensor, nn.Parameter) for t in (x, weight)):
         return None

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmquant.errors import ConfigError
+from ssmquant.ops import quantize
+from ssmquant.ops.quantize import DLSRule, Groups
 from ssmquant.quantizers.affine import (
     Affine,
     affine_decode,
@@ -153,6 +155,25 @@ class _DLSFunction(torch.autograd.Function):
         return dx.to(x.dtype), dw, dv, None, None, None, None, None, None, None
 
 
+class _FusedDLS(torch.autograd.Function):
+    """``_DLSFunction`` by fused kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, v: Tensor, groups: Groups, rule: DLSRule) -> Tensor:
+        y, ranges = quantize.dls_forward(x, w, v, groups, rule)
+        ctx.save_for_backward(x, w, v, ranges)
+        ctx.static = groups, rule
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, v, ranges = ctx.saved_tensors
+        need_x = ctx.needs_input_grad[0]
+        groups, rule = ctx.static
+        dx, dw, dv = quantize.dls_backward(grad, x, w, v, ranges, groups, rule, need_x)
+        return dx if need_x else None, dw, dv, None, None
+
+
 class DLS(Quantizer):
     """Dynamic range from statistics; parameters ``w`` and ``v``, shape ``(4,)``: see the module's docstring.
 
@@ -235,10 +256,31 @@ class DLS(Quantizer):
 
     def _affine(self, x: Tensor) -> Affine:
         self._check_axis(x)
+        if self._fused(x):
+            x = quantize.dense(x)
+            ranges = quantize.dls_range(x, self.w, self.v, quantize.groups_of(x, self.stats_axis), self._rule)
+            if self.stats_axis is not None:
+                shape = [1] * x.dim()
+                shape[self.stats_axis] = -1
+                return Affine(*(ranges[i].reshape(shape) for i in (4, 5, 2, 3)))
+            return Affine(*(ranges[i, 0] for i in (4, 5, 2, 3)))
         w, v = self._coefficients(x)
         stats = dls_statistics(x.to(w.dtype), self.stats_axis, single_is_nan=self.official)
         alpha, beta = dls_range(stats, w, v, self._width(), self.eps, floor_first=self.official)
         return Affine(alpha, beta, stats[2], stats[3])
+
+    @property
+    def _rule(self) -> DLSRule:
+        passes = self.dead_scale == "pass"
+        return DLSRule(self._width(), self.qmin, self.eps, self.official, passes, self.scale_gradient)
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether fused kernels serve. They have no NaN for the deviation of a single element."""
+        if (self.official and x.numel() < 2) or (
+            self.stats_axis is not None and x.shape[self.stats_axis] > 65535
+        ):
+            return False
+        return quantize.serves(x, self.w, self.v)
 
     def _check_axis(self, x: Tensor) -> None:
         axis = self.stats_axis
@@ -247,6 +289,12 @@ class DLS(Quantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         self._check_axis(x)
+        out: Tensor
+        if self._fused(x):
+            x = quantize.dense(x)
+            groups = quantize.groups_of(x, self.stats_axis)
+            out = _FusedDLS.apply(x, self.w, self.v, groups, self._rule)
+            return out
         w, v = self._coefficients(x)
         static = (
             self._width(),
@@ -256,7 +304,7 @@ class DLS(Quantizer):
             self.dead_scale == "pass",
             self.scale_gradient,
         )
-        out: Tensor = _DLSFunction.apply(x, w, v, self.stats_axis, *static)
+        out = _DLSFunction.apply(x, w, v, self.stats_axis, *static)
         return out
 
     def _fit(self, batches: list[Tensor], stats: GroupStats) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ssmquant.ops import quantize
 from ssmquant.quantizers.affine import Affine, affine_decode, affine_index, compute_dtype, group_sum, in_dtype
 from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.observers import GroupStats, group_rows, sample_rows
@@ -55,6 +56,24 @@ class _LSQFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbeta = group_sum(dx - grad, axis)
         return dx.to(x.dtype), dalpha, dbeta, None, None, None, None
+
+
+class _FusedLSQ(torch.autograd.Function):
+    """``_LSQFunction`` of a whole tensor by fused kernels; alpha is the parameter itself, not yet floored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, eps: float, scaled: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, alpha, beta)
+        ctx.static = qmin, qmax, eps, scaled
+        return quantize.lsq_forward(x, alpha, beta, qmin, qmax, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, beta = ctx.saved_tensors
+        dx, dalpha, dbeta = quantize.lsq_backward(grad, x, alpha, beta, *ctx.static)
+        return dx, dalpha.reshape(alpha.shape), dbeta.reshape(beta.shape), None, None, None, None
 
 
 class LearnedScale(Quantizer):
@@ -190,8 +209,12 @@ class LSQ(LearnedScale):
         self.signed_by_data = official or not is_weight
 
     def _quantize(self, x: Tensor) -> Tensor:
+        out: Tensor
+        if self._state_axis is None and quantize.serves(x, self.alpha, self.beta):
+            eps = 0.0 if self.official else self.eps
+            static = self.qmin, self.qmax, eps, self.scale_gradient
+            out = _FusedLSQ.apply(quantize.dense(x), self.alpha, self.beta, *static)
+            return out
         alpha, beta = self._scale_shift(x)
-        out: Tensor = _LSQFunction.apply(
-            x, alpha, beta, self.qmin, self.qmax, self._state_axis, self.scale_gradient
-        )
+        out = _LSQFunction.apply(x, alpha, beta, self.qmin, self.qmax, self._state_axis, self.scale_gradient)
         return out

@@ -25,23 +25,28 @@ from ssmquant.quantizers.affine import Affine, affine_decode, compute_dtype, gro
 from ssmquant.quantizers.lsq import LearnedScale
 from ssmquant.quantizers.observers import GroupStats
 
-__all__ = ["RFA", "ordered_grid"]
+__all__ = ["RFA", "grid_thresholds", "ordered_grid"]
 
 MIN_GAP = 1e-3
 TAIL = 0.1
 
 
 def ordered_grid(grid: Tensor, gap: float = MIN_GAP) -> Tensor:
-    """Raise entries of ``grid`` ``(n,)`` to ``gap`` above their predecessors; entries in order stay exact."""
-    ramp = torch.arange(grid.numel(), dtype=grid.dtype, device=grid.device) * gap
+    """Raise entries of ``grid`` ``(.., n)`` to ``gap`` above their predecessors; entries in order stay exact."""
+    ramp = torch.arange(grid.shape[-1], dtype=grid.dtype, device=grid.device) * gap
     lowered = grid - ramp
-    running = lowered.cummax(0).values
+    running = lowered.cummax(-1).values
     return torch.where(running == lowered, grid, running + ramp)
 
 
 def suffix_min(t: Tensor) -> Tensor:
-    """``min(t[i:])`` for every i: what a chain of ``where(u > t_i, ...)`` effectively compares with."""
-    return t.flip(0).cummin(0).values.flip(0)
+    """``min(t[.., i:])`` for every i: what a chain of ``where(u > t_i, ...)`` effectively compares with."""
+    return t.flip(-1).cummin(-1).values.flip(-1)
+
+
+def grid_thresholds(grid: Tensor) -> Tensor:
+    """The thresholds of grids ``(.., n)``, non-decreasing, ``(.., n - 1)``."""
+    return suffix_min((grid[..., :-1] + grid[..., 1:]) / 2)
 
 
 def _count_below(u: Tensor, sorted_bounds: Tensor) -> Tensor:
@@ -175,8 +180,7 @@ class RFA(LearnedScale):
         grid = self.grid.to(dtype)
         if not self.official:
             grid = _StraightOrder.apply(grid)
-        middle = (grid.detach()[:-1] + grid.detach()[1:]) / 2
-        return grid, suffix_min(middle)
+        return grid, grid_thresholds(grid.detach())
 
     @torch.no_grad()
     def thresholds(self) -> Tensor:

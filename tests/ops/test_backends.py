@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssmquant import cli
 from ssmquant.errors import InputError
-from ssmquant.ops import backend_report, nvrtc, selection, selective_scan, use_backend
+from ssmquant.ops import backend_report, nvrtc, quantize, selection, selective_scan, use_backend
 from ssmquant.ops.selective_scan import backends, chunked, selective_scan_reference
 from tests.conftest import ROOT
 from tests.ops.test_selective_scan import OP, assert_close, operands, run
@@ -123,7 +123,7 @@ def test_a_name_that_there_is_not(
         InputError, match="no back end 'cudnn'; choose one of auto, cuda, triton, cpu, chunked"
     ):
         use_backend("cudnn")
-    assert selection.selected() is None
+    assert selection.selected("selective_scan") is None
     monkeypatch.setenv(selection.VARIABLE, "cudnn")
     with pytest.raises(InputError, match="SSMQUANT_BACKEND: there is no back end 'cudnn'"):
         selective_scan(**operands(dtype=torch.float32))
@@ -208,10 +208,12 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_report_of_a_gpu(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(quantize, "explain", lambda device: (None, f"plain PyTorch on {device}"))
     fakes["cuda"].reason = "NVRTC is missing"
     fakes["mamba_ssm"] = "it cannot be imported"
     rows = {name: (state, why) for name, state, why in backend_report()}
     assert rows["selective_scan, cuda:0"] == rows["selective_scan, cuda:1"]
+    assert rows["quantize, cuda:1"] == ("torch", "plain PyTorch on cuda:1")
     why = "not cuda: NVRTC is missing; not mamba_ssm: it cannot be imported; can be chosen: chunked"
     assert rows["selective_scan, cuda:0"] == ("triton", why)
     fakes["cuda"].reason = None

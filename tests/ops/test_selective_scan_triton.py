@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = __file__.rsplit("/tests/", 1)[0]
+from tests.ops.interpreted import in_process, make_interpreter_work
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,17 +38,7 @@ def poisoned(empty: Any) -> Any:
 
 def interpret(case: str) -> None:
     """Forward and backward of one case against the definition in float64. Runs in the process with the interpreter."""
-    from triton.runtime import interpreter
-
-    plain = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        plain(tensor, scope)
-        # NumPy 2.4 no longer converts an array of one element to an int, which Triton 3.6 relies on.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-
+    make_interpreter_work()
     from ssmquant.ops.selective_scan import selective_scan_reference, triton
 
     triton._SCRATCH = 1 << 14  # several launches
@@ -121,20 +108,10 @@ def compile_for_h100() -> None:
             assert built.asm["cubin"]
 
 
-def in_process(call: str, **environment: str) -> None:
-    code = f"from tests.ops import test_selective_scan_triton as t; t.{call}"
-    path = os.pathsep.join([ROOT, *(p for p in sys.path if p)])
-    env = {**os.environ, "PYTHONPATH": path, **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_kernels_agree_with_the_definition(case: str) -> None:
-    in_process(f"interpret({case!r})", TRITON_INTERPRET="1")
+    in_process("test_selective_scan_triton", f"interpret({case!r})", TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_an_h100() -> None:
-    in_process("compile_for_h100()", TRITON_INTERPRET="0")
+    in_process("test_selective_scan_triton", "compile_for_h100()", TRITON_INTERPRET="0")

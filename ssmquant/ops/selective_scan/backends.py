@@ -129,7 +129,7 @@ def choose(device: torch.device, dtype: torch.dtype, states: int, name: str | No
     Raises:
         InputError: the environment variable names no back end.
     """
-    name = name or selected()
+    name = name or selected("selective_scan")
     if name is not None:
         reason = _reason(name, device, dtype, states)
         module = _load(name)

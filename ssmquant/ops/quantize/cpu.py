@@ -1,0 +1,257 @@
+"""Fused fake quantization on the CPU, by the C++ of ``csrc/quantize_cpu.cpp``. The functions are those of ``forms``.
+
+Every chunk of a group is summed by itself and joined with the others in order, so results depend on neither the number
+of threads nor the instruction set (AVX-512, AVX2, or whatever the compiler makes of the portable form, chosen when it
+runs; ``path`` is an index into ``paths()``). Statistics and sums are accumulated in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmquant.ops import native
+from ssmquant.ops.quantize.forms import Bank, DLSRule, Groups
+
+__all__ = [
+    "NAME",
+    "bank_backward",
+    "bank_forward",
+    "dls_backward",
+    "dls_forward",
+    "dls_range",
+    "lsq_backward",
+    "lsq_forward",
+    "paths",
+    "unavailable",
+]
+
+NAME = "cpu"
+
+_DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
+
+
+class _Call(ctypes.Structure):
+    """``QuantizeCall`` of quantize_cpu.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("path", "threads", "dtype")),
+        *((name, ctypes.c_void_p) for name in ("x", "g", "y")),
+        *((name, ctypes.c_int64) for name in ("qmin", "qmax")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("alpha", "beta", "dalpha", "dbeta")),
+        ("scale", ctypes.c_double),
+        ("workspace", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "groups", "inner")),
+        *((name, ctypes.c_int64) for name in ("steps", "floor_first", "dead_pass")),
+        *((name, ctypes.c_void_p) for name in ("w", "v", "ranges", "dw", "dv")),
+        *((name, ctypes.c_int64) for name in ("weights", "levels")),
+        *((name, ctypes.c_void_p) for name in ("counts", "weight_groups", "scales")),
+        *((name, ctypes.c_void_p) for name in ("grid", "thresholds", "dgrid")),
+    ]
+    table: tuple[ctypes.Array[Any], ...]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The library with its functions typed, or why there is none."""
+    found = native.library()
+    if isinstance(found, str):
+        return found
+    found.ssmquant_quantize_paths.restype = ctypes.c_int64
+    found.ssmquant_quantize_path.argtypes = [ctypes.c_int64]
+    found.ssmquant_quantize_path.restype = ctypes.c_char_p
+    for kind in ("lsq", "dls", "bank"):
+        size = getattr(found, f"ssmquant_{kind}_workspace")
+        size.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64]
+        size.restype = ctypes.c_int64
+        for way in ("forward", "backward"):
+            function = getattr(found, f"ssmquant_{kind}_{way}")
+            function.argtypes = [ctypes.POINTER(_Call)]
+            function.restype = None
+    return found
+
+
+def _loaded() -> ctypes.CDLL:
+    found = _library()
+    if isinstance(found, str):
+        raise RuntimeError(f"quantize: {found}")
+    return found
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why nothing can be quantized there, or None. May compile at first use."""
+    if device.type != "cpu":
+        return f"for the CPU, not for {device.type}"
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+def paths() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, "avx512", "avx2", "portable"; the first one is used."""
+    found = _loaded()
+    return tuple(found.ssmquant_quantize_path(i).decode() for i in range(found.ssmquant_quantize_paths()))
+
+
+def _call(x: Tensor, path: int, **fields: Any) -> _Call:
+    threads = torch.get_num_threads()
+    return _Call(path, threads, _DTYPES[x.dtype], x.data_ptr(), count=x.numel(), **fields)
+
+
+def _run(kind: str, backward: bool, call: _Call) -> None:
+    library = _loaded()
+    size = getattr(library, f"ssmquant_{kind}_workspace")(call, backward)
+    workspace = torch.empty(size, dtype=torch.float64)
+    call.workspace = workspace.data_ptr()
+    getattr(library, f"ssmquant_{kind}_backward" if backward else f"ssmquant_{kind}_forward")(call)
+
+
+def lsq_forward(
+    x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, eps: float, path: int = 0
+) -> Tensor:
+    """``x`` quantized."""
+    y = torch.empty_like(x)
+    call = _call(x, path, y=y.data_ptr(), qmin=qmin, qmax=qmax, eps=eps)
+    call.alpha, call.beta = alpha.data_ptr(), beta.data_ptr()
+    _loaded().ssmquant_lsq_forward(call)
+    return y
+
+
+def lsq_backward(
+    g: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    qmin: int,
+    qmax: int,
+    eps: float,
+    scale: float,
+    path: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, alpha and beta; the latter of shape ``()``."""
+    dx = torch.empty_like(x)
+    dalpha, dbeta = (torch.empty((), dtype=torch.float32) for _ in range(2))
+    call = _call(x, path, g=g.data_ptr(), y=dx.data_ptr(), qmin=qmin, qmax=qmax, eps=eps, scale=scale)
+    call.alpha, call.beta = alpha.data_ptr(), beta.data_ptr()
+    call.dalpha, call.dbeta = dalpha.data_ptr(), dbeta.data_ptr()
+    _run("lsq", True, call)
+    return dx, dalpha, dbeta
+
+
+def _dls_call(x: Tensor, w: Tensor, v: Tensor, groups: Groups, rule: DLSRule, path: int) -> _Call:
+    """``w`` and ``v`` are contiguous."""
+    call = _call(x, path, qmin=rule.qmin, qmax=rule.qmax, eps=rule.eps)
+    call.groups, call.inner, call.steps = groups.count, groups.inner, 2**rule.bits
+    call.floor_first, call.dead_pass = rule.floor_first, rule.dead_pass
+    call.w, call.v = w.data_ptr(), v.data_ptr()
+    return call
+
+
+def _dls_forward(
+    x: Tensor, w: Tensor, v: Tensor, groups: Groups, rule: DLSRule, y: Tensor | None, path: int
+) -> Tensor:
+    w, v = w.contiguous(), v.contiguous()
+    ranges = torch.empty((6, groups.count), dtype=torch.float32)
+    call = _dls_call(x, w, v, groups, rule, path)
+    call.ranges = ranges.data_ptr()
+    if y is not None:
+        call.y = y.data_ptr()
+    _run("dls", False, call)
+    return ranges
+
+
+def dls_range(x: Tensor, w: Tensor, v: Tensor, groups: Groups, rule: DLSRule, path: int = 0) -> Tensor:
+    """The ranges that ``dls_forward`` returns, bit for bit."""
+    return _dls_forward(x, w, v, groups, rule, None, path)
+
+
+def dls_forward(
+    x: Tensor, w: Tensor, v: Tensor, groups: Groups, rule: DLSRule, path: int = 0
+) -> tuple[Tensor, Tensor]:
+    """``x`` quantized, and the ranges of its groups."""
+    y = torch.empty_like(x)
+    return y, _dls_forward(x, w, v, groups, rule, y, path)
+
+
+def dls_backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    groups: Groups,
+    rule: DLSRule,
+    need_x: bool,
+    path: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (empty unless ``need_x``), w and v."""
+    w, v, ranges = w.contiguous(), v.contiguous(), ranges.contiguous()
+    dw, dv = (torch.empty(4, dtype=torch.float32) for _ in range(2))
+    call = _dls_call(x, w, v, groups, rule, path)
+    call.g, call.ranges = g.data_ptr(), ranges.data_ptr()
+    call.dw, call.dv = dw.data_ptr(), dv.data_ptr()
+    call.scale = 1 / math.sqrt(x.numel() // groups.count * rule.qmax) if rule.scaled else 1.0
+    dx = torch.empty_like(x) if need_x else x.new_empty(0)
+    if need_x:
+        call.y = dx.data_ptr()
+    _run("dls", True, call)
+    return dx, dw, dv
+
+
+@functools.lru_cache(maxsize=64)
+def _table(bank: Bank) -> tuple[ctypes.Array[Any], ...]:
+    """What a bank's weights are, for C++."""
+    size = len(bank.counts)
+    integers, reals = ctypes.c_int64 * size, ctypes.c_double * size
+    return integers(*bank.counts), integers(*bank.groups), reals(*bank.scales)
+
+
+def _bank_call(x: Tensor, alpha: Tensor, beta: Tensor, bank: Bank, eps: float, path: int) -> _Call:
+    """``alpha`` and ``beta`` are contiguous."""
+    call = _call(x, path, qmin=bank.qmin, qmax=bank.qmax, eps=eps)
+    call.alpha, call.beta = alpha.data_ptr(), beta.data_ptr()
+    call.weights, call.levels = len(bank.counts), bank.levels
+    call.table = table = _table(bank)  # what C++ reads must live as long as the call
+    call.counts, call.weight_groups, call.scales = map(ctypes.addressof, table)
+    return call
+
+
+def bank_forward(
+    x: Tensor, alpha: Tensor, beta: Tensor, thresholds: Tensor, bank: Bank, eps: float, path: int = 0
+) -> Tensor:
+    """All weights quantized."""
+    alpha, beta, thresholds = alpha.contiguous(), beta.contiguous(), thresholds.contiguous()
+    y = torch.empty_like(x)
+    call = _bank_call(x, alpha, beta, bank, eps, path)
+    call.y, call.thresholds = y.data_ptr(), thresholds.data_ptr()
+    _run("bank", False, call)
+    return y
+
+
+def bank_backward(
+    g: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    grid: Tensor,
+    thresholds: Tensor,
+    bank: Bank,
+    eps: float,
+    path: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, alpha, beta and, for RFA, the grid (else empty)."""
+    alpha, beta, grid, thresholds = (t.contiguous() for t in (alpha, beta, grid, thresholds))
+    dx = torch.empty_like(x)
+    dalpha, dbeta = torch.empty_like(alpha), torch.empty_like(beta)
+    dgrid = torch.empty_like(grid) if bank.levels else x.new_empty(0)
+    call = _bank_call(x, alpha, beta, bank, eps, path)
+    call.g, call.y = g.data_ptr(), dx.data_ptr()
+    call.dalpha, call.dbeta = dalpha.data_ptr(), dbeta.data_ptr()
+    call.grid, call.thresholds, call.dgrid = grid.data_ptr(), thresholds.data_ptr(), dgrid.data_ptr()
+    _run("bank", True, call)
+    return dx, dalpha, dbeta, dgrid

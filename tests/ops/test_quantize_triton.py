@@ -1,0 +1,170 @@
+"""The Triton kernels of fake quantization: in Triton's interpreter, compiled for an H100, on a GPU if there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssmquant.ops.quantize import DLSRule
+from tests.ops.interpreted import in_process, make_interpreter_work
+from tests.ops.quantize_checks import check_bank, check_dls, check_lsq
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+def coefficients(bits: int, device: Any) -> tuple[Tensor, Tensor]:
+    top = 2 ** (bits - 1) - 1
+    w = torch.tensor([1 / top, 3 / top, -0.02, 0.03], device=device)
+    return w, torch.tensor([-1.0, 0.1, 0.05, -0.05], device=device)
+
+
+def rules() -> Iterator[tuple[int, DLSRule]]:
+    for bits in (2, 4, 8):
+        low = -(2 ** (bits - 1))
+        yield bits, DLSRule(bits, low, 1e-12, False, False, True)
+        yield bits, DLSRule(bits, 0, 1e-6, True, True, False)
+
+
+def check_all(module: ModuleType, device: Any, large: bool) -> None:
+    """``large`` needs a GPU: the interpreter takes a second for 100,000 elements."""
+    torch.manual_seed(0)
+    # The interpreter cuts bfloat16 off instead of rounding.
+    for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if large else [])):
+        for shape in [(1,), (2, 49, 60), *([(16, 4, 72, 2304), (3, 3136, 180)] if large else [])]:
+            x = (3 * torch.randn(shape, device=device)).to(dtype)
+            for alpha, beta, qmin, qmax in ((0.5, 0.1, -8, 7), (-0.7, -0.2, -2, 1), (1e-9, 0.0, 0, 255)):
+                check_lsq(module, x, alpha, beta, qmin, qmax)
+        x = torch.randn(4, 6, 5, device=device).to(dtype).transpose(1, 2)
+        x[0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+        y = module.lsq_forward(x, *(torch.tensor([s], device=device) for s in (0.5, 0.0)), -8, 7, 0.0)
+        assert y[0, 0, :3].tolist() == pytest.approx([math.nan, 3.5, -4.0], nan_ok=True)
+        for bits, rule in rules():
+            if not large and (dtype != torch.float32 or bits == 8):
+                continue
+            w, v = coefficients(bits, device)
+            cases: list[tuple[Tensor, int | None]] = [
+                (torch.randn(1, device=device), None),
+                (torch.randn(3, 49, 7, device=device), 0),
+                (5 + torch.randn(2, 3, 50, device=device), 1),
+                (torch.randn(2, 30, 5, device=device).transpose(1, 2), 2),
+                (torch.randn(2, 1100, device=device).exp(), 0),
+                (torch.full((2, 9), 3.0, device=device), 0),
+                (1000 + torch.randn(9000, device=device), None),
+            ]
+            if large:
+                cases += [
+                    (torch.randn(16, 4, 72, 2304, device=device), 0),
+                    (torch.randn(3, 3136, 180, device=device), None),
+                ]
+            for x, axis in cases:
+                check_dls(module, x.to(dtype), w, v, axis, rule)
+    w, v = coefficients(4, device)
+    x = torch.randn(3, 4000, device=device)
+    x[1, 7] = math.nan
+    y = module.dls_forward(x, w, v, *dls_arguments(x))[0]
+    assert y.isnan().any(1).tolist() == y.isnan().all(1).tolist() == [False, True, False]
+    shapes = [(7,), (12, 60), (60, 3, 3), (1, 1)]
+    for bits in (2, 4, 8) if large else (2, 4):
+        for rfa in (True, False):
+            for by_channel in (True, False):
+                check_bank(module, [*shapes, (144, 720)] if large else shapes, bits, rfa, by_channel, device)
+
+
+def dls_arguments(x: Tensor) -> tuple[Any, ...]:
+    from ssmquant.ops.quantize import Groups
+
+    return Groups(x.shape[0], x.stride(0)), DLSRule(4, -8, 1e-12, False, False, True)
+
+
+def interpret() -> None:
+    make_interpreter_work()
+    from ssmquant.ops.quantize import triton
+
+    poison()
+    check_all(triton, "cpu", False)
+
+
+def poison() -> None:
+    """What nothing has written to shows as NaN."""
+
+    def poisoned(empty: Any) -> Any:
+        def filled(*args: Any, **kwargs: Any) -> Any:
+            t = empty(*args, **kwargs)
+            return t.fill_(math.nan) if t.is_floating_point() else t
+
+        return filled
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def compile_for_h100() -> None:
+    """Compile all kernels in a few variants; needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ssmquant.ops.quantize import triton_kernels
+
+    integers = ("n", "size", "inner", "tiles", "programs", "groups", "blocks", "longest")
+    floats = ("qmin", "qmax", "eps", "codes", "scale")
+    tables = ("starts", "lengths", "group_of", "weight_of", "first_block")
+    for dtype, flag, levels in (("fp32", True, 16), ("bf16", False, 0)):
+        values: dict[str, Any] = {
+            "BLOCK": 1024,
+            "TILE": 4096,
+            "TILES": 8,
+            "LEVELS": levels,
+            "COLUMNS": 34,
+            "WIDTH": 64,
+        }
+        for name in ("CONTIGUOUS", "ONE", "FLOOR_FIRST", "VALUES", "DEAD_PASS", "NEED_X"):
+            values[name] = flag
+        values["VALUES"] = values["NEED_X"] = True
+        for name in triton_kernels.__all__:
+            kernel = getattr(triton_kernels, name)
+            names = [p.name for p in kernel.params]
+            constants = {k: v for k, v in values.items() if k in names}
+            signature = {}
+            for n in names:
+                kind = "*fp32"
+                if n in constants:
+                    kind = "constexpr"
+                elif n in integers:
+                    kind = "i32"
+                elif n in floats:
+                    kind = "fp32"
+                elif n in tables:
+                    kind = "*i32"
+                elif n in ("x", "y", "g", "dx") and not name.startswith("bank"):
+                    kind = f"*{dtype}"
+                signature[n] = kind
+            options = {"num_warps": 4, "enable_fp_fusion": False}
+            built = triton.compile(
+                ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options
+            )
+            assert built.asm["cubin"]
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_agree_with_the_quantizers() -> None:
+    in_process("test_quantize_triton", "interpret()", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_h100() -> None:
+    in_process("test_quantize_triton", "compile_for_h100()", TRITON_INTERPRET="0")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    from ssmquant.ops.quantize import triton
+
+    check_all(triton, "cuda", True)
