@@ -29,7 +29,7 @@ def _is_candidate(node: fx.Node, written: set[Any]) -> bool:
 def bank_weights(graph: fx.Graph) -> fx.Graph:
     """The same computation with all quantizers of plain parameters in one call; ``graph`` itself if there are few."""
     written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
-    candidates = [n for n in graph.nodes if _is_candidate(n, written)]
+    candidates = dict.fromkeys(n for n in graph.nodes if _is_candidate(n, written))
     roots = {str(n.target): str(n.all_input_nodes[0].target) for n in candidates}
     if len(roots) < 2:
         return graph
