@@ -62,9 +62,12 @@ def _backend(device: torch.device) -> ModuleType | None:
     return explain(device)[0]
 
 
-@torch.compiler.assume_constant_result
 def _there(kind: str, index: int | None) -> bool:
     return _backend(torch.device(kind) if index is None else torch.device(kind, index)) is not None
+
+
+# torch.compiler.assume_constant_result, which would import all of torch._dynamo, and Triton with it.
+_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(x: Tensor, *scalars: Tensor) -> bool:
