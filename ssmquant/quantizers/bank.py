@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ssmquant.ops import quantize
 from ssmquant.ops.quantize import Bank
@@ -38,6 +39,7 @@ class _BankFunction(torch.autograd.Function):
         return tuple(part.view(w.shape) for part, w in zip(y.split(bank.counts), weights, strict=True))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         bank, eps, shapes = ctx.static
         g = torch.cat([grad.reshape(-1) for grad in grads])

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ssmquant.errors import ConfigError
 from ssmquant.ops import quantize
@@ -166,6 +167,7 @@ class _FusedDLS(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, v, ranges = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]

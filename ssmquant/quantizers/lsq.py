@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ssmquant.ops import quantize
 from ssmquant.quantizers.affine import Affine, affine_decode, affine_index, compute_dtype, group_sum, in_dtype
@@ -70,6 +71,7 @@ class _FusedLSQ(torch.autograd.Function):
         return quantize.lsq_forward(x, alpha, beta, qmin, qmax, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, beta = ctx.saved_tensors
         dx, dalpha, dbeta = quantize.lsq_backward(grad, x, alpha, beta, *ctx.static)

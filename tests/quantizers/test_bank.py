@@ -68,6 +68,15 @@ def test_one_by_one_or_together(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_second_derivative_is_an_error() -> None:
+    for name in ("lsq", "dls"):
+        x = torch.randn(3, 8, requires_grad=True)
+        q = make(name, 4, x.detach()).train()
+        (g,) = torch.autograd.grad(q(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            g.sum().backward()
+
+
 def test_without_kernels() -> None:
     quantizers, weights = some()
     want = quantize_weights(quantizers, weights)

@@ -1,4 +1,4 @@
-"""Fused fake quantization: one pass over memory where plain PyTorch takes twenty. Quantizers use it where it serves.
+"""Fused fake quantization: a pass or two over memory where plain PyTorch takes dozens. Used where it serves.
 
 ``serves`` says whether a back end ("triton" on a GPU, "cpu") is there; ``use_backend("chunked", op="quantize")`` turns
 them off. The functions are those of ``forms``, without gradients. Under ``torch.compile`` they are operators of
@@ -119,7 +119,8 @@ def _call(name: str, x: Tensor, *args: Any) -> Any:
     backend = _backend(x.device)
     if backend is None:
         raise RuntimeError(f"{name}: no kernels for {x.device}")
-    return getattr(backend, name)(*args)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments are on
+        return getattr(backend, name)(*args)
 
 
 def _lsq_forward(x: Tensor, *args: Any) -> Tensor:

@@ -278,10 +278,10 @@ def bank_backward(
     kernels.bank_grid_sums[(len(bank.counts),)](
         grid_parts, t.first_of_weight, totals, COLUMNS=columns, WIDTH=_power(columns), num_warps=4
     )
-    return dx, sums[0], sums[1], grid_gradient(totals.view(-1, 2, bank.levels + 1), grid)
+    return dx, sums[0], sums[1], _grid_gradient(totals.view(-1, 2, bank.levels + 1), grid)
 
 
-def grid_gradient(totals: Tensor, grid: Tensor) -> Tensor:
+def _grid_gradient(totals: Tensor, grid: Tensor) -> Tensor:
     """Gradients of grids in order, (W, levels), from sums over segments, (W, 2, levels + 1).
 
     A step g * alpha at the fraction f of a gap goes to the gap's right entry by f, to the left one by 1 - f.
