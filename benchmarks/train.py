@@ -6,10 +6,12 @@
     python benchmarks/train.py --list                              # all modes
 
 A case is MODEL/HxW/bBATCH: a model of the zoo (mambair_*_xSCALE; also vmamba_tiny/224/b16) and the size of its input.
-A mode is MODEL_train_EXECUTION. Models: float; prepared_w4a4, as published (RFA, LSQ, DLS); prepared_lsq_w4a4; with
+A mode is MODEL_train_EXECUTION. Models: float, the user's own code; prepared_unquantized, the same prepared without a
+quantizer, which leaves the graph with our kernels; prepared_w4a4, as published (RFA, LSQ, DLS); prepared_lsq_w4a4; with
 --official official_w4a4; also w2a2 and w8a8. Executions: eager; graph (the whole step is one CUDA graph); compile
 (torch.compile of the model, which takes minutes, so only with --mode); compile_graph. Suffixes: _bf16 (autocast, with
---bf16), _mamba_ssm (its scan, where it is installed).
+--bf16), _mamba_ssm (its scan, where it is installed), _plain (kernels of
+quantizers and graphs off; only with a --mode that says so).
 
 A step is that of examples/training.py: forward, L1 loss, backward, fused Adam; no clipping, no EMA. All modes of a
 case start from the same weights (as initialised, plus a little noise, for the official scale of a constant tensor is
@@ -37,7 +39,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,6 +147,13 @@ def _prepared(config: QConfig, case: Case) -> nn.Module:
     return ssmquant.calibrate(model, [case.x], progress=False)
 
 
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    """Quantizers and their graph in plain PyTorch."""
+    with use_backend("chunked", op="quantize"), use_backend("chunked", op="fuse"):
+        yield
+
+
 def _official(root: Path, bits: int, case: Case) -> nn.Module:
     return official(root, case.start, bits).to(case.device)
 
@@ -161,6 +170,7 @@ def _modes(device: torch.device, bf16: bool, root: Path | None) -> Iterator[Mode
     gpu = device.type == "cuda"
     executions = ("eager", "graph", "compile", "compile_graph") if gpu else ("eager", "compile")
     models: dict[str, Callable[[Case], nn.Module]] = {"float": lambda case: case.start}
+    models["prepared_unquantized"] = partial(_prepared, QConfig())
     for scheme, config in SCHEMES.items():
         models |= {f"{scheme}_w{b}a{b}": partial(_prepared, config(b)) for b in BITS}
     for model, build in models.items():
@@ -172,6 +182,11 @@ def _modes(device: torch.device, bf16: bool, root: Path | None) -> Iterator[Mode
                     f"{model}_train_{execution}{end}", model, build, execution, half,
                     against=None if plain else f"{model}_train_eager{end}",
                     baseline=f"float_train_{execution}{end}", default=plain or execution == "graph",
+                )  # fmt: skip
+            if model not in ("float", "prepared_unquantized"):
+                yield Mode(
+                    f"{model}_train_eager{end}_plain", model, build, "eager", half, _without_kernels,
+                    f"{model}_train_eager{end}", f"float_train_eager{end}",
                 )  # fmt: skip
             if model == "float" and gpu and dict(explain(device, torch.float32, 16))["mamba_ssm"] is None:
                 for execution in ("eager", "graph"):
@@ -195,7 +210,11 @@ def select(modes: dict[str, Mode], wanted: list[str], quick: bool = False) -> li
     if unknown:
         raise ConfigError(f"no mode has {unknown[0]!r} in its name; --list shows all")
     if wanted:
-        chosen = {name for name in modes if any(word in name for word in wanted)}
+        chosen = {
+            name
+            for name in modes
+            if any(word in name and ("plain" in word) >= ("plain" in name) for word in wanted)
+        }
     else:
         few = ("float", "w4a4") if quick else ("",)
         chosen = {m.name for m in modes.values() if m.default and m.model.endswith(few)}
@@ -234,7 +253,8 @@ def check(mode: Mode, case: Case, step: Step, modes: dict[str, Mode]) -> dict[st
     loss = step.loss_sum.item()
     step.loss_sum.zero_()
     names = {id(p): name for name, p in step.model.named_parameters()}
-    scalars = step.optimizer.param_groups[-1]["params"] if is_prepared(step.model) else []
+    quantized = is_prepared(step.model) and len(step.optimizer.param_groups) > 1
+    scalars = step.optimizer.param_groups[-1]["params"] if quantized else []
     missing = [names[id(p)] for p in scalars if p.grad is None]
     grads = {names[id(p)]: p.grad for p in step.params if p.grad is not None}
     spoiled = [name for name, g in grads.items() if not bool(g.isfinite().all())]

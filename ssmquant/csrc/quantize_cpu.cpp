@@ -254,7 +254,7 @@ class DLS {
     }
     // A mean of very many equal values may be rounded.
     if (low == high && squares == squares) squares = 0;
-    const float std = float(std::sqrt(squares / double(std::max<int64_t>(cut_.size - 1, 1))));
+    const float std = float(std::sqrt(squares / call_.freedom));
     const Statistics s(call_, float(mean), std, low, high);
     float* r = call_.ranges + group;
     const float all[6] = {float(mean), std, low, high, s.alpha(call_), s.beta};
@@ -288,7 +288,7 @@ class DLS {
       parts[4 + i] = s.plain[i] * dbeta;
       d[i] += double(v[i]) * dbeta;
     }
-    const double std = s.plain[1], slope = std > 0 ? d[1] / (std * std::max(n - 1, 1.0)) : 0.0;
+    const double std = s.plain[1], slope = std > 0 ? d[1] / (std * call_.freedom) : 0.0;
     return {r[0], float(d[0] / n), float(slope), float((d[2] + sums[kLow]) / sums[kAtLow]),
             float((d[3] + sums[kHigh]) / sums[kAtHigh])};
   }

@@ -32,6 +32,7 @@ struct QuantizeCall {
   // DLS
   int64_t steps;  // 2 ** bits
   int64_t floor_first, dead_pass;
+  double freedom;  // what a group's sum of squares is divided by for its variance
   const float *w, *v;
   float* ranges;  // (6, groups)
   float *dw, *dv;

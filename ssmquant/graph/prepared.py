@@ -88,7 +88,7 @@ def _run(model: Any, bound: tuple[Any, ...]) -> Any:
     record = model._ssmquant.select(model, call)
     if record.trace.traced.sets_modes:
         return _run_restoring(record, model, call)
-    return record.run(model, *call.tensors)
+    return record(model, call.tensors)
 
 
 def _run_restoring(record: Record, model: Any, call: Call) -> Any:
@@ -97,7 +97,7 @@ def _run_restoring(record: Record, model: Any, call: Call) -> Any:
     kind = call.tensors[0].device.type if call.tensors else "cpu"
     autocast = torch.is_autocast_enabled(kind)
     try:
-        return record.run(model, *call.tensors)
+        return record(model, call.tensors)
     except BaseException:
         torch.set_grad_enabled(grad)
         torch.set_autocast_enabled(kind, autocast)

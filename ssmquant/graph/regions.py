@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch.utils.checkpoint
-from torch import fx
+from torch import fx, nn
 
 __all__ = ["OWNER", "compile_graph"]
 
@@ -14,13 +15,44 @@ OWNER = "_ssmquant_owner"
 """A property of prepared models that returns the model itself, so that a graph can hand it to a region."""
 
 
-def _python(graph: fx.Graph, name: str) -> tuple[Callable[..., Any], str]:
-    code = graph.python_code("self", verbose=False)
+def _python(graph: fx.Graph, name: str, model: nn.Module | None) -> tuple[Callable[..., Any], str]:
+    if model is None:
+        code = graph.python_code("self", verbose=False)
+        source = code.src
+    else:
+        direct, paths = _by_tables(graph, model)
+        code = direct.python_code("self", verbose=False)
+        source = re.sub(r"\bself\._reference_(\d+)\b", lambda m: paths[int(m[1])], code.src)
     space = dict(code.globals)
-    exec(
-        compile(code.src, f"<ssmquant graph {name}>", "exec"), space
-    )  # fx's own way to make a graph runnable
-    return space["forward"], code.src
+    exec(compile(source, f"<ssmquant graph {name}>", "exec"), space)  # fx's own way to make a graph runnable
+    return space["forward"], source
+
+
+def _by_tables(graph: fx.Graph, model: nn.Module) -> tuple[fx.Graph, list[str]]:
+    """The graph with numbered targets, and Python for each: modules' tables are read directly.
+
+    Their attributes cost a call of ``nn.Module.__getattr__`` each, some ten thousand a step.
+    """
+    new = fx.Graph()
+    copy: dict[fx.Node, fx.Node] = {}
+    paths: dict[str, int] = {}
+    for n in graph.nodes:
+        copy[n] = made = new.node_copy(n, copy.__getitem__)
+        if n.op in ("get_attr", "call_module") and n.target != OWNER:
+            made.target = f"_reference_{paths.setdefault(_path(str(n.target), model), len(paths))}"
+    return new, list(paths)
+
+
+def _path(target: str, model: nn.Module) -> str:
+    *owners, last = target.split(".")
+    text, module = "self", model
+    for owner in owners:
+        text += f"._modules[{owner!r}]"
+        module = module._modules[owner]  # type: ignore[assignment]
+    for table in ("_modules", "_parameters", "_buffers"):
+        if last in getattr(module, table):
+            return f"{text}.{table}[{last!r}]"
+    return f"{text}.{last}"
 
 
 def _region_call(fn: Callable[..., Any], index: int) -> Callable[..., Any]:
@@ -56,14 +88,18 @@ def _extract(
     return sub, inputs, outputs
 
 
-def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
-    """``(function(self, *tensors), source)`` of a graph whose module calls are relative to ``self``."""
+def compile_graph(graph: fx.Graph, model: nn.Module | None = None) -> tuple[Callable[..., Any], str]:
+    """``(function(self, *tensors), source)`` of a graph whose module calls are relative to ``self``.
+
+    With ``model``, whose tables of modules and parameters have the names that ``self`` will have, it runs with less
+    work for Python, but ``torch.fx`` and ``torch.compile`` find it harder to read.
+    """
     regions: dict[int, list[fx.Node]] = {}
     for n in graph.nodes:
         if n.meta.get("region") is not None and n.op not in ("get_attr", "placeholder", "output"):
             regions.setdefault(n.meta["region"], []).append(n)
     if not regions:
-        return _python(graph, "forward")
+        return _python(graph, "forward", model)
     main = fx.Graph()
     m: dict[fx.Node, fx.Node] = {}
     member = {n: r for r, nodes in regions.items() for n in nodes}
@@ -77,13 +113,13 @@ def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
         if n is not regions[r][-1]:
             continue
         sub, inputs, outputs = _extract(graph, r, regions[r])
-        fn, src = _python(sub, f"region {r}")
+        fn, src = _python(sub, f"region {r}", model)
         sources.append(f"# checkpointed region {r}\n{src}")
         owner = owner or main.get_attr(OWNER)
         call = main.call_function(_region_call(fn, r), (owner, *(m[i] for i in inputs)))
         for k, o in enumerate(outputs):
             m[o] = main.call_function(_item, (call, k))
-    fn, src = _python(main, "forward")
+    fn, src = _python(main, "forward", model)
     return fn, "\n".join([*sources, src])
 
 

@@ -190,14 +190,14 @@ class _Writer:
             (x, weight, bias, mod.stride, padding, mod.dilation, mod.groups),
         )
 
-    def scan(self, site: Site) -> None:
+    def scan(self, site: Site, float_too: bool) -> None:
         """Any scan of the role tables becomes ours, on quantized operands."""
         node = self.map[site.node]
         node.meta["site"] = site.name
         new = {k[4:]: site.scan.pop(k) for k in list(site.scan) if k.startswith("new:")}
-        if not new:
-            return
         assert site.role is not None
+        if not new and not (float_too and site.role.kind == "s6"):
+            return
         old = {k: (self.map[v] if isinstance(v, fx.Node) else v) for k, v in site.scan.items()}
         ops = {**old, **new}
         args: tuple[Any, ...] = tuple(
@@ -238,8 +238,12 @@ def _first(pair: Any) -> Any:
     return pair[0]
 
 
-def rewrite(model: nn.Module, trace: Trace, plan: Plan, *, deployed: bool = False) -> fx.Graph:
+def rewrite(
+    model: nn.Module, trace: Trace, plan: Plan, *, deployed: bool = False, float_scans: bool = False
+) -> fx.Graph:
     """A new graph with the plan's quantizers in it; the trace's own stays as it is.
+
+    ``float_scans``: also the scans that stay in float become ours.
 
     Nodes of quantizers carry ``meta["point"]`` (the point's name), nodes of sites ``meta["site"]``.
     """
@@ -249,7 +253,7 @@ def rewrite(model: nn.Module, trace: Trace, plan: Plan, *, deployed: bool = Fals
         w.place(point)
     for site in plan.sites:
         if site.kind == "scan":
-            w.scan(site)
+            w.scan(site, float_scans)
         else:
             w.functional(site)
     w.prune()

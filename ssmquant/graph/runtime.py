@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from ssmquant.adapter import Adapter
 from ssmquant.config import QConfig
 from ssmquant.errors import ConfigError, SsmquantError, TraceError
 from ssmquant.graph.bank import bank_weights
+from ssmquant.graph.fuse import Unfit, fuse
+from ssmquant.graph.layers import faster_layers
 from ssmquant.graph.patches import PATCH_LOCK
 from ssmquant.graph.plan import Plan, make_plan
 from ssmquant.graph.regions import compile_graph
@@ -27,6 +29,7 @@ from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.sites import find_sites
 from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_graph, trace
 from ssmquant.graph.writer import ADOPTED, Rules
+from ssmquant.ops.selection import selected
 
 __all__ = ["Record", "Runtime", "adopted_modules", "is_prepared", "runtime_of"]
 
@@ -53,6 +56,22 @@ class Record:
     code: str
     run: Callable[..., Any]
     verified: list[Shapes] = field(default_factory=list)
+    training: list[Callable[..., Any]] = field(default_factory=list)
+    """What runs for a training step on a GPU: made when it first does."""
+
+    def __call__(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        """Runs the graph, in the form that suits the call."""
+        if not _trains_on_a_gpu(model, tensors):
+            return self.run(model, *tensors)
+        if not self.training:
+            graph = rewrite(model, self.trace, self.plan, float_scans=True)
+            fused = faster_layers(fuse(graph, model), model)
+            self.training.append(compile_graph(bank_weights(fused), model)[0])
+        try:
+            return self.training[0](model, *tensors)
+        except Unfit:
+            self.training[0] = self.run
+            return self.run(model, *tensors)
 
     def accepts(self, model: nn.Module, call: Call) -> bool:
         if (
@@ -75,6 +94,18 @@ class Record:
             if model.get_submodule(name).training != flag:
                 return False
         return self.guard(call.shapes)
+
+
+def _trains_on_a_gpu(model: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether fused kernels pay: not while something traces, which makes its own, or for what has no backward pass."""
+    return (
+        model.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(t.is_cuda and type(t) is Tensor for t in tensors)
+        and runtime_of(model).stage == "prepared"
+        and selected("fuse") != "chunked"
+    )
 
 
 def _layout(call: Call) -> tuple[bool, ...]:
@@ -246,7 +277,7 @@ class Runtime(nn.Module):
             with _Stand(self, model):
                 graph = rewrite(model, r.trace, r.plan, deployed=self.stage == "deployed")
             run, code = compile_graph(bank_weights(graph))
-            records.append(replace(r, graph=graph, run=run, code=code))
+            records.append(replace(r, graph=graph, run=run, code=code, training=[]))
         self.records = records  # new ones: copies of the model share the old
 
     # ---- running -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ssmquant.errors import InputError
 __all__ = ["NAMES", "VARIABLE", "note", "passed_over", "selected", "use_backend"]
 
 NAMES = ("auto", "cuda", "triton", "cpu", "chunked", "mamba_ssm")
-OPERATORS = ("selective_scan", "causal_conv1d", "quantize")
+OPERATORS = ("selective_scan", "causal_conv1d", "quantize", "fuse")
 VARIABLE = "SSMQUANT_BACKEND"
 
 
@@ -58,8 +58,9 @@ class use_backend:
         name: "auto": the fastest one that can serve the call; "cuda": our CUDA kernels; "triton"; "cpu": our C++;
             "chunked": plain PyTorch; "mamba_ssm": the CUDA extensions of the packages mamba-ssm (the selective scan)
             and causal-conv1d (``ops.causal_conv1d``), where they are installed.
-        op: for this operator only, before what is chosen for all: "selective_scan", "causal_conv1d", or "quantize",
-            the fake quantization of training, which has "triton", "cpu" and "chunked" (any other name means "auto").
+        op: for this operator only, before what is chosen for all: "selective_scan", "causal_conv1d", "quantize", the
+            fake quantization of training, which has "triton", "cpu" and "chunked" (any other name means "auto"), or
+            "fuse", the rewritten graphs of training on a GPU, which "chunked" turns off.
 
     Raises:
         InputError: no such name or operator.
@@ -90,9 +91,13 @@ def selected(op: str) -> str | None:
     Raises:
         InputError: the variable names none that there is.
     """
-    name = _STATE.names.get(op) or _STATE.names.get(None)
+    names = _STATE.names
+    name = names.get(op) or names.get(None)
     if name is None:
-        name = _checked(os.environ.get(VARIABLE, "").strip() or "auto", VARIABLE)
+        name = os.environ.get(VARIABLE)
+        if not name:  # at every call of an operator: not a step more than it takes
+            return None
+        name = _checked(name.strip() or "auto", VARIABLE)
     return None if name == "auto" else name
 
 

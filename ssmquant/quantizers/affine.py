@@ -6,10 +6,14 @@ same order of operations; that is what makes ``encode(x).decode()`` equal the ev
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import function
 
 __all__ = [
     "Affine",
@@ -20,6 +24,7 @@ __all__ = [
     "group_dims",
     "group_sum",
     "in_dtype",
+    "once_differentiable",
 ]
 
 
@@ -106,3 +111,14 @@ def group_sum(t: Tensor, axis: int | None) -> Tensor:
         return t.sum()
     dims = group_dims(t.dim(), axis)
     return t.sum(dims, keepdim=True) if dims else t  # an empty tuple would mean all dimensions
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The decorator of torch, at no cost in a backward pass that is not itself differentiated (grad mode is off)."""
+    guarded = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run

@@ -1,70 +1,112 @@
 """All weights of a model quantized by one call, where fused kernels serve; one by one else, to the same bits.
 
-A model has hundreds of weights of a few thousand elements, each of which would cost twenty launches.
+A model has hundreds of weights of a few thousand elements, each of which would cost twenty launches; likewise its
+static operands of scans, of a few hundred. (What DLS takes from sums may differ in the last bits on a GPU.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssmquant.ops import quantize
-from ssmquant.ops.quantize import Bank
+from ssmquant.ops.quantize import Bank, DLSRule
+from ssmquant.quantizers.affine import once_differentiable
+from ssmquant.quantizers.dls import DLS
 from ssmquant.quantizers.lsq import LSQ
 from ssmquant.quantizers.rfa import RFA, grid_thresholds, ordered_grid
 
 __all__ = ["quantize_weights"]
 
 
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def _shaped(x: Tensor, counts: tuple[int, ...], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    return [part.view(shape) for part, shape in zip(x.split(counts), shapes, strict=True)]
+
+
 class _BankFunction(torch.autograd.Function):
     """``tensors``: the weights, their alphas, their betas and, for RFA, their grids."""
 
     @staticmethod
-    def forward(ctx: Any, bank: Bank, eps: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, kernels: ModuleType, bank: Bank, eps: float, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         count = len(bank.counts)
-        weights = tensors[:count]
-        x = torch.cat([w.reshape(-1) for w in weights])
+        x, shapes = _flat(tensors[:count]), [w.shape for w in tensors[:count]]
         alpha, beta = torch.cat(tensors[count : 2 * count]), torch.cat(tensors[2 * count : 3 * count])
         grid = thresholds = alpha
         if bank.levels:
             grid = ordered_grid(torch.stack(tensors[3 * count :]))
             thresholds = grid_thresholds(grid)
-        y = quantize.bank_forward(x, alpha, beta, thresholds, bank, eps)
+        y = kernels.bank_forward(x, alpha, beta, thresholds, bank, eps)
         ctx.save_for_backward(x, alpha, beta, grid, thresholds)
-        ctx.static = bank, eps, [w.shape for w in weights]
-        return tuple(part.view(w.shape) for part, w in zip(y.split(bank.counts), weights, strict=True))
+        ctx.static = kernels, bank, eps, shapes
+        return tuple(_shaped(y, bank.counts, shapes))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        bank, eps, shapes = ctx.static
-        g = torch.cat([grad.reshape(-1) for grad in grads])
-        x, alpha, beta, grid, thresholds = ctx.saved_tensors
-        dx, alpha, beta, grid = quantize.bank_backward(g, x, alpha, beta, grid, thresholds, bank, eps)
-        parts = [part.view(shape) for part, shape in zip(dx.split(bank.counts), shapes, strict=True)]
+        kernels, bank, eps, shapes = ctx.static
+        dx, alpha, beta, grid = kernels.bank_backward(_flat(grads), *ctx.saved_tensors, bank, eps)
+        parts = _shaped(dx, bank.counts, shapes)
         parts += [*alpha.split(bank.groups), *beta.split(bank.groups)]
         if bank.levels:
             parts += grid.unbind(0)
-        return None, None, *parts
+        return None, None, None, *parts
 
 
-_Key = tuple[type, int, int, bool, float]
+class _DLSBankFunction(torch.autograd.Function):
+    """``tensors``: the values, their w and their v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ModuleType, counts: tuple[int, ...], rule: DLSRule, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        count = len(counts)
+        x, shapes = _flat(tensors[:count]), [t.shape for t in tensors[:count]]
+        w, v = torch.stack(tensors[count:]).view(2, count, 4).unbind(0)
+        y, ranges = kernels.dls_bank_forward(x, w, v, counts, rule)
+        ctx.save_for_backward(x, w, v, ranges)
+        ctx.static = kernels, counts, rule, shapes
+        return tuple(_shaped(y, counts, shapes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kernels, counts, rule, shapes = ctx.static
+        dx, dw, dv = kernels.dls_bank_backward(_flat(grads), *ctx.saved_tensors, counts, rule)
+        return None, None, None, *_shaped(dx, counts, shapes), *dw.unbind(0), *dv.unbind(0)
+
+
+_PARAMETERS: dict[type, tuple[str, ...]] = {
+    LSQ: ("alpha", "beta"),
+    RFA: ("alpha", "beta", "grid"),
+    DLS: ("w", "v"),
+}
+_Key = tuple[Any, ...]
 
 
 def _key(quantizer: Any, weight: Tensor) -> _Key | None:
-    """What weights of one bank have in common; None for one that has to go alone."""
-    if type(quantizer) not in (RFA, LSQ) or quantizer.bits is None or quantizer.official:
+    """What tensors of one bank have in common; None for one that has to go alone."""
+    kind = type(quantizer)
+    if kind not in _PARAMETERS or quantizer.bits is None or quantizer.official:
         return None
-    if not quantizer._flags["initialized"] or weight.dtype != torch.float32:
+    if weight.dtype != torch.float32 or not weight.numel():
         return None
-    axis = quantizer._state_axis
-    if axis is not None and axis % weight.dim() != 0:  # groups have to lie end to end
+    if kind is DLS:
+        return None if quantizer.axis is not None else (kind, weight.device, *quantizer._rule(1))
+    if not quantizer._flags["initialized"]:
         return None
-    return type(quantizer), quantizer.bits, quantizer.qmin, quantizer.scale_gradient, quantizer.eps
+    if quantizer.num_groups > 1 and quantizer.axis % weight.dim() != 0:  # groups have to lie end to end
+        return None
+    return kind, weight.device, quantizer.bits, quantizer.qmin, quantizer.scale_gradient, quantizer.eps
 
 
 def quantize_weights(quantizers: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -72,18 +114,26 @@ def quantize_weights(quantizers: Sequence[Any], weights: Sequence[Tensor]) -> li
     banks: dict[_Key, list[int]] = {}
     for i, (quantizer, weight) in enumerate(zip(quantizers, weights, strict=True)):
         key = _key(quantizer, weight)
-        if key is not None and quantize.serves(weight, quantizer.alpha, quantizer.beta):
+        if key is not None:
             banks.setdefault(key, []).append(i)
     out: list[Tensor | None] = [None] * len(weights)
-    for (kind, bits, qmin, scaled, eps), members in banks.items():
-        if len(members) < 2:
+    for (kind, _, *rest), members in banks.items():
+        some = [weights[i] for i in members]
+        state = [getattr(quantizers[i], name) for name in _PARAMETERS[kind] for i in members]
+        counts = tuple(w.numel() for w in some)
+        if len(members) < 2 or sum(counts) > quantize.MOST:
             continue
-        some = [quantizers[i] for i in members]
-        counts = tuple(weights[i].numel() for i in members)
-        levels = 2**bits if kind is RFA else 0
-        bank = Bank(counts, tuple(q.num_groups for q in some), qmin, qmin + 2**bits - 1, levels, scaled)
-        tensors = [weights[i] for i in members] + [q.alpha for q in some] + [q.beta for q in some]
-        tensors += [q.grid for q in some] if levels else []
-        for i, value in zip(members, _BankFunction.apply(bank, eps, *tensors), strict=True):
+        kernels = quantize.serving(some[0], *state)
+        if kernels is None:
+            continue
+        if kind is DLS:
+            values = _DLSBankFunction.apply(kernels, counts, DLSRule(*rest), *some, *state)
+        else:
+            bits, qmin, scaled, eps = rest
+            groups = tuple(quantizers[i].num_groups for i in members)
+            levels = 2**bits if kind is RFA else 0
+            bank = Bank(counts, groups, qmin, qmin + 2**bits - 1, levels, scaled)
+            values = _BankFunction.apply(kernels, bank, eps, *some, *state)
+        for i, value in zip(members, values, strict=True):
             out[i] = value
     return [q(w) if value is None else value for q, w, value in zip(quantizers, weights, out, strict=True)]

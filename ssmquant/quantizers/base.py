@@ -186,8 +186,14 @@ class Quantizer(nn.Module):
                 self._set_flag("initialized", True)
             self._fit(filled, pooled)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, copies: int = 1) -> Tensor:
         """Return fake-quantized ``x``: same shape and dtype (fp16 and bf16 are computed in float32).
+
+        Args:
+            x: float tensor.
+            copies: ``x`` stands for a tensor that holds each of its elements so often, as the four orders of an image
+                in a cross-scan do: statistics and gradient scales are those of that tensor. The gradient that arrives
+                for an element is the sum over its copies.
 
         Raises:
             NotCalibratedError: evaluation of an uninitialised quantizer.
@@ -199,7 +205,7 @@ class Quantizer(nn.Module):
             return x
         if x.numel() == 0:
             return x
-        return self._quantize(x)
+        return self._quantize(x) if copies == 1 else self._quantize_copies(x, copies)
 
     def _become_ready(self, x: Tensor, may_initialize: bool) -> bool:
         """Initialise if allowed. False: ``x`` is empty or all zero and passes through as it is."""
@@ -285,3 +291,7 @@ class Quantizer(nn.Module):
 
     def _quantize(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _quantize_copies(self, x: Tensor, copies: int) -> Tensor:
+        """Where their number matters to neither values nor gradients, that of ``x`` itself."""
+        return self._quantize(x)

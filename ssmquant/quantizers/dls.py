@@ -12,11 +12,11 @@ The output clip keeps y within the range of x for any learnt scalars (A < 0 stay
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ssmquant.errors import ConfigError
 from ssmquant.ops import quantize
@@ -29,6 +29,7 @@ from ssmquant.quantizers.affine import (
     group_dims,
     group_sum,
     in_dtype,
+    once_differentiable,
 )
 from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.dls_fit import search_coefficients
@@ -37,10 +38,16 @@ from ssmquant.quantizers.observers import GroupStats, group_rows
 __all__ = ["DLS", "dls_range", "dls_statistics"]
 
 
-def dls_statistics(x: Tensor, axis: int | None, *, single_is_nan: bool = False) -> Tensor:
+def _freedom(count: int, copies: int) -> float:
+    """What a sum of squares is divided by for the unbiased variance of a group that holds its elements so often."""
+    free = max(count * copies - 1, 1)
+    return free if copies == 1 else free / copies
+
+
+def dls_statistics(x: Tensor, axis: int | None, *, single_is_nan: bool = False, copies: int = 1) -> Tensor:
     """Mean, unbiased standard deviation, min and max of every group, stacked: ``(4, *group shape)``.
 
-    The deviation of a single element is 0 (published: NaN).
+    The deviation of a single element is 0 (published: NaN). ``copies``: see :meth:`Quantizer.forward`.
     """
     dims = group_dims(x.dim(), axis)
     if axis is not None and not dims:  # 1-D, every element a group of its own
@@ -52,8 +59,8 @@ def dls_statistics(x: Tensor, axis: int | None, *, single_is_nan: bool = False) 
         low, high = x.amin(dims, keepdim=keep), x.amax(dims, keepdim=keep)
         count = x.numel() // max(mean.numel(), 1)
         centred = x - (mean if keep else mean.reshape(()))
-        var = (centred * centred).sum(dims, keepdim=keep) / max(count - 1, 1)
-    std = torch.full_like(var, torch.nan) if single_is_nan and count < 2 else var.sqrt()
+        var = (centred * centred).sum(dims, keepdim=keep) / _freedom(count, copies)
+    std = torch.full_like(var, torch.nan) if single_is_nan and count * copies < 2 else var.sqrt()
     return torch.stack((mean, std, low, high))
 
 
@@ -97,11 +104,12 @@ class _DLSFunction(torch.autograd.Function):
         official: bool,
         dead_pass: bool,
         scaled: bool,
+        copies: int,
     ) -> Tensor:
         xc = x.to(w.dtype)
-        stats = dls_statistics(xc, axis, single_is_nan=official)
+        stats = dls_statistics(xc, axis, single_is_nan=official, copies=copies)
         ctx.save_for_backward(x, w, v, stats)
-        ctx.static = axis, bits, qmin, eps, official, dead_pass, scaled
+        ctx.static = axis, bits, qmin, eps, official, dead_pass, scaled, copies
         alpha, beta = dls_range(stats, w, v, bits, eps, floor_first=official)
         index = affine_index(xc, alpha, beta, qmin, qmin + 2**bits - 1)
         return in_dtype(affine_decode(index, Affine(alpha, beta, stats[2], stats[3]), qmin), x.dtype)
@@ -109,7 +117,7 @@ class _DLSFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, v, stats = ctx.saved_tensors
-        axis, bits, qmin, eps, official, dead_pass, scaled = ctx.static
+        axis, bits, qmin, eps, official, dead_pass, scaled, copies = ctx.static
         qmax = qmin + 2**bits - 1
         alpha, beta = dls_range(stats, w, v, bits, eps, floor_first=official)
         mean, std, low, high = stats.unbind(0)
@@ -131,7 +139,7 @@ class _DLSFunction(torch.autograd.Function):
         signed_alpha = _dot(w, shifted)
         count = x.numel() // mean.numel()
         if scaled:
-            dalpha = dalpha / math.sqrt(count * qmax)
+            dalpha = dalpha / math.sqrt(copies * count * qmax)
         if not dead_pass:
             magnitude = signed_alpha.abs()
             dalpha = dalpha * ((magnitude <= (high - low) / 2**bits) & (magnitude >= eps))
@@ -144,36 +152,38 @@ class _DLSFunction(torch.autograd.Function):
         dbeta = dbeta + dstats[0] + dstats[2] + dstats[3]
         dv = (stats * dbeta).sum(spread) if spread else stats * dbeta
         if not ctx.needs_input_grad[0]:
-            return None, dw, dv, None, None, None, None, None, None, None
+            return None, dw, dv, None, None, None, None, None, None, None, None
         dmean, dstd, dmin, dmax = (dstats + v.reshape(wide) * dbeta).unbind(0)
         dmin, dmax = dmin + dlow, dmax + dhigh
 
         is_low, is_high = xc == low, xc == high  # ties share the gradient, as torch's amin and amax do
-        slope = torch.where(std > 0, dstd / (std * max(count - 1, 1)), 0.0)
+        slope = torch.where(std > 0, dstd / (std * _freedom(count, copies)), 0.0)
         dx = dx + dmean / count + (xc - mean) * slope
         dx = dx + is_low * (dmin / group_sum(is_low.to(w.dtype), axis))
         dx = dx + is_high * (dmax / group_sum(is_high.to(w.dtype), axis))
-        return dx.to(x.dtype), dw, dv, None, None, None, None, None, None, None
+        return dx.to(x.dtype), dw, dv, None, None, None, None, None, None, None, None
 
 
 class _FusedDLS(torch.autograd.Function):
     """``_DLSFunction`` by fused kernels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, v: Tensor, groups: Groups, rule: DLSRule) -> Tensor:
-        y, ranges = quantize.dls_forward(x, w, v, groups, rule)
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, v: Tensor, kernels: ModuleType, groups: Groups, rule: DLSRule
+    ) -> Tensor:
+        y: Tensor
+        y, ranges = kernels.dls_forward(x, w, v, groups, rule)
         ctx.save_for_backward(x, w, v, ranges)
+        ctx.kernels = kernels
         ctx.static = groups, rule
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, v, ranges = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
-        groups, rule = ctx.static
-        dx, dw, dv = quantize.dls_backward(grad, x, w, v, ranges, groups, rule, need_x)
-        return dx if need_x else None, dw, dv, None, None
+        dx, dw, dv = ctx.kernels.dls_backward(grad, *ctx.saved_tensors, *ctx.static, need_x)
+        return dx if need_x else None, dw, dv, None, None, None
 
 
 class DLS(Quantizer):
@@ -257,62 +267,59 @@ class DLS(Quantizer):
         return a.scale, a.shift, a.lo, a.hi
 
     def _affine(self, x: Tensor) -> Affine:
-        self._check_axis(x)
-        if self._fused(x):
+        axis = self._axis_of(x)
+        w, v = self.w, self.v
+        kernels = self._serving(x, w, v, axis, 1)
+        if kernels is not None:
             x = quantize.dense(x)
-            ranges = quantize.dls_range(x, self.w, self.v, quantize.groups_of(x, self.stats_axis), self._rule)
-            if self.stats_axis is not None:
+            ranges = kernels.dls_range(x, w, v, quantize.groups_of(x, axis), self._rule(1))
+            if axis is not None:
                 shape = [1] * x.dim()
-                shape[self.stats_axis] = -1
+                shape[axis] = -1
                 return Affine(*(ranges[i].reshape(shape) for i in (4, 5, 2, 3)))
             return Affine(*(ranges[i, 0] for i in (4, 5, 2, 3)))
-        w, v = self._coefficients(x)
-        stats = dls_statistics(x.to(w.dtype), self.stats_axis, single_is_nan=self.official)
-        alpha, beta = dls_range(stats, w, v, self._width(), self.eps, floor_first=self.official)
+        coefficients = self._coefficients(x)
+        stats = dls_statistics(x.to(coefficients[0].dtype), axis, single_is_nan=self.official)
+        alpha, beta = dls_range(stats, *coefficients, self._width(), self.eps, floor_first=self.official)
         return Affine(alpha, beta, stats[2], stats[3])
 
-    @property
-    def _rule(self) -> DLSRule:
+    def _rule(self, copies: int) -> DLSRule:
         passes = self.dead_scale == "pass"
-        return DLSRule(self._width(), self.qmin, self.eps, self.official, passes, self.scale_gradient)
+        return DLSRule(self._width(), self.qmin, self.eps, self.official, passes, self.scale_gradient, copies)
 
-    def _fused(self, x: Tensor) -> bool:
-        """Whether fused kernels serve. They have no NaN for the deviation of a single element."""
-        if (self.official and x.numel() < 2) or (
-            self.stats_axis is not None and x.shape[self.stats_axis] > 65535
-        ):
-            return False
-        return quantize.serves(x, self.w, self.v)
+    def _serving(self, x: Tensor, w: Tensor, v: Tensor, axis: int | None, copies: int) -> ModuleType | None:
+        """The fused kernels that serve. They have no NaN for the deviation of a single element."""
+        if self.official and x.numel() * copies < 2:
+            return None
+        if axis is not None and x.shape[axis] > 65535:
+            return None
+        return quantize.serving(x, w, v)
 
-    def _check_axis(self, x: Tensor) -> None:
+    def _axis_of(self, x: Tensor) -> int | None:
         axis = self.stats_axis
         if axis is not None and not -x.dim() <= axis < x.dim():
             group_rows(x, axis, 0)  # raises the error
+        return axis
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        self._check_axis(x)
+    def _quantize(self, x: Tensor, copies: int = 1) -> Tensor:
         out: Tensor
-        if self._fused(x):
+        axis = self._axis_of(x)
+        w, v = self.w, self.v
+        rule = self._rule(copies)
+        kernels = self._serving(x, w, v, axis, copies)
+        if kernels is not None:
             x = quantize.dense(x)
-            groups = quantize.groups_of(x, self.stats_axis)
-            out = _FusedDLS.apply(x, self.w, self.v, groups, self._rule)
+            out = _FusedDLS.apply(x, w, v, kernels, quantize.groups_of(x, axis), rule)
             return out
-        w, v = self._coefficients(x)
-        static = (
-            self._width(),
-            self.qmin,
-            self.eps,
-            self.official,
-            self.dead_scale == "pass",
-            self.scale_gradient,
-        )
-        out = _DLSFunction.apply(x, w, v, self.stats_axis, *static)
+        out = _DLSFunction.apply(x, *self._coefficients(x), axis, *rule)
         return out
+
+    def _quantize_copies(self, x: Tensor, copies: int) -> Tensor:
+        return self._quantize(x, copies)
 
     def _fit(self, batches: list[Tensor], stats: GroupStats) -> None:
         rows: list[Tensor] = []
         for batch in batches:
-            self._check_axis(batch)
             rows.extend(group_rows(batch, self.stats_axis, 0).unbind(0))
         rows = rows[:: -(-len(rows) // 64)]  # 64 samples say enough
         cd = compute_dtype(*rows, self.w)

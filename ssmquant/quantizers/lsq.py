@@ -9,14 +9,22 @@ d alpha = round(u) - (x + beta) / alpha in range, Qn or Qp outside, times 1 / sq
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ssmquant.ops import quantize
-from ssmquant.quantizers.affine import Affine, affine_decode, affine_index, compute_dtype, group_sum, in_dtype
+from ssmquant.quantizers.affine import (
+    Affine,
+    affine_decode,
+    affine_index,
+    compute_dtype,
+    group_sum,
+    in_dtype,
+    once_differentiable,
+)
 from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.observers import GroupStats, group_rows, sample_rows
 
@@ -30,21 +38,24 @@ def floored(alpha: Tensor, eps: float) -> Tensor:
 
 
 class _LSQFunction(torch.autograd.Function):
-    """Saves references to its inputs only; recomputing the codes is cheaper than keeping them."""
+    """Saves references to its inputs only; recomputing the codes is cheaper than keeping them.
+
+    ``copies``: N counts each element so often; 0: no gradient scale.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, axis: int | None, scaled: bool
+        ctx: Any, x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, axis: int | None, copies: int
     ) -> Tensor:
         ctx.save_for_backward(x, alpha, beta)
-        ctx.static = qmin, qmax, axis, scaled
+        ctx.static = qmin, qmax, axis, copies
         index = affine_index(x.to(alpha.dtype), alpha, beta, qmin, qmax)
         return in_dtype(affine_decode(index, Affine(alpha, beta), qmin), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, beta = ctx.saved_tensors
-        qmin, qmax, axis, scaled = ctx.static
+        qmin, qmax, axis, copies = ctx.static
         grad = grad.to(alpha.dtype)
         u = (x.to(alpha.dtype) + beta) / alpha
         inside = (u >= qmin) & (u <= qmax)
@@ -52,8 +63,8 @@ class _LSQFunction(torch.autograd.Function):
         dalpha = dbeta = None
         if ctx.needs_input_grad[1]:
             dalpha = group_sum(grad * (u.clamp(qmin, qmax).round() - torch.where(inside, u, 0.0)), axis)
-            if scaled:
-                dalpha = dalpha / math.sqrt(x.numel() // alpha.numel() * qmax)
+            if copies:
+                dalpha = dalpha / math.sqrt(copies * (x.numel() // alpha.numel()) * qmax)
         if ctx.needs_input_grad[2]:
             dbeta = group_sum(dx - grad, axis)
         return dx.to(x.dtype), dalpha, dbeta, None, None, None, None
@@ -64,18 +75,27 @@ class _FusedLSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, eps: float, scaled: bool
+        ctx: Any,
+        x: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        kernels: ModuleType,
+        qmin: int,
+        qmax: int,
+        eps: float,
+        copies: int,
     ) -> Tensor:
         ctx.save_for_backward(x, alpha, beta)
-        ctx.static = qmin, qmax, eps, scaled
-        return quantize.lsq_forward(x, alpha, beta, qmin, qmax, eps)
+        ctx.kernels = kernels
+        ctx.static = qmin, qmax, eps, copies
+        y: Tensor = kernels.lsq_forward(x, alpha, beta, qmin, qmax, eps)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, alpha, beta = ctx.saved_tensors
-        dx, dalpha, dbeta = quantize.lsq_backward(grad, x, alpha, beta, *ctx.static)
-        return dx, dalpha.reshape(alpha.shape), dbeta.reshape(beta.shape), None, None, None, None
+        dx, dalpha, dbeta = ctx.kernels.lsq_backward(grad, *ctx.saved_tensors, *ctx.static)
+        return dx, dalpha, dbeta, None, None, None, None, None
 
 
 class LearnedScale(Quantizer):
@@ -210,13 +230,21 @@ class LSQ(LearnedScale):
         super().__init__(bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight)
         self.signed_by_data = official or not is_weight
 
-    def _quantize(self, x: Tensor) -> Tensor:
+    def _quantize(self, x: Tensor, copies: int = 1) -> Tensor:
         out: Tensor
-        if self._state_axis is None and quantize.serves(x, self.alpha, self.beta):
-            eps = 0.0 if self.official else self.eps
-            static = self.qmin, self.qmax, eps, self.scale_gradient
-            out = _FusedLSQ.apply(quantize.dense(x), self.alpha, self.beta, *static)
-            return out
-        alpha, beta = self._scale_shift(x)
-        out = _LSQFunction.apply(x, alpha, beta, self.qmin, self.qmax, self._state_axis, self.scale_gradient)
+        axis = self._state_axis
+        qmin = self.qmin
+        qmax = qmin + 2 ** self._width() - 1
+        counted = copies if self.scale_gradient else 0
+        if axis is None:
+            alpha, beta = self.alpha, self.beta
+            kernels = quantize.serving(x, alpha, beta)
+            if kernels is not None:
+                eps = 0.0 if self.official else self.eps
+                out = _FusedLSQ.apply(quantize.dense(x), alpha, beta, kernels, qmin, qmax, eps, counted)
+                return out
+        out = _LSQFunction.apply(x, *self._scale_shift(x), qmin, qmax, axis, counted)
         return out
+
+    def _quantize_copies(self, x: Tensor, copies: int) -> Tensor:
+        return self._quantize(x, copies)

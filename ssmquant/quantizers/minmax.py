@@ -67,5 +67,5 @@ class MinMax(Quantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         a = self._affine(x)
-        out: Tensor = _LSQFunction.apply(x, a.scale, a.shift, self.qmin, self.qmax, self._state_axis, False)
+        out: Tensor = _LSQFunction.apply(x, a.scale, a.shift, self.qmin, self.qmax, self._state_axis, 0)
         return out

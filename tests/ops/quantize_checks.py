@@ -33,7 +33,8 @@ def one(value: float, device: Any) -> Tensor:
 
 
 def check_lsq(module: ModuleType, x: Tensor, alpha: float, beta: float, qmin: int, qmax: int) -> None:
-    eps, scale = 1e-3, 0.25
+    eps, copies = 1e-3, 3
+    scale = 1 / math.sqrt(copies * x.numel() * qmax)
     a, b = one(alpha, x.device), one(beta, x.device)
     used = floored(a, eps).reshape(())
     want = affine_decode(affine_index(x.float(), used, b[0], qmin, qmax), Affine(used, b[0]), qmin)
@@ -48,15 +49,16 @@ def check_lsq(module: ModuleType, x: Tensor, alpha: float, beta: float, qmin: in
         unclear |= (u - edge).abs() < 1e-3
     g[unclear] = 0.0
     leaves = [t.double().requires_grad_() for t in (x, used, b.reshape(()))]
-    out = _LSQFunction.apply(*leaves, qmin, qmax, None, False)
+    out = _LSQFunction.apply(*leaves, qmin, qmax, None, copies)
     gx, ga, gb = torch.autograd.grad(out, leaves, g.double())
-    dx, da, db = module.lsq_backward(g, x, a, b, qmin, qmax, eps, scale)
+    dx, da, db = module.lsq_backward(g, x, a, b, qmin, qmax, eps, copies)
     tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2
     size = float(g.double().norm())  # of what the sums are made of
     close(dx, gx, tolerance, size * 1e-3)
-    close(da.reshape(()), ga * scale, 1e-5, scale * size * max(-qmin, qmax))
+    assert da.shape == db.shape == a.shape
+    close(da.reshape(()), ga, 1e-5, scale * size * max(-qmin, qmax))
     close(db.reshape(()), gb, 1e-5, size)
-    again = module.lsq_backward(g, x, a, b, qmin, qmax, eps, scale)
+    again = module.lsq_backward(g, x, a, b, qmin, qmax, eps, copies)
     for p, q in zip((dx, da, db), again, strict=True):
         same(p, q)
 
@@ -84,8 +86,7 @@ def check_dls(module: ModuleType, x: Tensor, w: Tensor, v: Tensor, axis: int | N
     )
 
     leaves = [t.double().requires_grad_() for t in (x, w, v)]
-    static = (axis, rule.bits, rule.qmin, rule.eps, rule.floor_first, rule.dead_pass, rule.scaled)
-    exact = _DLSFunction.apply(*leaves, *static)
+    exact = _DLSFunction.apply(*leaves, axis, *rule)
     if not bool(torch.isfinite(exact).all()):
         return
     rows = (
@@ -99,8 +100,9 @@ def check_dls(module: ModuleType, x: Tensor, w: Tensor, v: Tensor, axis: int | N
     )
     same(ranges[2], rows.amin(1).float())
     same(ranges[3], rows.amax(1).float())
-    if rows.shape[1] > 1:
-        close(ranges[1], rows.std(1), 1e-5)
+    many = rows.repeat(1, rule.copies)
+    if many.shape[1] > 1:
+        close(ranges[1], many.std(1), 1e-5)
     # Elements on a tie, or where something is clipped, may go either way: they take no part.
     g = torch.randn_like(x)
     scale = alpha.double()
@@ -111,8 +113,8 @@ def check_dls(module: ModuleType, x: Tensor, w: Tensor, v: Tensor, axis: int | N
         unclear |= ((edge * scale - beta.double() - torch.where(u < 0, low, high)) / scale).abs() < 1e-3
     g[unclear] = 0.0
     if float(x.double().mean().abs()) > 100:  # float32 itself is not close to float64 there
-        leaves = [t.float().requires_grad_() for t in (x, w, v)]
-        exact = _DLSFunction.apply(*leaves, *static)
+        leaves = [t.float().clone().requires_grad_() for t in (x, w, v)]
+        exact = _DLSFunction.apply(*leaves, axis, *rule)
     grads = torch.autograd.grad(exact, leaves, g.to(exact))
     dx, dw, dv = module.dls_backward(g, x, w, v, ranges, groups, rule, True)
     half = x.dtype != torch.float32
@@ -124,6 +126,41 @@ def check_dls(module: ModuleType, x: Tensor, w: Tensor, v: Tensor, axis: int | N
     for p, q in zip((dx, dw, dv), again, strict=True):
         same(p, q)
     for p, q in zip((dw, dv), module.dls_backward(g, x, w, v, ranges, groups, rule, False)[1:], strict=True):
+        same(p, q)
+
+
+def check_dls_bank(module: ModuleType, counts: tuple[int, ...], rule: DLSRule, device: Any) -> None:
+    """Against calls for one tensor each, of the same module."""
+    top = 2 ** (rule.bits - 1) - 1
+    x = torch.cat([k % 3 - 1 + torch.randn(n, device=device) for k, n in enumerate(counts)])
+    w = torch.rand(len(counts), 4, device=device) / top
+    w[:, 1] += 1.5 / top
+    v = torch.tensor([-1.0, 0.1, 0.05, -0.05], device=device) + 0.05 * torch.randn(
+        len(counts), 4, device=device
+    )
+    y, ranges = module.dls_bank_forward(x, w, v, counts, rule)
+    g = torch.randn_like(x)
+    dx, dw, dv = module.dls_bank_backward(g, x, w, v, ranges, counts, rule)
+    assert (y.shape, ranges.shape, dx.shape) == (x.shape, (6, len(counts)), x.shape)
+    assert dw.shape == dv.shape == w.shape
+    for i, (one, mine, grad, d) in enumerate(zip(*(t.split(counts) for t in (x, y, g, dx)), strict=True)):
+        size = float(one.norm()) / math.sqrt(len(one)) + 1e-6
+        want = module.dls_range(one, w[i], v[i], Groups(), rule)
+        assert ((ranges[:, i : i + 1] - want).abs() <= 1e-6 * (want.abs() + size)).all()
+        own = ranges[:, i : i + 1].contiguous()
+        low, high, alpha, beta = (own[k, 0] for k in (2, 3, 4, 5))
+        affine, ends = Affine(alpha, beta, low, high), (rule.qmin, rule.qmax)
+        same(mine, affine_decode(affine_index(one, alpha, beta, *ends), affine, rule.qmin))
+        wanted = module.dls_backward(
+            grad.contiguous(), one.contiguous(), w[i], v[i], own, Groups(), rule, True
+        )
+        least = float(grad.norm()) * max(size, float(one.abs().max()))
+        for got, must in zip((d, dw[i], dv[i]), wanted, strict=True):
+            close(got, must, 1e-5, least)
+    again = module.dls_bank_backward(g, x, w, v, ranges, counts, rule)
+    for p, q in zip(
+        (y, ranges, dx, dw, dv), (*module.dls_bank_forward(x, w, v, counts, rule), *again), strict=True
+    ):
         same(p, q)
 
 

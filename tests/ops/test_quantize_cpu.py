@@ -20,6 +20,7 @@ from ssmquant.quantizers.affine import Affine, affine_decode, affine_index
 from ssmquant.quantizers.dls import _DLSFunction, dls_range, dls_statistics
 from ssmquant.quantizers.lsq import _LSQFunction, floored
 from ssmquant.quantizers.rfa import _RFAFunction, grid_thresholds, ordered_grid
+from tests.ops.quantize_checks import check_dls_bank
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
@@ -111,11 +112,11 @@ def test_lsq_is_the_quantizer_bit_for_bit(
             cpu.lsq_forward(x, alpha, beta, qmin, qmax, EPS, path),
             lsq(x, floored(alpha, EPS), beta, qmin, qmax),
         )
-        dx, da, db = cpu.lsq_backward(g, x, alpha, beta, qmin, qmax, EPS, 0.25, path)
+        dx, da, db = cpu.lsq_backward(g, x, alpha, beta, qmin, qmax, EPS, 3, path)
         *terms, want = lsq_terms(g, x, floored(alpha, EPS), beta, qmin, qmax)
         assert same(dx, want)
-        for got, term, scale in zip((da, db), terms, (0.25, 1.0), strict=True):
-            assert got.shape == ()
+        for got, term, scale in zip((da, db), terms, (1 / math.sqrt(3 * size * qmax), 1.0), strict=True):
+            assert got.shape == alpha.shape
             bound = 1e-6 * scale * term.double().abs().sum() + 1e-30
             assert abs(got.double() - scale * term.double().sum()) <= bound
 
@@ -135,7 +136,7 @@ def test_lsq_gradients(size: int, dtype: torch.dtype) -> None:
         want = torch.autograd.grad(out, exact, g.double())
         for path in paths():
             scale = 1 / math.sqrt(size * qmax)
-            got = cpu.lsq_backward(g, x, scalar(alpha), scalar(beta), qmin, qmax, EPS, scale, path)
+            got = cpu.lsq_backward(g, x, scalar(alpha), scalar(beta), qmin, qmax, EPS, 1, path)
             # A sum of few terms may be a small difference of large numbers.
             least = scale * float(g.double().norm()) / 4
             for have, must in zip(got, want, strict=True):
@@ -157,7 +158,7 @@ def test_results_depend_on_neither_threads_nor_the_instruction_set(path_independ
     def run(path: int) -> list[Tensor]:
         if path_independent == "lsq":
             args = scalar(0.3), scalar(0.1), -8, 7, EPS
-            return [cpu.lsq_forward(x, *args, path), *cpu.lsq_backward(g, x, *args, 0.1, path)]
+            return [cpu.lsq_forward(x, *args, path), *cpu.lsq_backward(g, x, *args, 1, path)]
         if path_independent == "bank":
             flat, flat_g = x.flatten()[:210_210], g.flatten()[:210_210]
             args = alpha, beta, grid_thresholds(grid), bank, EPS
@@ -195,7 +196,7 @@ def test_lsq_of_what_is_not_finite(size: int, where: str, value: float) -> None:
             cpu.lsq_forward(x, alpha, beta, -8, 7, EPS, path), lsq(x, floored(alpha, EPS), beta, -8, 7)
         )
         *terms, want = lsq_terms(g, x, floored(alpha, EPS), beta, -8, 7)
-        dx, da, db = cpu.lsq_backward(g, x, alpha, beta, -8, 7, EPS, 1.0, path)
+        dx, da, db = cpu.lsq_backward(g, x, alpha, beta, -8, 7, EPS, 0, path)
         assert same(dx, want)
         assert_close(da, terms[0].double().sum(), 1e-5)
         assert_close(db, terms[1].double().sum(), 1e-5)
@@ -209,8 +210,8 @@ def test_alpha_is_raised_to_eps() -> None:
         for path in paths():
             got = cpu.lsq_forward(x, plain, zero, -8, 7, 1e-2, path)
             assert same(got, lsq(x, raised, zero, -8, 7))
-            dx, da, _ = cpu.lsq_backward(x, x, plain, zero, -8, 7, 1e-2, 1.0, path)
-            want = cpu.lsq_backward(x, x, raised, zero, -8, 7, 0.0, 1.0, path)
+            dx, da, _ = cpu.lsq_backward(x, x, plain, zero, -8, 7, 1e-2, 0, path)
+            want = cpu.lsq_backward(x, x, raised, zero, -8, 7, 0.0, 0, path)
             assert same(dx, want[0])
             assert same(da, want[1])
             # As published: no floor.
@@ -263,7 +264,7 @@ def dls(x: Tensor, ranges: Tensor, axis: int | None, rule: DLSRule) -> Tensor:
 
 
 def exact_ranges(x: Tensor, w: Tensor, v: Tensor, axis: int | None, rule: DLSRule) -> Tensor:
-    stats = dls_statistics(x.double(), axis)
+    stats = dls_statistics(x.double(), axis, copies=rule.copies)
     return torch.stack([*stats, *range_of(stats, w.double(), v.double(), rule)]).reshape(6, -1)
 
 
@@ -276,10 +277,10 @@ def dls_gradients(
 ) -> list[Tensor]:
     """The quantizer's own backward, in the dtype of w."""
     if stats is None:
-        stats = dls_statistics(x.to(w.dtype), axis)
+        stats = dls_statistics(x.to(w.dtype), axis, copies=rule.copies)
     context: Any = SimpleNamespace(
         saved_tensors=(x, w, v, stats),
-        static=(axis, rule.bits, rule.qmin, rule.eps, rule.floor_first, rule.dead_pass, rule.scaled),
+        static=(axis, *rule),
         needs_input_grad=(True, True, True),
     )
     return [t for t in _DLSFunction.backward(context, g) if t is not None]
@@ -292,7 +293,7 @@ def assert_dls(x: Tensor, axis: int | None, rule: DLSRule, tolerance: float = 1e
     # Of what is computed at once, in float64; a code that this changes would show in a sum.
     want = dls_gradients(g.double(), x.double(), w.double(), v.double(), axis, rule)
     size = exact[:4].abs().amax(0)
-    factor = 1 / math.sqrt(x.numel() // groups.count * rule.qmax) if rule.scaled else 1.0
+    factor = rule.scale(x.numel() // groups.count)
     for path in paths():
         y, ranges = cpu.dls_forward(x, w, v, groups, rule, path)
         assert y.stride() == x.stride()
@@ -360,8 +361,8 @@ def test_rules_of_dls(bits: int, qmin: int, floor_first: bool, dead_pass: bool, 
     x = torch.randn(4, 300) * torch.tensor([1.0, 0.01, 1.0, 30.0])[:, None]
     x[2] = x[2].clamp(-0.9, 0.9)  # ties at both ends; the ceiling decides
     x[3] = x[3].abs()
-    for eps in (1e-8, 0.02):
-        rule = DLSRule(bits, qmin, eps, floor_first, dead_pass, scaled)
+    for eps, copies in ((1e-8, 1), (0.02, 1), (1e-8, 4)):
+        rule = DLSRule(bits, qmin, eps, floor_first, dead_pass, scaled, copies)
         assert_dls(x, 0, rule, 1e-4 if bits == 8 else 1e-5)
 
 
@@ -594,6 +595,26 @@ def test_nan_and_infinity_in_a_weight(bits: int) -> None:
             assert t.isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_dls_banks_are_calls_for_one_tensor_each(bits: int) -> None:
+    rule = DLSRule(bits, -(2 ** (bits - 1)), EPS, False, bits == 2, True)
+    counts = (1, 7, 300, 40_000, 16, 17_000)
+    check_dls_bank(cpu, counts, rule, "cpu")
+    x, g, w, v = torch.randn(sum(counts)), torch.randn(sum(counts)), torch.randn(6, 4), torch.randn(6, 4)
+    for path in paths():
+        y, ranges = cpu.dls_bank_forward(x, w, v, counts, rule, path)
+        grads = cpu.dls_bank_backward(g, x, w, v, ranges, counts, rule, path)
+        for i, (one, grad, mine, d) in enumerate(
+            zip(*(t.split(counts) for t in (x, g, y, grads[0])), strict=True)
+        ):
+            want, its = cpu.dls_forward(one, w[i], v[i], Groups(), rule, path)
+            assert same(mine, want)
+            assert same(ranges[:, i : i + 1], its)
+            wanted = cpu.dls_backward(grad, one, w[i], v[i], its, Groups(), rule, True, path)
+            for have, must in zip((d, grads[1][i], grads[2][i]), wanted, strict=True):
+                assert same(have, must)
+
+
 # ---- the interface -------------------------------------------------------------------------------------------------
 
 
@@ -612,6 +633,6 @@ def test_strides_are_kept(order: tuple[int, ...]) -> None:
     y = cpu.lsq_forward(x, *args)
     assert y.stride() == x.stride()
     assert same(y, lsq(x, *args[:4]))
-    dx, _, _ = cpu.lsq_backward(g, x, *args, 1.0)
+    dx, _, _ = cpu.lsq_backward(g, x, *args, 0)
     assert dx.stride() == x.stride()
     assert same(dx, lsq_terms(g, x, *args[:4])[2])

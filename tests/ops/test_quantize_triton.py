@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssmquant.ops.quantize import DLSRule
 from tests.ops.interpreted import in_process, make_interpreter_work
-from tests.ops.quantize_checks import check_bank, check_dls, check_lsq
+from tests.ops.quantize_checks import check_bank, check_dls, check_dls_bank, check_lsq, same
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -29,6 +29,7 @@ def rules() -> Iterator[tuple[int, DLSRule]]:
     for bits in (2, 4, 8):
         low = -(2 ** (bits - 1))
         yield bits, DLSRule(bits, low, 1e-12, False, False, True)
+        yield bits, DLSRule(bits, low, 1e-12, False, True, True, copies=4)
         yield bits, DLSRule(bits, 0, 1e-6, True, True, False)
 
 
@@ -75,6 +76,38 @@ def check_all(module: ModuleType, device: Any, large: bool) -> None:
         for rfa in (True, False):
             for by_channel in (True, False):
                 check_bank(module, [*shapes, (144, 720)] if large else shapes, bits, rfa, by_channel, device)
+    for _, rule in rules():
+        if rule.floor_first or (not large and rule.bits == 8):
+            continue
+        check_dls_bank(module, (1, 7, 300, 2600, *([23040, 5760] * 36 if large else [])), rule, device)
+    check_views(module, device)
+
+
+def check_views(module: ModuleType, device: Any) -> None:
+    """Addresses that are no multiples of 16 bytes, after those that are: compiled code depends on them."""
+    w, v = coefficients(4, device)
+    alpha, beta = (torch.tensor([0.0, s], device=device)[1:] for s in (0.3, 0.1))
+    rule = DLSRule(4, -8, 1e-12, False, False, True)
+    flat = torch.randn(3 * 4000 + 4, device=device)
+    for at in (0, 1, 2, 4):
+        x = flat[at : at + 12000]
+        g = flat.flip(0)[:12000].clone()
+        for _ in range(2):
+            y, ranges = module.dls_forward(x, w, v, *dls_arguments(x.view(3, 4000))[:1], rule)
+            want, its = module.dls_forward(x.clone(), w, v, *dls_arguments(x.view(3, 4000))[:1], rule)
+            same(y, want)
+            same(ranges, its)
+            same(
+                module.lsq_forward(x, alpha, beta, -8, 7, 1e-9),
+                module.lsq_forward(x.clone(), alpha.clone(), beta.clone(), -8, 7, 1e-9),
+            )
+            got = module.lsq_backward(g, x, alpha, beta, -8, 7, 1e-9, 1)
+            for p, q in zip(
+                got,
+                module.lsq_backward(g, x.clone(), alpha.clone(), beta.clone(), -8, 7, 1e-9, 1),
+                strict=True,
+            ):
+                same(p, q)
 
 
 def dls_arguments(x: Tensor) -> tuple[Any, ...]:
@@ -111,11 +144,11 @@ def compile_for_h100() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ssmquant.ops.quantize import triton_kernels
+    from ssmquant.ops.quantize import triton_bank_kernels, triton_kernels
 
     integers = ("n", "size", "inner", "tiles", "programs", "groups", "blocks", "longest")
-    floats = ("qmin", "qmax", "eps", "codes", "scale")
-    tables = ("starts", "lengths", "group_of", "weight_of", "first_block")
+    floats = ("qmin", "qmax", "eps", "codes", "scale", "freedom")
+    tables = ("starts", "lengths", "group_of", "weight_of", "first_block", "sizes")
     for dtype, flag, levels in (("fp32", True, 16), ("bf16", False, 0)):
         values: dict[str, Any] = {
             "BLOCK": 1024,
@@ -128,8 +161,8 @@ def compile_for_h100() -> None:
         for name in ("CONTIGUOUS", "ONE", "FLOOR_FIRST", "VALUES", "DEAD_PASS", "NEED_X"):
             values[name] = flag
         values["VALUES"] = values["NEED_X"] = True
-        for name in triton_kernels.__all__:
-            kernel = getattr(triton_kernels, name)
+        for module, name in [(m, n) for m in (triton_kernels, triton_bank_kernels) for n in m.__all__]:
+            kernel = getattr(module, name)
             names = [p.name for p in kernel.params]
             constants = {k: v for k, v in values.items() if k in names}
             signature = {}
@@ -143,7 +176,7 @@ def compile_for_h100() -> None:
                     kind = "fp32"
                 elif n in tables:
                     kind = "*i32"
-                elif n in ("x", "y", "g", "dx") and not name.startswith("bank"):
+                elif n in ("x", "y", "g", "dx") and module is triton_kernels:
                     kind = f"*{dtype}"
                 signature[n] = kind
             options = {"num_warps": 4, "enable_fp_fusion": False}
@@ -151,6 +184,66 @@ def compile_for_h100() -> None:
                 ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options
             )
             assert built.asm["cubin"]
+
+
+class Compiled:
+    """Stands for a kernel that counts how often Triton itself is asked, and for what it compiles."""
+
+    def __init__(self, compiles: bool = True) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.ran: list[tuple[Any, ...]] = []
+        self.compiles = compiles
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def ask(*args: Any, **options: Any) -> Any:
+            self.asked.append((grid, args, options))
+            return self if self.compiles else None
+
+        def run(*args: Any, stream: int) -> None:
+            self.ran.append((grid, args, stream))
+
+        return lambda *args, **options: (
+            run(*args, **options) if "stream" in options else ask(*args, **options)
+        )
+
+
+def test_what_is_compiled_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssmquant.ops import triton_launch
+
+    active = SimpleNamespace(get_current_stream=lambda device: 7)
+    monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=active))
+    fake = Compiled()
+    kernel = triton_launch.Kernel(fake)
+    x, y = torch.zeros(64), torch.zeros(64)
+    launches: list[tuple[Any, ...]] = [
+        ((2, 1, 1), (x, y), (64, 1.0), (True, 32), 4),
+        ((2, 1, 1), (x, y), (1, 1.0), (True, 32), 4),  # integers
+        ((2, 1, 1), (x[1:], y), (64, 1.0), (True, 32), 4),  # alignment, of each
+        ((2, 1, 1), (x, y[1:]), (64, 1.0), (True, 32), 4),
+        ((2, 1, 1), (x, y), (64, 1.0), (False, 32), 4),  # constants
+        ((2, 1, 1), (x, y), (64, 1.0), (True, 32), 8),
+        ((2, 1, 1), (x.half(), y), (64, 1.0), (True, 32), 4),
+    ]
+    for _ in range(2):
+        for launch in launches:
+            kernel(*launch)
+    assert len(fake.asked) == len(fake.ran) == len(launches)
+    for launch, (grid, args, options), (again, same_args, stream) in zip(
+        launches, fake.asked, fake.ran, strict=True
+    ):
+        assert grid == again == launch[0]
+        assert len(args) == len(same_args) == 6
+        assert options == {"num_warps": launch[4], "enable_fp_fusion": False}
+        assert stream == 7
+    kernel((5, 1, 1), (x[4:], y), (64, 1.0), (True, 32), 4)  # another grid, other addresses alike
+    assert fake.ran[-1][0] == (5, 1, 1)
+    monkeypatch.setattr(triton_launch, "_MOST", 3)
+    for n in range(20):
+        kernel((2, 1, 1), (x, y), (n, 1.0), (True, 32), 4)
+    assert len(kernel.compiled) <= 3
+    interpreted = triton_launch.Kernel(Compiled(compiles=False))
+    interpreted(*launches[0])
+    assert not interpreted.compiled
 
 
 @pytest.mark.slow

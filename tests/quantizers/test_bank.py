@@ -11,21 +11,22 @@ from torch import Tensor
 import ssmquant
 from ssmquant import QConfig
 from ssmquant.ops import quantize, use_backend
-from ssmquant.quantizers import bank
+from ssmquant.ops.quantize import cpu
+from ssmquant.quantizers import DLS, bank
 from ssmquant.quantizers.bank import quantize_weights
 from tests.small import images, prepared_and_calibrated, tiny_mambair
 from tests.strategies import learnt, make
 
 pytestmark = pytest.mark.skipif(
-    not quantize.serves(torch.zeros(1)), reason="needs a C++ compiler: there are no kernels here"
+    quantize.serving(torch.zeros(1)) is None, reason="needs a C++ compiler: there are no kernels here"
 )
 
 
 def some() -> tuple[list[Any], list[Tensor]]:
-    """Two banks' worth, and what has to go alone: of another dtype, by another axis, official, not initialised."""
+    """Three banks' worth, and what has to go alone: of another dtype, by another axis, official, not initialised."""
     torch.manual_seed(0)
     quantizers, weights = [], []
-    for name in ("rfa", "lsq"):
+    for name in ("rfa", "lsq", "dls"):
         for shape, options in (
             ((12, 7), {}),
             ((6, 3, 3, 3), {"axis": 0, "num_groups": 6}),
@@ -38,7 +39,9 @@ def some() -> tuple[list[Any], list[Tensor]]:
             given: dict[str, Any] = dict(options)
             w = torch.randn(shape, dtype=given.pop("dtype", torch.float32))
             quantizers.append(learnt(make(name, 4, w, is_weight=True, **given), 1, 0.1).train())
-            weights.append(w.t().contiguous().t().requires_grad_() if w.dim() == 2 else w.requires_grad_())
+            if w.dim() == 2 and name != "dls":  # whose statistics are sums in the order of memory
+                w = w.t().contiguous().t()
+            weights.append(w.requires_grad_())
     quantizers.append(make("rfa", 4, torch.randn(3), is_weight=True))
     quantizers[-1].reset()
     weights.append(torch.zeros(3, requires_grad=True))
@@ -56,10 +59,11 @@ def results(values: list[Tensor], quantizers: list[Any], weights: list[Tensor]) 
 def test_one_by_one_or_together(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizers, weights = some()
     banks = []
-    forward = quantize.bank_forward
-    monkeypatch.setattr(quantize, "bank_forward", lambda *args: banks.append(args[4]) or forward(*args))
+    forward, of_dls = cpu.bank_forward, cpu.dls_bank_forward
+    monkeypatch.setattr(cpu, "bank_forward", lambda *args: banks.append(args[4].counts) or forward(*args))
+    monkeypatch.setattr(cpu, "dls_bank_forward", lambda *args: banks.append(args[3]) or of_dls(*args))
     got = quantize_weights(quantizers, weights)
-    assert [len(b.counts) for b in banks] == [4, 4]
+    assert banks == [(84, 162, 1, 120), (84, 162, 1, 120), (84, 1, 120)]
     want = [q(w) for q, w in zip(quantizers, weights, strict=True)]
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
@@ -77,19 +81,36 @@ def test_a_second_derivative_is_an_error() -> None:
             g.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo itself does it
+def test_fullgraph() -> None:
+    quantizers, weights = some()
+    few = [i for i, w in enumerate(weights) if w.dtype == torch.float32 and i % 7 in (0, 1, 2, 3, 6)][:-1]
+    quantizers, weights = [quantizers[i] for i in few], [weights[i] for i in few]
+    compiled = torch.compile(quantize_weights, backend="aot_eager", fullgraph=True)
+    got, want = compiled(quantizers, weights), quantize_weights(quantizers, weights)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(results(got, quantizers, weights), results(want, quantizers, weights), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_without_kernels() -> None:
     quantizers, weights = some()
     want = quantize_weights(quantizers, weights)
     with use_backend("chunked", op="quantize"):
         got = quantize_weights(quantizers, weights)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    for q, a, b in zip(quantizers, got, want, strict=True):
+        if isinstance(q, DLS):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(a, b)
 
 
 def test_a_prepared_model_has_one_bank_and_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     x = images(2, 3, 8, 8)
     model = prepared_and_calibrated(tiny_mambair(), QConfig(w_bits=4, a_bits=4), x).train()
     assert model.code.count("_quantize(") == 1
+    assert "_ssmquant.weights" not in model.code
     calls = []
     once = bank.quantize_weights
     monkeypatch.setattr("ssmquant.graph.bank.quantize_weights", lambda *args: calls.append(1) or once(*args))

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmquant.ops import native
-from ssmquant.ops.quantize.forms import Bank, DLSRule, Groups
+from ssmquant.ops.quantize.forms import Bank, DLSRule, Groups, gradient_scale, like
 
 __all__ = [
     "NAME",
     "bank_backward",
     "bank_forward",
     "dls_backward",
+    "dls_bank_backward",
+    "dls_bank_forward",
     "dls_forward",
     "dls_range",
     "lsq_backward",
@@ -49,6 +50,7 @@ class _Call(ctypes.Structure):
         ("workspace", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("count", "groups", "inner")),
         *((name, ctypes.c_int64) for name in ("steps", "floor_first", "dead_pass")),
+        ("freedom", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("w", "v", "ranges", "dw", "dv")),
         *((name, ctypes.c_int64) for name in ("weights", "levels")),
         *((name, ctypes.c_void_p) for name in ("counts", "weight_groups", "scales")),
@@ -130,13 +132,14 @@ def lsq_backward(
     qmin: int,
     qmax: int,
     eps: float,
-    scale: float,
+    copies: int,
     path: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, alpha and beta; the latter of shape ``()``."""
-    dx = torch.empty_like(x)
-    dalpha, dbeta = (torch.empty((), dtype=torch.float32) for _ in range(2))
-    call = _call(x, path, g=g.data_ptr(), y=dx.data_ptr(), qmin=qmin, qmax=qmax, eps=eps, scale=scale)
+    """Gradients of x, alpha and beta."""
+    g = like(g, x)
+    dx, dalpha, dbeta = (torch.empty_like(t) for t in (x, alpha, beta))
+    call = _call(x, path, g=g.data_ptr(), y=dx.data_ptr(), qmin=qmin, qmax=qmax, eps=eps)
+    call.scale = gradient_scale(x.numel(), qmax, copies)
     call.alpha, call.beta = alpha.data_ptr(), beta.data_ptr()
     call.dalpha, call.dbeta = dalpha.data_ptr(), dbeta.data_ptr()
     _run("lsq", True, call)
@@ -148,6 +151,7 @@ def _dls_call(x: Tensor, w: Tensor, v: Tensor, groups: Groups, rule: DLSRule, pa
     call = _call(x, path, qmin=rule.qmin, qmax=rule.qmax, eps=rule.eps)
     call.groups, call.inner, call.steps = groups.count, groups.inner, 2**rule.bits
     call.floor_first, call.dead_pass = rule.floor_first, rule.dead_pass
+    call.freedom = rule.freedom(x.numel() // groups.count)
     call.w, call.v = w.data_ptr(), v.data_ptr()
     return call
 
@@ -190,16 +194,60 @@ def dls_backward(
     path: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (empty unless ``need_x``), w and v."""
-    w, v, ranges = w.contiguous(), v.contiguous(), ranges.contiguous()
+    dx = torch.empty_like(x) if need_x else x.new_empty(0)
     dw, dv = (torch.empty(4, dtype=torch.float32) for _ in range(2))
+    _dls_backward(like(g, x), x, w, v, ranges, groups, rule, (dx if need_x else None, dw, dv), path)
+    return dx, dw, dv
+
+
+def _dls_backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    groups: Groups,
+    rule: DLSRule,
+    results: tuple[Tensor | None, Tensor, Tensor],
+    path: int,
+) -> None:
+    w, v, ranges = w.contiguous(), v.contiguous(), ranges.contiguous()
+    dx, dw, dv = results
     call = _dls_call(x, w, v, groups, rule, path)
     call.g, call.ranges = g.data_ptr(), ranges.data_ptr()
     call.dw, call.dv = dw.data_ptr(), dv.data_ptr()
-    call.scale = 1 / math.sqrt(x.numel() // groups.count * rule.qmax) if rule.scaled else 1.0
-    dx = torch.empty_like(x) if need_x else x.new_empty(0)
-    if need_x:
+    call.scale = rule.scale(x.numel() // groups.count)
+    if dx is not None:
         call.y = dx.data_ptr()
     _run("dls", True, call)
+
+
+def dls_bank_forward(
+    x: Tensor, w: Tensor, v: Tensor, counts: tuple[int, ...], rule: DLSRule, path: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The quantized values and the ranges of all tensors, those of ``dls_forward`` bit for bit."""
+    y = torch.empty_like(x)
+    parts = zip(x.split(counts), w.unbind(0), v.unbind(0), y.split(counts), strict=True)
+    ranges = [_dls_forward(a, b, c, Groups(), rule, to, path) for a, b, c, to in parts]
+    return y, torch.cat(ranges, 1)
+
+
+def dls_bank_backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    counts: tuple[int, ...],
+    rule: DLSRule,
+    path: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w and v, those of ``dls_backward`` bit for bit."""
+    dx, dw, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w, v))
+    given = g.split(counts), x.split(counts), w.unbind(0), v.unbind(0), ranges.split(1, 1)
+    results = zip(dx.split(counts), dw.unbind(0), dv.unbind(0), strict=True)
+    for one, to in zip(zip(*given, strict=True), results, strict=True):
+        _dls_backward(*one, Groups(), rule, to, path)
     return dx, dw, dv
 
 

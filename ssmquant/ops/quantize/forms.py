@@ -2,21 +2,31 @@
 
     unavailable(device) -> str | None           why it cannot serve there
     lsq_forward(x, alpha, beta, qmin, qmax, eps) -> y
-    lsq_backward(g, x, alpha, beta, qmin, qmax, eps, scale) -> dx, d alpha, d beta
+    lsq_backward(g, x, alpha, beta, qmin, qmax, eps, copies) -> dx, d alpha, d beta
     dls_range(x, w, v, groups, rule) -> ranges
     dls_forward(x, w, v, groups, rule) -> y, ranges
     dls_backward(g, x, w, v, ranges, groups, rule, need_x) -> dx (empty unless need_x), d w, d v
     bank_forward(x, alpha, beta, thresholds, bank, eps) -> y
     bank_backward(g, x, alpha, beta, grid, thresholds, bank, eps) -> dx, d alpha, d beta, d grid (empty for LSQ)
+    dls_bank_forward(x, w, v, counts, rule) -> y, ranges
+    dls_bank_backward(g, x, w, v, ranges, counts, rule) -> dx, d w, d v
 
-Activations ``x`` are float32, float16 or bfloat16 and lie densely in memory, in any order of dimensions; ``y``, ``g``
-and ``dx`` have the strides of ``x``. Scalars (alpha, beta of one element; w, v ``(4,)``) and arithmetic are float32, in
-the order of operations of ``quantizers/affine.py``, without contraction to fused multiply-adds: codes and values equal
-those of the quantizers' own arithmetic bit for bit, given the same alpha and beta. No function synchronises with the
-host, all of them give the same bits from run to run. ``eps``: what the magnitude of alpha is raised to, its sign kept
-(``quantizers.lsq.floored``), with gradient 1. ``scale``: what the gradient of alpha is multiplied by.
+``operators`` has them as well, but for the first, for ``torch.compile``.
+
+Activations ``x`` are float32, float16 or bfloat16 and lie densely in memory, in any order of dimensions; ``y`` and
+``dx`` have the strides of ``x``, ``g`` its shape. Scalars (alpha, beta of one element; w, v ``(4,)``; their gradients
+likewise) and arithmetic are float32, in the order of operations of ``quantizers/affine.py``, without contraction to
+fused multiply-adds: codes and values equal those of the quantizers' own arithmetic bit for bit, given the same alpha
+and beta. No function synchronises with the host, all of them give the same bits from run to run. ``eps``: what the
+magnitude of alpha is raised to, its sign kept (``quantizers.lsq.floored``), with gradient 1.
+
+``copies``: ``x`` stands for a tensor that holds each of its elements so often; the gradient of alpha is divided by
+``sqrt(copies * n * qmax)``, n the elements of a group, unless ``copies`` is 0.
 
 ``ranges``, (6, G), are mean, standard deviation (0 for one element), min, max, alpha and beta of every group.
+
+A bank is several tensors in one call, each quantized as it would be alone. Those of ``dls_bank`` have ``counts``
+elements, one group each (G), and lie end to end in float32 ``x``; w and v are (G, 4).
 """
 
 from __future__ import annotations
@@ -24,8 +34,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-__all__ = ["Bank", "DLSRule", "Groups"]
+import torch
+from torch import Tensor
+
+__all__ = ["Bank", "DLSRule", "Groups", "gradient_scale", "like"]
+
+
+def gradient_scale(n: int, qmax: int, copies: int) -> float:
+    """What the gradient of the alpha of a group of ``n`` elements is multiplied by."""
+    return 1 / math.sqrt(copies * n * qmax) if copies else 1.0
+
+
+def like(g: Tensor, x: Tensor) -> Tensor:
+    """``g`` with the dtype and strides of ``x``."""
+    if g.dtype == x.dtype and g.stride() == x.stride():
+        return g
+    return torch.empty_like(x).copy_(g)
 
 
 @dataclass(frozen=True)
@@ -35,13 +61,8 @@ class Groups:
     count: int = 1
     inner: int = 1
 
-    @property
-    def flat(self) -> tuple[int, int]:
-        return self.count, self.inner
 
-
-@dataclass(frozen=True)
-class DLSRule:
+class DLSRule(NamedTuple):
     """The constants of a DLS quantizer, see ``quantizers/dls.py``."""
 
     bits: int
@@ -52,15 +73,20 @@ class DLSRule:
     dead_pass: bool
     """The gradient of alpha reaches alpha0 also where the ceiling or eps decides."""
     scaled: bool
-    """The gradient of alpha is divided by sqrt(n * qmax), n the elements of a group."""
+    """The gradient of alpha is divided by sqrt(copies * n * qmax), n the elements of a group."""
+    copies: int = 1
 
     @property
     def qmax(self) -> int:
         return self.qmin + 2**self.bits - 1
 
-    @property
-    def flat(self) -> tuple[int, int, float, bool, bool, bool]:
-        return self.bits, self.qmin, self.eps, self.floor_first, self.dead_pass, self.scaled
+    def freedom(self, n: int) -> float:
+        """What a group's sum of squares is divided by for its variance: one less than there are, by copy."""
+        return max(n * self.copies - 1, 1) / self.copies
+
+    def scale(self, n: int) -> float:
+        """What the gradient of the alpha of a group of ``n`` elements is multiplied by."""
+        return gradient_scale(n, self.qmax, self.copies if self.scaled else 0)
 
 
 @dataclass(frozen=True)
@@ -93,4 +119,4 @@ class Bank:
     @cached_property
     def scales(self) -> tuple[float, ...]:
         """What the gradient of each weight's alphas is multiplied by."""
-        return tuple(1 / math.sqrt(s * self.qmax) if self.scaled else 1.0 for s in self.sizes)
+        return tuple(gradient_scale(s, self.qmax, int(self.scaled)) for s in self.sizes)

@@ -7,21 +7,28 @@ module only where Triton is installed.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmquant.ops.quantize import triton_kernels as kernels
-from ssmquant.ops.quantize.forms import Bank, DLSRule, Groups
+from ssmquant.ops.quantize.forms import DLSRule, Groups, gradient_scale, like
+from ssmquant.ops.quantize.triton_banks import (
+    bank_backward,
+    bank_forward,
+    dls_bank_backward,
+    dls_bank_forward,
+)
+from ssmquant.ops.triton_launch import Kernel, power
 
 __all__ = [
     "NAME",
     "bank_backward",
     "bank_forward",
     "dls_backward",
+    "dls_bank_backward",
+    "dls_bank_forward",
     "dls_forward",
     "dls_range",
     "lsq_backward",
@@ -35,7 +42,14 @@ _BLOCK = 2048
 _TILE = 8192  # elements of DLS's programs, 32 a thread
 _SMALL = 1024  # the least tile
 _PROGRAMS = 1024  # of LSQ's backward pass, at most
-_FLOAT32 = {"enable_fp_fusion": False}
+
+_lsq_forward = Kernel(kernels.lsq_forward)
+_lsq_backward = Kernel(kernels.lsq_backward)
+_lsq_finish = Kernel(kernels.lsq_finish)
+_dls_statistics = Kernel(kernels.dls_statistics)
+_dls_quantize = Kernel(kernels.dls_quantize)
+_dls_sums = Kernel(kernels.dls_sums)
+_dls_apply = Kernel(kernels.dls_apply)
 
 
 @functools.cache
@@ -50,10 +64,6 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 # ---- LSQ -----------------------------------------------------------------------------------------------------------
 
 
@@ -61,85 +71,85 @@ def lsq_forward(x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, ep
     """The quantized values."""
     y = torch.empty_like(x)
     n = x.numel()
-    kernels.lsq_forward[(-(-n // _BLOCK),)](
-        x, alpha, beta, y, n, float(qmin), float(qmax), eps, BLOCK=_BLOCK, num_warps=8, **_FLOAT32
-    )
+    numbers = n, float(qmin), float(qmax), eps
+    _lsq_forward((-(-n // _BLOCK), 1, 1), (x, alpha, beta, y), numbers, (_BLOCK,), 8)
     return y
 
 
 def lsq_backward(
-    g: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, eps: float, scale: float
+    g: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, eps: float, copies: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, alpha and beta."""
     dx = torch.empty_like(x)
     n = x.numel()
     programs = min(-(-n // _BLOCK), _PROGRAMS)
     parts = torch.empty(2 * programs, dtype=torch.float32, device=x.device)
-    kernels.lsq_backward[(programs,)](
-        g, x, alpha, beta, dx, parts, n, float(qmin), float(qmax), eps, BLOCK=_BLOCK, num_warps=8, **_FLOAT32
-    )
-    out = torch.empty(2, dtype=torch.float32, device=x.device)
-    kernels.lsq_finish[(2,)](parts, out, programs, scale, BLOCK=_power(programs), num_warps=4)
-    return dx, out[0], out[1]
+    numbers = n, float(qmin), float(qmax), eps
+    _lsq_backward((programs, 1, 1), (like(g, x), x, alpha, beta, dx, parts), numbers, (_BLOCK,), 8)
+    out = torch.empty((2, *alpha.shape), dtype=torch.float32, device=x.device)
+    scale = gradient_scale(n, qmax, copies)
+    _lsq_finish((2, 1, 1), (parts, out), (programs, scale), (power(programs),), 4)
+    dalpha, dbeta = out.unbind(0)
+    return dx, dalpha, dbeta
 
 
 # ---- DLS -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """How a tensor's groups are cut."""
+class _Plan:
+    """How a tensor's groups are cut into tiles, and what kernels are given besides tensors."""
 
-    size: int  # elements of a group
-    inner: int
     groups: int
-    contiguous: bool
-    tile: int
     tiles: int  # of a group
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.tiles, self.groups
-
-    @property
-    def one(self) -> bool:
-        return self.tiles == 1
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        warps = max(1, min(8, self.tile // 256))
-        return {"CONTIGUOUS": self.contiguous, "TILE": self.tile, "num_warps": warps, **_FLOAT32}
+    warps: int
+    grid: tuple[int, int, int]
+    heads: tuple[int, int, int]  # one program a group
+    size: tuple[int, int]
+    ends: tuple[float, float]
+    quantize: tuple[int | float, ...]
+    apply: tuple[int | float, ...]
+    tile: tuple[int, int]
+    quantize_constants: tuple[tuple[int, ...], ...]  # by VALUES
+    apply_constants: tuple[tuple[int, ...], ...]  # by NEED_X
 
 
 @functools.lru_cache(maxsize=4096)
-def _tiles(count: int, groups: Groups) -> _Tiles:
-    size = count // groups.count
-    tile = max(_SMALL, min(_TILE, _power(size)))
-    return _Tiles(
-        size,
-        groups.inner,
-        groups.count,
-        groups.inner * groups.count == count or groups.count == 1,
-        tile,
-        -(-size // tile),
+def _plan(count: int, groups: int, inner: int, rule: DLSRule) -> _Plan:
+    size = count // groups
+    tile = max(_SMALL, min(_TILE, power(size)))
+    tiles = -(-size // tile)
+    contiguous = groups == 1 or inner * groups == count
+    ends = float(rule.qmin), float(rule.qmax)
+    quantize = size, inner, tiles, rule.freedom(size), *ends, rule.eps, float(2**rule.bits)
+    return _Plan(
+        groups,
+        tiles,
+        max(1, min(8, tile // 256)),
+        (tiles, groups, 1),
+        (1, groups, 1),
+        (size, inner),
+        ends,
+        quantize,
+        (*quantize, rule.scale(size)),
+        (contiguous, tile),
+        tuple((contiguous, tiles == 1, rule.floor_first, v, tile, power(tiles)) for v in (False, True)),
+        tuple((contiguous, tiles == 1, rule.dead_pass, v, tile, power(tiles)) for v in (False, True)),
     )
 
 
 def _quantized(
     x: Tensor, w: Tensor, v: Tensor, groups: Groups, rule: DLSRule, values: bool
 ) -> tuple[Tensor, Tensor]:
-    t = _tiles(x.numel(), groups)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    ranges = new((6, t.groups))
-    parts = ranges if t.one else new((4, t.groups, t.tiles))
-    if not t.one:
-        kernels.dls_statistics[t.grid](x, parts, t.size, t.inner, **t.constants)
+    p = _plan(x.numel(), groups.count, groups.inner, rule)
+    ranges = torch.empty((6, p.groups), dtype=torch.float32, device=x.device)
+    parts = ranges
+    if p.tiles > 1:
+        parts = torch.empty((4, p.groups, p.tiles), dtype=torch.float32, device=x.device)
+        _dls_statistics(p.grid, (x, parts), p.size, p.tile, p.warps)
     y = torch.empty_like(x) if values else ranges
-    kernels.dls_quantize[t.grid if values else (1, t.groups)](
-        x, w, v, parts, y, ranges, t.size, t.inner, t.tiles,
-        float(rule.qmin), float(rule.qmax), rule.eps, float(2**rule.bits),
-        ONE=t.one, FLOOR_FIRST=rule.floor_first, VALUES=values, TILES=_power(t.tiles), **t.constants,
-    )  # fmt: skip
+    grid = p.grid if values else p.heads
+    _dls_quantize(grid, (x, w, v, parts, y, ranges), p.quantize, p.quantize_constants[values], p.warps)
     return y, ranges
 
 
@@ -157,141 +167,16 @@ def dls_backward(
     g: Tensor, x: Tensor, w: Tensor, v: Tensor, ranges: Tensor, groups: Groups, rule: DLSRule, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w and v."""
-    t = _tiles(x.numel(), groups)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    qmin, qmax = float(rule.qmin), float(rule.qmax)
-    parts = ranges if t.one else new((6, t.groups, t.tiles))
-    if not t.one:
-        kernels.dls_sums[t.grid](g, x, ranges, parts, t.size, t.inner, qmin, qmax, **t.constants)
+    g = like(g, x)
+    p = _plan(x.numel(), groups.count, groups.inner, rule)
+    parts = ranges
+    if p.tiles > 1:
+        parts = torch.empty((6, p.groups, p.tiles), dtype=torch.float32, device=x.device)
+        _dls_sums(p.grid, (g, x, ranges, parts), (*p.size, *p.ends), p.tile, p.warps)
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
-    shares = new((8, t.groups))
-    scale = 1 / math.sqrt(t.size * rule.qmax) if rule.scaled else 1.0
-    kernels.dls_apply[t.grid if need_x else (1, t.groups)](
-        g, x, w, v, ranges, parts, dx, shares, t.size, t.inner, t.tiles, qmin, qmax, rule.eps, float(2**rule.bits),
-        scale, ONE=t.one, DEAD_PASS=rule.dead_pass, NEED_X=need_x, TILES=_power(t.tiles), **t.constants,
-    )  # fmt: skip
-    total = shares.view(8) if t.groups == 1 else shares.sum(1)
-    return dx, total[:4], total[4:]
-
-
-# ---- the weights of a model ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """Which elements, group and weight each block has, on the device."""
-
-    starts: Tensor
-    lengths: Tensor
-    group_of: Tensor
-    weight_of: Tensor
-    first_of_group: Tensor  # block, and one more entry for the end
-    first_of_weight: Tensor
-    scales: Tensor
-    longest: int  # blocks of one group
-    block: int
-
-    @property
-    def blocks(self) -> int:
-        return len(self.starts)
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(bank: Bank, device: torch.device) -> _Tables:
-    """Made once: from then on nothing is copied from the host."""
-    block = max(64, min(1024, _power(max(bank.sizes))))
-    starts: list[int] = []
-    lengths: list[int] = []
-    group_of: list[int] = []
-    weight_of: list[int] = []
-    scales: list[float] = []
-    first_of_group, first_of_weight = [0], [0]
-    at = longest = 0
-    for weight, (groups, size, scale) in enumerate(zip(bank.groups, bank.sizes, bank.scales, strict=True)):
-        for _ in range(groups):
-            for offset in range(0, size, block):
-                starts.append(at + offset)
-                lengths.append(min(block, size - offset))
-                group_of.append(len(scales))
-                weight_of.append(weight)
-            at += size
-            longest = max(longest, len(starts) - first_of_group[-1])
-            first_of_group.append(len(starts))
-            scales.append(scale)
-        first_of_weight.append(len(starts))
-    lists = (starts, lengths, group_of, weight_of, first_of_group, first_of_weight)
-    rates = torch.tensor(scales, dtype=torch.float32, device=device)
-    a, b, c, d, e, f = (torch.tensor(x, dtype=torch.int32, device=device) for x in lists)
-    return _Tables(a, b, c, d, e, f, rates, longest, block)
-
-
-def _bank_constants(bank: Bank, tables: _Tables) -> dict[str, Any]:
-    return {
-        "LEVELS": bank.levels,
-        "BLOCK": tables.block,
-        "num_warps": max(1, tables.block // 256),
-        **_FLOAT32,
-    }
-
-
-def bank_forward(
-    x: Tensor, alpha: Tensor, beta: Tensor, thresholds: Tensor, bank: Bank, eps: float
-) -> Tensor:
-    """All weights quantized."""
-    t = _tables(bank, x.device)
-    y = torch.empty_like(x)
-    kernels.bank_forward[(t.blocks,)](
-        x, alpha, beta, thresholds, y, t.starts, t.lengths, t.group_of, t.weight_of,
-        float(bank.qmin), float(bank.qmax), eps, **_bank_constants(bank, t),
-    )  # fmt: skip
-    return y
-
-
-def bank_backward(
-    g: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    grid: Tensor,
-    thresholds: Tensor,
-    bank: Bank,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the weights, alphas, betas and grids."""
-    t = _tables(bank, x.device)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    dx, parts = torch.empty_like(x), new((2, t.blocks))
-    columns = 2 * (bank.levels + 1)
-    grid_parts = new((t.blocks, columns)) if bank.levels else parts
-    kernels.bank_backward[(t.blocks,)](
-        g, x, alpha, beta, grid, thresholds, dx, parts, grid_parts, t.starts, t.lengths, t.group_of, t.weight_of,
-        float(bank.qmin), float(bank.qmax), eps, **_bank_constants(bank, t),
-    )  # fmt: skip
-    groups = len(t.scales)
-    sums = new((2, groups))
-    kernels.bank_group_sums[(-(-groups // 128), 2)](
-        parts, t.first_of_group, t.scales, sums, groups, t.blocks, t.longest, BLOCK=128, num_warps=4
-    )
-    if not bank.levels:
-        return dx, sums[0], sums[1], new(0)
-    totals = new((len(bank.counts), columns))
-    kernels.bank_grid_sums[(len(bank.counts),)](
-        grid_parts, t.first_of_weight, totals, COLUMNS=columns, WIDTH=_power(columns), num_warps=4
-    )
-    return dx, sums[0], sums[1], _grid_gradient(totals.view(-1, 2, bank.levels + 1), grid)
-
-
-def _grid_gradient(totals: Tensor, grid: Tensor) -> Tensor:
-    """Gradients of grids in order, (W, levels), from sums over segments, (W, 2, levels + 1).
-
-    A step g * alpha at the fraction f of a gap goes to the gap's right entry by f, to the left one by 1 - f.
-    """
-    whole, reach = totals.unbind(1)
-    gap = grid.diff(dim=1)
-    right = reach[:, 1:-1] / gap
-    left = whole[:, 1:-1] - right
-    tails = 0.1 * whole
-    out = torch.cat((-left / gap, -tails[:, -1:]), 1)
-    out[:, 1:] -= right / gap
-    out[:, :1] -= tails[:, :1]
-    return out
+    shares = torch.empty((8, p.groups), dtype=torch.float32, device=x.device)
+    grid = p.grid if need_x else p.heads
+    tensors = g, x, w, v, ranges, parts, dx, shares
+    _dls_apply(grid, tensors, p.apply, p.apply_constants[need_x], p.warps)
+    dw, dv = (shares if p.groups == 1 else shares.sum(1)).view(2, 4).unbind(0)
+    return dx, dw, dv

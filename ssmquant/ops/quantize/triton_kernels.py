@@ -1,4 +1,4 @@
-"""Triton kernels of fake quantization. Imported by ``triton`` alone, which says what they are for.
+"""Triton kernels of fake quantization. Imported by ``triton`` and ``triton_banks``, which say what they are for.
 
 Compiled without contraction to fused multiply-adds, and dividing as IEEE says: codes and values are then those of plain
 PyTorch to the last bit.
@@ -13,10 +13,6 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "bank_backward",
-    "bank_forward",
-    "bank_grid_sums",
-    "bank_group_sums",
     "dls_apply",
     "dls_quantize",
     "dls_statistics",
@@ -27,7 +23,6 @@ __all__ = [
 ]
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no fraction, rounding to even
-_TAIL = tl.constexpr(0.1)  # slope of RFA's surrogate beyond its grid
 
 
 @triton.jit
@@ -175,12 +170,31 @@ def _range(w, v, mean, std, low, high, eps, codes, FLOOR_FIRST: tl.constexpr):
 
 
 @triton.jit
+def _store_range(to, groups, mean, std, low, high, alpha, beta):
+    tl.store(to, mean)
+    tl.store(to + groups, std)
+    tl.store(to + 2 * groups, low)
+    tl.store(to + 3 * groups, high)
+    tl.store(to + 4 * groups, alpha)
+    tl.store(to + 5 * groups, beta)
+
+
+@triton.jit
+def _value(x, alpha, beta, low, high, qmin, qmax):
+    u = tl.div_rn(x + beta, alpha)
+    return _clip(_round(_clip(u, qmin, qmax)) * alpha - beta, low, high)
+
+
+@triton.jit
 def dls_quantize(
-    x, w, v, parts, y, ranges, size, inner, tiles, qmin, qmax, eps, codes,
+    x, w, v, parts, y, ranges, size, inner, tiles, freedom, qmin, qmax, eps, codes,
     CONTIGUOUS: tl.constexpr, ONE: tl.constexpr, FLOOR_FIRST: tl.constexpr, VALUES: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """``ranges`` (6, groups), and the values if VALUES. ONE: a tile is a group, whose moments are found here."""
+    """``ranges`` (6, groups), and the values if VALUES. ONE: a tile is a group, whose moments are found here.
+
+    ``freedom``: what a sum of squares is divided by for the variance.
+    """
     groups = tl.num_programs(1)
     at, here = _place(size, inner, groups, CONTIGUOUS, TILE)
     if ONE or VALUES:
@@ -189,25 +203,18 @@ def dls_quantize(
         mean, squares, low, high = _moments(value, here, size, TILE)
     else:
         mean, squares, low, high = _merged(parts, size, tiles, TILE, TILES)
-    std = tl.sqrt_rn(squares / tl.maximum(size - 1, 1).to(tl.float32))
+    std = tl.sqrt_rn(squares / freedom)
     alpha, beta = _range(w, v, mean, std, low, high, eps, codes, FLOOR_FIRST)
     if tl.program_id(0) == 0:
-        to = ranges + tl.program_id(1)
-        tl.store(to, mean)
-        tl.store(to + groups, std)
-        tl.store(to + 2 * groups, low)
-        tl.store(to + 3 * groups, high)
-        tl.store(to + 4 * groups, alpha)
-        tl.store(to + 5 * groups, beta)
+        _store_range(ranges + tl.program_id(1), groups, mean, std, low, high, alpha, beta)
     if VALUES:
-        u = tl.div_rn(value + beta, alpha)
-        value = _clip(_round(_clip(u, qmin, qmax)) * alpha - beta, low, high)
+        value = _value(value, alpha, beta, low, high, qmin, qmax)
         tl.store(y + at, value.to(y.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _shares(grad, x, here, alpha, beta, low, high, qmin, qmax):
-    """Of the program's tile: dx by the straight-through rule, and sums for alpha, beta, min, max, and ties of those."""
+def _terms(grad, x, here, alpha, beta, low, high, qmin, qmax):
+    """By element: dx by the straight-through rule, and what sums for alpha, beta, min, max, and ties are made of."""
     u = tl.div_rn(x + beta, alpha)
     inside = (u >= qmin) & (u <= qmax)
     rounded = _round(_clip(u, qmin, qmax))
@@ -215,18 +222,23 @@ def _shares(grad, x, here, alpha, beta, low, high, qmin, qmax):
     below, above = y < low, y > high
     gy = tl.where(below | above, 0.0, grad)
     dx = gy * tl.where(inside, 1.0, 0.0)
-    sum_a = tl.sum(tl.where(here, gy * (rounded - tl.where(inside, u, 0.0)), 0.0))
-    sum_b = tl.sum(tl.where(here, dx - gy, 0.0))
-    sum_low = tl.sum(tl.where(here & below, grad, 0.0))
-    sum_high = tl.sum(tl.where(here & above, grad, 0.0))
-    ties_low = tl.sum(tl.where(here & (x == low), 1.0, 0.0))
-    ties_high = tl.sum(tl.where(here & (x == high), 1.0, 0.0))
-    return dx, sum_a, sum_b, sum_low, sum_high, ties_low, ties_high
+    of_alpha = tl.where(here, gy * (rounded - tl.where(inside, u, 0.0)), 0.0)
+    of_beta = tl.where(here, dx - gy, 0.0)
+    of_low, of_high = tl.where(here & below, grad, 0.0), tl.where(here & above, grad, 0.0)
+    at_low, at_high = tl.where(here & (x == low), 1.0, 0.0), tl.where(here & (x == high), 1.0, 0.0)
+    return dx, of_alpha, of_beta, of_low, of_high, at_low, at_high
 
 
 @triton.jit
-def _range_of(ranges, groups):
-    at = ranges + tl.program_id(1)
+def _shares(grad, x, here, alpha, beta, low, high, qmin, qmax):
+    """Of the program's tile: dx by the straight-through rule, and the sums of ``_terms``."""
+    dx, a, b, c, d, e, f = _terms(grad, x, here, alpha, beta, low, high, qmin, qmax)
+    return dx, tl.sum(a), tl.sum(b), tl.sum(c), tl.sum(d), tl.sum(e), tl.sum(f)
+
+
+@triton.jit
+def _range_of(ranges, group, groups):
+    at = ranges + group
     mean, std = tl.load(at), tl.load(at + groups)
     low, high = tl.load(at + 2 * groups), tl.load(at + 3 * groups)
     return mean, std, low, high, tl.load(at + 4 * groups), tl.load(at + 5 * groups)
@@ -239,7 +251,7 @@ def dls_sums(
     """The six sums of ``_shares`` for each tile, (6, groups, tiles)."""
     groups, tiles = tl.num_programs(1), tl.num_programs(0)
     at, here = _place(size, inner, groups, CONTIGUOUS, TILE)
-    _mean, _std, low, high, alpha, beta = _range_of(ranges, groups)
+    _mean, _std, low, high, alpha, beta = _range_of(ranges, tl.program_id(1), groups)
     grad = tl.load(g + at, mask=here, other=0.0).to(tl.float32)
     value = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
     _dx, a, b, c, d, e, f = _shares(grad, value, here, alpha, beta, low, high, qmin, qmax)
@@ -265,15 +277,64 @@ def _sign(x):
 
 
 @triton.jit
+def _through_range(
+    w, v, mean, std, low, high, beta, d_alpha, d_beta, d_low, d_high, eps, codes, DEAD_PASS: tl.constexpr
+):
+    """Gradients of alpha0 (before its magnitude is taken), beta and the statistics of x.
+
+    From those of alpha, beta as it shifts values, min and max as they clip them.
+    """
+    signed = _signed_alpha(w, mean, std, low, high, beta)
+    if not DEAD_PASS:
+        live = (tl.abs(signed) <= (high - low) / codes) & (tl.abs(signed) >= eps)
+        d_alpha = tl.where(live, d_alpha, d_alpha * 0.0)
+    # alpha -> alpha0 -> w and the statistics of x + beta -> beta -> v and the statistics of x.
+    d_alpha = d_alpha * _sign(signed)
+    s_mean = tl.load(w) * d_alpha * _sign(mean + beta)
+    s_std, s_low, s_high = tl.load(w + 1) * d_alpha, tl.load(w + 2) * d_alpha, tl.load(w + 3) * d_alpha
+    d_beta = d_beta + s_mean + s_low + s_high
+    s_mean += tl.load(v) * d_beta
+    s_std += tl.load(v + 1) * d_beta
+    s_low += tl.load(v + 2) * d_beta + d_low
+    s_high += tl.load(v + 3) * d_beta + d_high
+    return d_alpha, d_beta, s_mean, s_std, s_low, s_high
+
+
+@triton.jit
+def _store_coefficients(dw, dv, stride, mean, std, low, high, beta, d_alpha, d_beta):
+    """Gradients of w and v, from those that ``_through_range`` returns."""
+    tl.store(dw, tl.abs(mean + beta) * d_alpha)
+    tl.store(dw + stride, std * d_alpha)
+    tl.store(dw + 2 * stride, (low + beta) * d_alpha)
+    tl.store(dw + 3 * stride, (high + beta) * d_alpha)
+    tl.store(dv, mean * d_beta)
+    tl.store(dv + stride, std * d_beta)
+    tl.store(dv + 2 * stride, low * d_beta)
+    tl.store(dv + 3 * stride, high * d_beta)
+
+
+@triton.jit
+def _through_statistics(
+    x, through, mean, std, low, high, s_mean, s_std, s_low, s_high, ties_low, ties_high, size, freedom
+):
+    """The gradient of x, from ``through``, that by the straight-through rule, and those of its statistics."""
+    slope = tl.where(std > 0, s_std / (std * freedom), 0.0)
+    out = through + s_mean / size + (x - mean) * slope
+    out += tl.where(x == low, s_low / ties_low, 0.0)
+    out += tl.where(x == high, s_high / ties_high, 0.0)
+    return out
+
+
+@triton.jit
 def dls_apply(
-    g, x, w, v, ranges, parts, dx, dwv, size, inner, tiles, qmin, qmax, eps, codes, scale,
+    g, x, w, v, ranges, parts, dx, dwv, size, inner, tiles, freedom, qmin, qmax, eps, codes, scale,
     CONTIGUOUS: tl.constexpr, ONE: tl.constexpr, DEAD_PASS: tl.constexpr, NEED_X: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x (if NEED_X) and each group's share of the gradients of w and v, (8, groups)."""
     groups = tl.num_programs(1)
     at, here = _place(size, inner, groups, CONTIGUOUS, TILE)
-    mean, std, low, high, alpha, beta = _range_of(ranges, groups)
+    mean, std, low, high, alpha, beta = _range_of(ranges, tl.program_id(1), groups)
     if ONE or NEED_X:
         grad = tl.load(g + at, mask=here, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
@@ -287,138 +348,14 @@ def dls_apply(
         d_high = _total(parts, 3, groups, tiles, TILES)
         ties_low = _total(parts, 4, groups, tiles, TILES)
         ties_high = _total(parts, 5, groups, tiles, TILES)
-    # alpha -> alpha0 -> w and the statistics of x + beta -> beta -> v and the statistics of x.
-    signed = _signed_alpha(w, mean, std, low, high, beta)
-    d_alpha = d_alpha * scale
-    if not DEAD_PASS:
-        live = (tl.abs(signed) <= (high - low) / codes) & (tl.abs(signed) >= eps)
-        d_alpha = tl.where(live, d_alpha, d_alpha * 0.0)
-    d_alpha = d_alpha * _sign(signed)
-    s_mean = tl.load(w) * d_alpha * _sign(mean + beta)
-    s_std, s_low, s_high = tl.load(w + 1) * d_alpha, tl.load(w + 2) * d_alpha, tl.load(w + 3) * d_alpha
-    d_beta = d_beta + s_mean + s_low + s_high
+    d_alpha, d_beta, s_mean, s_std, s_low, s_high = _through_range(
+        w, v, mean, std, low, high, beta, d_alpha * scale, d_beta, d_low, d_high, eps, codes, DEAD_PASS
+    )
     if tl.program_id(0) == 0:
-        to = dwv + tl.program_id(1)
-        tl.store(to, tl.abs(mean + beta) * d_alpha)
-        tl.store(to + groups, std * d_alpha)
-        tl.store(to + 2 * groups, (low + beta) * d_alpha)
-        tl.store(to + 3 * groups, (high + beta) * d_alpha)
-        tl.store(to + 4 * groups, mean * d_beta)
-        tl.store(to + 5 * groups, std * d_beta)
-        tl.store(to + 6 * groups, low * d_beta)
-        tl.store(to + 7 * groups, high * d_beta)
+        dw = dwv + tl.program_id(1)
+        _store_coefficients(dw, dw + 4 * groups, groups, mean, std, low, high, beta, d_alpha, d_beta)
     if NEED_X:
-        s_mean += tl.load(v) * d_beta
-        s_std += tl.load(v + 1) * d_beta
-        s_low += tl.load(v + 2) * d_beta + d_low
-        s_high += tl.load(v + 3) * d_beta + d_high
-        slope = tl.where(std > 0, s_std / (std * tl.maximum(size - 1, 1).to(tl.float32)), 0.0)
-        out = through + s_mean / size + (value - mean) * slope
-        out += tl.where(value == low, s_low / ties_low, 0.0)
-        out += tl.where(value == high, s_high / ties_high, 0.0)
+        out = _through_statistics(
+            value, through, mean, std, low, high, s_mean, s_std, s_low, s_high, ties_low, ties_high, size, freedom
+        )  # fmt: skip
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=here)
-
-
-# ---- the weights of a model ----------------------------------------------------------------------------------------
-# A program has one block: some elements of one group of one weight, see ``triton._tables``.
-
-
-@triton.jit
-def _block(starts, lengths, group_of, weight_of, BLOCK: tl.constexpr):
-    i = tl.program_id(0)
-    k = tl.arange(0, BLOCK)
-    return tl.load(starts + i) + k, k < tl.load(lengths + i), tl.load(group_of + i), tl.load(weight_of + i)
-
-
-@triton.jit
-def _count_below(u, sorted_bounds, COUNT: tl.constexpr):
-    """How many bounds are below each element, as floats."""
-    below = u * 0.0  # keeps a NaN a NaN
-    for i in range(COUNT):
-        below += tl.where(u > tl.load(sorted_bounds + i), 1.0, 0.0)
-    return below
-
-
-@triton.jit
-def bank_forward(
-    x, alpha, beta, thresholds, y, starts, lengths, group_of, weight_of, qmin, qmax, eps,
-    LEVELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Values of one block."""
-    at, here, group, weight = _block(starts, lengths, group_of, weight_of, BLOCK)
-    a, b = _floored(tl.load(alpha + group), eps), tl.load(beta + group)
-    u = _clip(tl.div_rn(tl.load(x + at, mask=here, other=0.0) + b, a), qmin, qmax)
-    if LEVELS == 0:
-        code = _round(u)
-    else:
-        code = _count_below(u, thresholds + weight * (LEVELS - 1), LEVELS - 1) - LEVELS // 2
-    tl.store(y + at, code * a - b, mask=here)
-
-
-@triton.jit
-def bank_backward(
-    g, x, alpha, beta, grid, thresholds, dx, parts, grid_parts, starts, lengths, group_of, weight_of, qmin, qmax, eps,
-    LEVELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of x, and each block's share of those of alpha and beta, (2, blocks), and of what the grid's is of.
-
-    For each segment sums of g * alpha, and of that times the distance to its left end: (blocks, 2, LEVELS + 1).
-    """
-    at, here, group, weight = _block(starts, lengths, group_of, weight_of, BLOCK)
-    a, b = _floored(tl.load(alpha + group), eps), tl.load(beta + group)
-    grad = tl.load(g + at, mask=here, other=0.0)
-    v = tl.div_rn(tl.load(x + at, mask=here, other=0.0) + b, a)
-    inside = (v >= qmin) & (v <= qmax)
-    u = _clip(v, qmin, qmax)
-    i, blocks = tl.program_id(0), tl.num_programs(0)
-    if LEVELS == 0:
-        code = _round(u)
-        slope = tl.where(inside, 1.0, 0.0)
-        soft = tl.where(inside, u, 0.0)
-    else:
-        line = grid + weight * LEVELS
-        segment = _count_below(u, line, LEVELS).to(tl.int32)
-        code = _count_below(u, thresholds + weight * (LEVELS - 1), LEVELS - 1) - LEVELS // 2
-        middle = (segment > 0) & (segment < LEVELS)
-        left = tl.load(line + tl.maximum(segment - 1, 0))
-        right = tl.load(line + tl.minimum(segment, LEVELS - 1))
-        slope = tl.where(middle, tl.div_rn(1.0, tl.where(middle, right - left, 1.0)), _TAIL)
-        slope = tl.where(inside, slope, 0.0)
-        soft = slope * u
-        step = tl.where(here, grad * a, 0.0)
-        reach = step * (u - left)
-        to = grid_parts + i * (2 * (LEVELS + 1))
-        for s in range(LEVELS + 1):
-            tl.store(to + s, tl.sum(tl.where(segment == s, step, 0.0)))
-            tl.store(to + LEVELS + 1 + s, tl.sum(tl.where(segment == s, reach, 0.0)))
-    through = grad * slope
-    tl.store(parts + i, tl.sum(tl.where(here, grad * (code - soft), 0.0)))
-    tl.store(parts + blocks + i, tl.sum(tl.where(here, through - grad, 0.0)))
-    tl.store(dx + at, through, mask=here)
-
-
-@triton.jit
-def bank_group_sums(parts, first_block, scales, out, groups, blocks, longest, BLOCK: tl.constexpr):
-    """Gradients of alpha and beta, (2, groups), from those of blocks; ``longest``: most blocks of a group."""
-    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = group < groups
-    start = tl.load(first_block + group, mask=here, other=0)
-    end = tl.load(first_block + group + 1, mask=here, other=0)
-    which = tl.program_id(1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in range(longest):
-        total += tl.load(parts + which * blocks + start + k, mask=start + k < end, other=0.0)
-    scale = tl.load(scales + group, mask=here, other=0.0)
-    tl.store(out + which * groups + group, total * tl.where(which == 0, scale, 1.0), mask=here)
-
-
-@triton.jit
-def bank_grid_sums(parts, first_block, out, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums of rows of ``parts`` over the blocks of each weight, (W, COLUMNS)."""
-    weight = tl.program_id(0)
-    column = tl.arange(0, WIDTH)
-    here = column < COLUMNS
-    total = tl.zeros((WIDTH,), tl.float32)
-    for block in range(tl.load(first_block + weight), tl.load(first_block + weight + 1)):
-        total += tl.load(parts + block * COLUMNS + column, mask=here, other=0.0)
-    tl.store(out + weight * COLUMNS + column, total, mask=here)

@@ -1,0 +1,273 @@
+"""Fused training graphs compute what the graphs they are made of compute, and fuse what they are meant to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import ssmquant
+from ssmquant import QConfig, zoo
+from ssmquant.graph import runtime as runtime_module
+from ssmquant.graph.fuse import Unfit, fuse
+from ssmquant.graph.layers import faster_layers
+from ssmquant.graph.regions import compile_graph
+from ssmquant.graph.runtime import Record, runtime_of
+from ssmquant.ops import selective_scan
+
+D, N, K = 6, 3, 4
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+class Scan2d(nn.Module):
+    """A scan over an image; subclasses write the sequences and their sum in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Conv2d(3, D, 1)
+        self.mid = nn.Conv2d(D, D, 3, padding=1, groups=D)
+        self.x_proj = nn.Parameter(torch.randn(K, 2 + 2 * N, D) * 0.3)
+        self.dt_proj = nn.Parameter(torch.randn(K, D, 2) * 0.3)
+        self.bias = nn.Parameter(torch.randn(K * D) * 0.3)
+        self.A_log = nn.Parameter(torch.rand(K * D, N))
+        self.D = nn.Parameter(torch.ones(K * D))
+        self.norm = nn.LayerNorm(D)
+        self.linear = nn.Linear(D, D)
+        self.out = nn.Conv2d(D, 3, 1)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        B, _, H, W = x.shape
+        rows = torch.stack([x.view(B, D, H * W), x.transpose(2, 3).contiguous().view(B, D, H * W)], 1)
+        return torch.cat([rows, rows.flip(-1)], 1)
+
+    def merged(self, y: Tensor, H: int, W: int) -> Tensor:
+        B = y.shape[0]
+        y = y.view(B, K, D, H * W)
+        back = torch.flip(y[:, 2:4], dims=[-1])
+        down = y[:, 1].view(B, D, W, H).transpose(2, 3).contiguous().view(B, D, H * W)
+        up = back[:, 1].view(B, D, W, H).transpose(2, 3).contiguous().view(B, D, H * W)
+        return y[:, 0] + back[:, 0] + down + up
+
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        x_dbl = torch.einsum("b k d l, k c d -> b k c l", xs, self.x_proj)
+        dts, Bs, Cs = torch.split(x_dbl, [2, N, N], dim=2)
+        return torch.einsum("b k r l, k d r -> b k d l", dts, self.dt_proj), Bs, Cs
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.mid(self.inp(x)))
+        B, _, H, W = x.shape
+        xs = self.sequences(x)
+        dts, Bs, Cs = self.projections(xs)
+        y: Any = selective_scan(
+            xs.reshape(B, K * D, H * W), dts.contiguous().view(B, K * D, H * W), -self.A_log.exp(), Bs, Cs, self.D,
+            delta_bias=self.bias, delta_softplus=True,
+        )  # fmt: skip
+        y = self.merged(y, H, W).transpose(1, 2)
+        y = self.linear(self.norm(y)).transpose(1, 2).view(B, D, H, W)
+        return self.out(x + y)
+
+
+class ByConvolution(Scan2d):
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        B, L = xs.shape[0], xs.shape[-1]
+        x_dbl = F.conv1d(xs.reshape(B, K * D, L), self.x_proj.view(-1, D, 1), groups=K).view(B, K, -1, L)
+        dts, Bs, Cs = torch.split(x_dbl, [2, N, N], dim=2)
+        dts = F.conv1d(dts.reshape(B, K * 2, L), self.dt_proj.view(K * D, 2, 1), groups=K)
+        return dts.view(B, K, D, L), Bs, Cs
+
+
+class Summed(Scan2d):
+    """The sum by ``sum``, of a stack."""
+
+    def merged(self, y: Tensor, H: int, W: int) -> Tensor:
+        B = y.shape[0]
+        y = y.view(B, K, D, H * W)
+        y = torch.cat([y[:, :2], y[:, 2:].flip(-1)], 1)
+        parts = [
+            y[:, k] if k % 2 == 0 else y[:, k].view(B, D, W, H).mT.reshape(B, D, H * W) for k in range(K)
+        ]
+        return torch.stack(parts).sum(0)
+
+
+class Snake(Scan2d):
+    """Other orders than the cross-scan's: every second row from right to left."""
+
+    def sequences(self, x: Tensor) -> Tensor:
+        B, _, H, W = x.shape
+        cut = H // 2 * 2
+        pairs = x[:, :, :cut].view(B, D, cut // 2, 2, W)
+        snake = torch.stack([pairs[:, :, :, 0], pairs[:, :, :, 1].flip(-1)], 3).view(B, D, cut, W)
+        snake = torch.cat([snake, x[:, :, cut:]], 2).view(B, D, H * W)
+        rows = x.view(B, D, H * W)
+        return torch.stack([rows, snake, rows.flip(-1), snake.flip(-1)], 1)
+
+
+class NotAnOrder(Scan2d):
+    """Sequences that show some pixels twice, others not at all."""
+
+    def sequences(self, x: Tensor) -> Tensor:
+        B, _, H, W = x.shape
+        rows = x.view(B, D, H * W)
+        half = rows[:, :, : H * W // 2]
+        twice = torch.cat([half, half, rows[:, :, : H * W % 2]], 2)
+        return torch.stack([rows, twice, rows.flip(-1), twice.flip(-1)], 1)
+
+
+class Written(Scan2d):
+    """The image is written to after the sequences were made: views of it see that, copies do not."""
+
+    def sequences(self, x: Tensor) -> Tensor:
+        xs = super().sequences(x)
+        x[:, :1].mul_(0.5)
+        return xs
+
+
+def prepared(model: nn.Module, x: Tensor, config: QConfig | None = None) -> nn.Module:
+    """In float64: float32 rounds some value to the other side of a level's edge in one run of eight."""
+    model = model.to(x.dtype)
+    p = ssmquant.prepare(
+        model, config or QConfig(w_bits=4, a_bits=4, keep_first_last=False), example_inputs=(x,)
+    )
+    return ssmquant.calibrate(p, [x], progress=False).train()
+
+
+def record(p: nn.Module) -> Record:
+    return runtime_of(p).records[-1]
+
+
+def names(graph: fx.Graph) -> list[str]:
+    return [str(getattr(n.target, "__name__", n.target)) for n in graph.nodes if n.op.startswith("call")]
+
+
+def step(p: nn.Module, run: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    x = x.clone().requires_grad_()
+    y = run(p, x)
+    leaves = [x, *(q for q in p.parameters() if q.requires_grad)]
+    grads = torch.autograd.grad(
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), leaves, allow_unused=True
+    )
+    return y.detach(), [torch.zeros_like(q) if g is None else g for g, q in zip(grads, leaves, strict=True)]
+
+
+def compare(p: nn.Module, graph: fx.Graph, x: Tensor, tolerance: float = 1e-10) -> None:
+    want, want_grads = step(p, record(p).run, x)
+    got, got_grads = step(p, compile_graph(graph)[0], x)
+    assert (got - want).norm() <= tolerance * want.norm()
+    for mine, theirs in zip(got_grads, want_grads, strict=True):
+        assert (mine - theirs).norm() <= 10 * tolerance * (theirs.norm() + 1)
+
+
+@pytest.mark.parametrize("kind", [Scan2d, ByConvolution, Summed])
+def test_fuses_and_computes_the_same(kind: type[Scan2d]) -> None:
+    torch.manual_seed(1)
+    x = randn(2, 3, 5, 7)
+    p = prepared(kind(), x)
+    graph = fuse(record(p).graph, p)
+    found = names(graph)
+    assert [found.count(n) for n in ("paths_of", "_projected", "merges", "_flat_sequences")] == [1, 1, 1, 1]
+    assert not {"flip", "stack", "cat", "transpose"} & set(found[: found.index("selective_scan.default")])
+    compare(p, graph, x)
+    compare(p, graph, randn(3, 3, 4, 9))  # another batch and size, no square
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("statistics", ["sample", "tensor"])
+def test_quantizers_count_the_copies(bits: int, statistics: Any) -> None:
+    torch.manual_seed(2)
+    x = randn(2, 3, 3, 2)  # so small that the deviation's n - 1 shows
+    config = QConfig(w_bits=None, a_bits=bits, statistics=statistics, keep_first_last=False)
+    p = prepared(Scan2d(), x, config)
+    compare(p, fuse(record(p).graph, p), x)
+
+
+def test_other_orders() -> None:
+    torch.manual_seed(3)
+    x = randn(2, 3, 5, 4)
+    p = prepared(Snake(), x)
+    graph = fuse(record(p).graph, p)
+    assert "paths_of" in names(graph)
+    assert "merges" not in names(graph)  # its sum is not that of these orders
+    compare(p, graph, x)
+
+
+@pytest.mark.parametrize("kind", [NotAnOrder, Written])
+def test_leaves_alone_what_is_no_cross_scan(kind: type[Scan2d]) -> None:
+    x = randn(2, 3, 4, 5)
+    p = prepared(kind(), x)
+    assert fuse(record(p).graph, p) is record(p).graph
+
+
+def test_other_layers() -> None:
+    torch.manual_seed(4)
+    x = randn(2, 3, 5, 7)
+    p = prepared(Scan2d(), x)
+    graph = faster_layers(fuse(record(p).graph, p), p)
+    found = names(graph)
+    assert {"linear", "_layer_norm", "grouped_linear"} <= set(found)
+    assert "norm" not in found
+    compare(p, graph, x)
+    calls: list[int] = []
+    handle = p.norm.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    compile_graph(graph)[0](p, x)
+    handle.remove()
+    assert calls == [1]
+
+
+def test_a_sum_that_differs_at_other_sizes() -> None:
+    """Right for squares only, which is what the trace saw: the plain graph takes over."""
+
+    class Square(Scan2d):
+        def merged(self, y: Tensor, H: int, W: int) -> Tensor:
+            return super().merged(y, W, H)
+
+    torch.manual_seed(5)
+    x = randn(2, 3, 4, 4)
+    p = prepared(Square(), x)
+    r = record(p)
+    graph = fuse(r.graph, p)
+    if "merges" not in names(graph):
+        pytest.skip("the trace's second size showed it")
+    wide = randn(2, 3, 4, 6)
+    with pytest.raises(Unfit):
+        compile_graph(graph)[0](p, wide)
+
+
+def test_records_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(6)
+    x = randn(2, 3, 4, 6)
+    p = prepared(Scan2d(), x)
+    plain = p(x)
+    assert not record(p).training
+    monkeypatch.setattr(runtime_module, "_trains_on_a_gpu", lambda *_: True)
+    fused = p(x)
+    assert len(record(p).training) == 1
+    assert record(p).training[0] is not record(p).run
+    torch.testing.assert_close(fused, plain)
+
+    def unfit(*_: Any) -> None:
+        raise Unfit
+
+    record(p).training[0] = unfit
+    assert torch.equal(p(x), plain)
+    assert record(p).training[0] is record(p).run
+
+
+@pytest.mark.parametrize("name", ["mambair_tiny", "vmamba_nano", "vim_nano"])
+def test_zoo(name: str) -> None:
+    torch.manual_seed(7)
+    options = {"upscale": 2} if name.startswith("mambair") else {}
+    x = torch.rand(2, 3, 16, 24) if options else torch.rand(2, 3, 32, 32)
+    model = zoo.build(name, **options)
+    p = prepared(model, x, QConfig(w_bits=None, a_bits=8, scan_bits=8))
+    graph = fuse(record(p).graph, p)
+    assert ("paths_of" in names(graph)) == (name != "vim_nano")
+    want, _ = step(p, record(p).run, x)
+    got, _ = step(p, compile_graph(faster_layers(graph, p))[0], x)
+    assert (got - want).norm() <= 0.02 * want.norm()  # a value on a tie, rounded otherwise, spreads
