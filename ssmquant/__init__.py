@@ -22,7 +22,7 @@ from ssmquant.errors import (
     TraceError,
 )
 from ssmquant.io import load, load_checkpoint, save
-from ssmquant.workflow import calibrate, convert, param_groups, prepare
+from ssmquant.workflow import calibrate, convert, cuda_graph, param_groups, prepare
 
 __version__ = "0.1.0.dev0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "TraceError",
     "calibrate",
     "convert",
+    "cuda_graph",
     "install_standins",
     "load",
     "load_checkpoint",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssmquant.adapter import Adapter, find_adapter, get_adapter
 from ssmquant.config import QConfig
 from ssmquant.errors import CalibrationError, ConfigError, InputError
+from ssmquant.graph.cuda_graphs import CudaGraphs
 from ssmquant.graph.plan import Point
 from ssmquant.graph.prepared import (
     Values,
@@ -31,7 +32,7 @@ from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.quantizers import DLS, Quantizer, get_quantizer
 
-__all__ = ["calibrate", "convert", "param_groups", "prepare"]
+__all__ = ["calibrate", "convert", "cuda_graph", "param_groups", "prepare"]
 
 
 def prepare(
@@ -248,6 +249,7 @@ def calibrate(
     quantizers = [m for m in runtime.activations.values() if isinstance(m, ActivationQuantizer)]
     modes = {m: m.training for m in prepared.modules()}
     n = 0
+    graphs, runtime.graphs = runtime.graphs, None  # what is collected waits for the GPU
     try:
         prepared.eval()
         for q in quantizers:
@@ -268,9 +270,34 @@ def calibrate(
             q.abandon()
         raise
     finally:
+        runtime.graphs = graphs
         for m, flag in modes.items():
             m.training = flag
     return prepared
+
+
+def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:
+    """From now on calls on a GPU replay CUDA graphs: one launch for the forward pass, one for the backward pass.
+
+    For loops that call the model from Python; results, gradients and the loop itself stay as they are. A call is
+    captured when one of its kind (shapes, dtypes, modes, autocast) comes for the second time. What cannot be captured
+    runs as before, with a warning. Copies and pickles of the model capture anew.
+
+    Args:
+        model: prepared or deployed; changed in place. A prepared one is captured with its gradients.
+        max_graphs: kinds of calls to keep graphs of, each with the memory of a whole pass; 0 turns graphs off.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ConfigError: ``model`` is neither prepared nor deployed, or ``max_graphs`` is negative.
+    """
+    runtime = runtime_of(model)
+    if max_graphs < 0:
+        raise ConfigError(f"cuda_graph: max_graphs={max_graphs}, expected 0 or more")
+    runtime.graphs = CudaGraphs(max_graphs) if max_graphs else None
+    return model
 
 
 def _limited(batches: Iterable[Any], limit: int | None, progress: bool | None) -> Iterable[Any]:

@@ -88,6 +88,8 @@ def _run(model: Any, bound: tuple[Any, ...]) -> Any:
     record = model._ssmquant.select(model, call)
     if record.trace.traced.sets_modes:
         return _run_restoring(record, model, call)
+    if model._ssmquant.graphs is not None:
+        return model._ssmquant.graphs(record, model, call.tensors)
     return record(model, call.tensors)
 
 

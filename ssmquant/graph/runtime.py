@@ -20,6 +20,7 @@ from ssmquant.adapter import Adapter
 from ssmquant.config import QConfig
 from ssmquant.errors import ConfigError, SsmquantError, TraceError
 from ssmquant.graph.bank import bank_weights
+from ssmquant.graph.cuda_graphs import CudaGraphs
 from ssmquant.graph.fuse import Unfit, fuse
 from ssmquant.graph.layers import faster_layers
 from ssmquant.graph.patches import PATCH_LOCK
@@ -189,6 +190,7 @@ class Runtime(nn.Module):
         self.instance_forward: Any = None
         self.example: tuple[Any, ...] = ()  # (static description) of the example call, for save and pickle
         self.notes: list[str] = []
+        self.graphs: CudaGraphs | None = None
         self.float_dtype: torch.dtype | None = None
 
     # ---- tracing -------------------------------------------------------------------------------------------------
@@ -331,11 +333,15 @@ class Runtime(nn.Module):
         memo[id(self)] = new
         for k, v in vars(self).items():
             # Graphs are never changed in place, so copies share them; only the set of records is each copy's own.
-            new.__dict__[k] = list(v) if k == "records" else copy.deepcopy(v, memo)
+            if k == "graphs":
+                new.graphs = None if v is None else CudaGraphs(v.most)
+            else:
+                new.__dict__[k] = list(v) if k == "records" else copy.deepcopy(v, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
+        state["graphs"] = None if self.graphs is None else CudaGraphs(self.graphs.most)
         state["records"] = []  # made again by the first call: graphs hold functions that pickle cannot name
         return state
 
