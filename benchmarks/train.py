@@ -8,10 +8,10 @@
 A case is MODEL/HxW/bBATCH: a model of the zoo (mambair_*_xSCALE; also vmamba_tiny/224/b16) and the size of its input.
 A mode is MODEL_train_EXECUTION. Models: float, the user's own code; prepared_unquantized, the same prepared without a
 quantizer, which leaves the graph with our kernels; prepared_w4a4, as published (RFA, LSQ, DLS); prepared_lsq_w4a4; with
---official official_w4a4; also w2a2 and w8a8. Executions: eager; graph (the whole step is one CUDA graph); compile
-(torch.compile of the model, which takes minutes, so only with --mode); compile_graph. Suffixes: _bf16 (autocast, with
---bf16), _mamba_ssm (its scan, where it is installed), _plain (kernels of
-quantizers and graphs off; only with a --mode that says so).
+--official official_w4a4; also w2a2 and w8a8. Executions: eager; graph (the whole step is one CUDA graph);
+replay (eager, of a model that ssmquant.cuda_graph replays); compile (torch.compile of the model, which takes minutes)
+and compile_graph, with a --mode that says so. Suffixes: _bf16 (autocast, with --bf16), _mamba_ssm (its scan, where it
+is installed), _plain (kernels of quantizers and graphs off, with a --mode that says so).
 
 A step is that of examples/training.py: forward, L1 loss, backward, fused Adam; no clipping, no EMA. All modes of a
 case start from the same weights (as initialised, plus a little noise, for the official scale of a constant tensor is
@@ -168,7 +168,7 @@ def all_modes(device: torch.device, bf16: bool = False, root: Path | None = None
 
 def _modes(device: torch.device, bf16: bool, root: Path | None) -> Iterator[Mode]:
     gpu = device.type == "cuda"
-    executions = ("eager", "graph", "compile", "compile_graph") if gpu else ("eager", "compile")
+    executions = ("eager", "graph", "replay", "compile", "compile_graph") if gpu else ("eager", "compile")
     models: dict[str, Callable[[Case], nn.Module]] = {"float": lambda case: case.start}
     models["prepared_unquantized"] = partial(_prepared, QConfig())
     for scheme, config in SCHEMES.items():
@@ -177,11 +177,14 @@ def _modes(device: torch.device, bf16: bool, root: Path | None) -> Iterator[Mode
         for half in (False, True)[: 1 + bf16]:
             end = "_bf16" if half else ""
             for execution in executions:
+                if execution == "replay" and model == "float":
+                    continue
                 plain = execution == "eager"
                 yield Mode(
                     f"{model}_train_{execution}{end}", model, build, execution, half,
                     against=None if plain else f"{model}_train_eager{end}",
-                    baseline=f"float_train_{execution}{end}", default=plain or execution == "graph",
+                    baseline=f"float_train_{execution.replace('replay', 'eager')}{end}",
+                    default=execution in ("eager", "graph", "replay"),
                 )  # fmt: skip
             if model not in ("float", "prepared_unquantized"):
                 yield Mode(
@@ -200,6 +203,11 @@ def _modes(device: torch.device, bf16: bool, root: Path | None) -> Iterator[Mode
             yield Mode(f"{name}_train_eager", name, partial(_official, root, b), ours=False)
 
 
+def _meant(word: str, name: str) -> bool:
+    """Whether a mode is wanted by a word; those that take long by one that says so."""
+    return word in name and all(slow in word for slow in ("compile", "plain") if slow in name)
+
+
 def select(modes: dict[str, Mode], wanted: list[str], quick: bool = False) -> list[Mode]:
     """The modes whose names contain one of ``wanted``, or the default ones, with their float baselines before them.
 
@@ -210,11 +218,7 @@ def select(modes: dict[str, Mode], wanted: list[str], quick: bool = False) -> li
     if unknown:
         raise ConfigError(f"no mode has {unknown[0]!r} in its name; --list shows all")
     if wanted:
-        chosen = {
-            name
-            for name in modes
-            if any(word in name and ("plain" in word) >= ("plain" in name) for word in wanted)
-        }
+        chosen = {name for name in modes if any(_meant(word, name) for word in wanted)}
     else:
         few = ("float", "w4a4") if quick else ("",)
         chosen = {m.name for m in modes.values() if m.default and m.model.endswith(few)}
@@ -233,15 +237,19 @@ def make_step(mode: Mode, case: Case) -> tuple[Step, float | None]:
         groups = ssmquant.param_groups(model, RATE)
     recipe = Recipe(lr=RATE, clip=None, bf16=mode.bf16, compile="compile" in mode.execution)
     step = Step(model, groups, recipe, case.device)
-    if "graph" not in mode.execution:
+    if mode.execution in ("eager", "compile"):
         return step, None
+    if mode.execution == "replay":
+        ssmquant.cuda_graph(model)
     start = [p.detach().clone() for p in step.params]
     for _ in range(WARM_UP):
-        step.warm_up(case.x, case.y)
+        (step if mode.execution == "replay" else step.warm_up)(case.x, case.y)
     with torch.no_grad():
         torch._foreach_copy_(step.params, start)
     step.loss_sum.zero_()
     del start
+    if mode.execution == "replay":
+        return step, torch.cuda.max_memory_allocated() / 2**20
     torch.cuda.reset_peak_memory_stats()
     step.capture(case.x, case.y)
     return step, torch.cuda.max_memory_allocated() / 2**20

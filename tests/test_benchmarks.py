@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Imports a script of the folder, and forgets it afterwards: the examples have a ``common`` of their own."""
-    names = ("common", "qmambair", "scan", "train")
+    names = ("common", "finetune", "patches", "qmambair", "scan", "train", "training")
     monkeypatch.syspath_prepend(FOLDER)
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -165,9 +165,28 @@ def test_a_selection_brings_its_baselines(train: Any, no_gpu: None) -> None:
         for end in ("", "_bf16")
     ]
     default = {mode.execution for mode in train.select(modes, [])}
-    assert default == {"eager", "graph"}
+    assert default == {"eager", "graph", "replay"}
+    slow = [name for name in modes if "compile" in name or "plain" in name]
+    assert not {mode.name for mode in train.select(modes, ["w4a4_train"])} & set(slow)
     assert all(mode.baseline in modes for mode in modes.values())
     assert all(mode.against is None or mode.against in modes for mode in modes.values())
+
+
+def test_fine_tunings_are_compared(
+    script: Callable[[str], Any], no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune, out = script("finetune"), tmp_path / "finetune.json"
+    case = "mambair_tiny_x2/w4a4"
+    assert finetune.main(["--quick", "--case", case, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(row["case"], row["mode"], row["steps"]) for row in rows] == [(case, m, 2) for m in finetune.RUNS]
+    assert rows[-1]["gate"].keys() == {"psnr", "loss", "passed"}
+    assert f"{case}   fused" in capsys.readouterr().out
+    values = [{"psnr": 30 + k, "loss": 0.1 + k} for k in (0.0, 0.1, 0.2, 0.1)]
+    assert finetune.judge(values)["passed"]
+    assert not finetune.judge([*values[:3], {"psnr": 30.5, "loss": 0.1}])["passed"]
+    assert finetune.main(["--quick", "--case", "mambair_tiny_x2/w9a4"]) == 2
+    assert "expected mambair_tiny_x2/wBaB" in capsys.readouterr().err
 
 
 def test_mistakes_are_named(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,14 @@ class _Graph:
     """The captured passes of one kind of call, on inputs and outputs of its own."""
 
     def __init__(self, run: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) -> None:
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # or a graph would use the weights as cast before it
+        try:
+            self._make(run, model, inputs)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def _make(self, run: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) -> None:
         train = torch.is_grad_enabled()
         self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -64,7 +72,8 @@ class _Graph:
 
         def forward() -> list[Any]:
             live[:], self.spec = pytree.tree_flatten(run(model, *self.inputs))
-            return [x.detach() if isinstance(x, Tensor) else x for x in live]
+            # A detached tensor keeps the one it is of, and with it the autograd graph of the capture.
+            return [x.data if isinstance(x, Tensor) else x for x in live]
 
         def backward() -> dict[torch.dtype, Tensor]:
             ends = [x for x in live if _differentiable(x)]
