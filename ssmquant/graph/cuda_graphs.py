@@ -47,6 +47,29 @@ def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
     torch.cuda.set_rng_state(random, device)
 
 
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The trained parameters, in their order, as others with the same memory.
+
+    Autograd has one node for each parameter, which belongs to the stream it was made on: while the user's loop still
+    holds its last loss, a backward pass that is captured would wait for the stream of that one.
+    """
+    others: dict[nn.Parameter, nn.Parameter] = {}
+    places = []
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                others.setdefault(p, nn.Parameter(p.detach()))
+                places.append((module._parameters, name, p))
+    for table, name, p in places:
+        table[name] = others[p]
+    try:
+        yield [others[p] for p in others]
+    finally:
+        for table, name, p in places:
+            table[name] = p
+
+
 def _differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
@@ -63,21 +86,24 @@ class _Graph:
             torch.set_autocast_cache_enabled(cached)
 
     def _make(self, run: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) -> None:
-        train = torch.is_grad_enabled()
-        self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.leaves = [x for x in (*self.inputs, *parameters) if x.requires_grad] if train else []
+        self.inputs = [x.detach().clone() for x in inputs]
+        wanted = [x.requires_grad for x in inputs]
+        leaves: list[Tensor] = []
         live: list[Any] = []
         grads: list[Tensor] = []
 
         def forward() -> list[Any]:
-            live[:], self.spec = pytree.tree_flatten(run(model, *self.inputs))
+            live.clear()
+            given = [x.detach().requires_grad_(w) for x, w in zip(self.inputs, wanted, strict=True)]
+            with _stand_ins(model) as parameters:
+                leaves[:] = [x for x in (*given, *parameters) if x.requires_grad]
+                live[:], self.spec = pytree.tree_flatten(run(model, *given))
             # A detached tensor keeps the one it is of, and with it the autograd graph of the capture.
             return [x.data if isinstance(x, Tensor) else x for x in live]
 
         def backward() -> dict[torch.dtype, Tensor]:
             ends = [x for x in live if _differentiable(x)]
-            return self._joined(torch.autograd.grad(ends, self.leaves, grads, allow_unused=True))
+            return self._joined(torch.autograd.grad(ends, leaves, grads, allow_unused=True))
 
         with _undone(model, self.inputs[0].device):
             for _ in range(_WARM_UP):
@@ -88,10 +114,12 @@ class _Graph:
                     backward()
         pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self.outputs, self.replay_forward = _capture(forward, pool)
-        self.grads = grads
         if grads:
             self.joined, self.replay_backward = _capture(backward, pool)
         live.clear()
+        self.grads = grads
+        self.wanted = wanted
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def _joined(self, grads: Sequence[Tensor | None]) -> dict[torch.dtype, Tensor]:
         """Gradients end to end, so that the copies that a call returns are one launch."""
@@ -118,9 +146,8 @@ class _Graph:
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         if self.grads:
-            known = {id(own): x for own, x in zip(self.inputs, inputs, strict=True)}
-            leaves = [known.get(id(x), x) for x in self.leaves]
-            values = list(_Replay.apply(self, inputs, *leaves))
+            leaves = (x for x, wanted in zip(inputs, self.wanted, strict=True) if wanted)
+            values = list(_Replay.apply(self, inputs, *leaves, *self.parameters))
         else:
             values = self.forward(inputs)
         return pytree.tree_unflatten(values, self.spec)
