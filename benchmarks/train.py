@@ -189,7 +189,7 @@ def _modes(device: torch.device, bf16: bool, root: Path | None) -> Iterator[Mode
             if model not in ("float", "prepared_unquantized"):
                 yield Mode(
                     f"{model}_train_eager{end}_plain", model, build, "eager", half, _without_kernels,
-                    f"{model}_train_eager{end}", f"float_train_eager{end}",
+                    f"{model}_train_eager{end}", f"float_train_eager{end}", default=False,
                 )  # fmt: skip
             if model == "float" and gpu and dict(explain(device, torch.float32, 16))["mamba_ssm"] is None:
                 for execution in ("eager", "graph"):
