@@ -54,6 +54,11 @@ def backend_report() -> list[tuple[str, str, str]]:
         module, reason = quantize.explain(torch.device(device))
         fused = "fused kernels of fake quantization"
         rows.append((f"quantize, {device}", *(("torch", reason) if module is None else (module.NAME, fused))))
+    fuse = "off, as chosen" if selected("fuse") == "chunked" else "cross-scans, linear layers and norms fused"
+    rows += [
+        (f"training graphs, {device}", "torch" if fuse.startswith("off") else "fused", fuse)
+        for device in gpus
+    ]
     if not gpus:
         return [*rows, ("selective_scan, cuda", "none", "PyTorch sees no CUDA device")]
     package = upstream.find("causal_conv1d")
