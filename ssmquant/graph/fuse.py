@@ -126,6 +126,7 @@ class _Merges:
     def __init__(self, source: fx.Node, nodes: list[fx.Node], target: fx.Node) -> None:
         self.source, self.nodes, self.target = source, nodes, target
         self.like_image = len(_shape(target) or ()) == 4
+        self.cast = any(is_cast(n) for n in nodes)
         self.numbers = numbers_of(nodes)
         self.known: set[Any] = set()
 
@@ -146,7 +147,8 @@ class _Merges:
             if len(self.known) >= _MOST_PATHS:
                 self.known.clear()
             self.known.add(key)
-        out = cross_merge(y.unflatten(1, (len(paths.order), -1)), paths)
+        y = y.unflatten(1, (len(paths.order), -1))
+        out = cross_merge(y.float() if self.cast else y, paths)
         return out.view(x.shape) if self.like_image else out
 
 

@@ -239,6 +239,26 @@ def test_a_sum_that_differs_at_other_sizes() -> None:
         compile_graph(graph)[0](p, wide)
 
 
+def test_casts() -> None:
+    """Of half precision: the sum is float32 where the code says so."""
+
+    class Cast(Scan2d):
+        def merged(self, y: Tensor, H: int, W: int) -> Tensor:
+            total = super().merged(y.float(), H, W)
+            assert total.dtype == torch.float32
+            return total.to(y.dtype)
+
+    torch.manual_seed(8)
+    x = torch.randn(2, 3, 4, 6)
+    p = prepared(Cast().bfloat16(), x.bfloat16(), QConfig(w_bits=8, a_bits=8, keep_first_last=False))
+    graph = fuse(record(p).graph, p)
+    assert "merges" in names(graph)
+    want, _ = step(p, record(p).run, x.bfloat16())
+    got, _ = step(p, compile_graph(graph)[0], x.bfloat16())
+    assert got.dtype == want.dtype
+    assert (got - want).norm() <= 0.05 * want.norm()
+
+
 def test_records_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(6)
     x = randn(2, 3, 4, 6)
