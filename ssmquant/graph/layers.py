@@ -21,7 +21,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _layer_norm(module: Any, x: Tensor) -> Tensor:
-    if any(getattr(module, name) for name in _HOOKS):
+    if type(module) is not nn.LayerNorm or any(getattr(module, name) for name in _HOOKS):
         called: Tensor = module(x)
         return called
     return dense.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)

@@ -101,6 +101,7 @@ def _trains_on_a_gpu(model: nn.Module, tensors: Sequence[Tensor]) -> bool:
     """Whether fused kernels pay: not while something traces, which makes its own, or for what has no backward pass."""
     return (
         model.training
+        and bool(tensors)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and all(t.is_cuda and type(t) is Tensor for t in tensors)
