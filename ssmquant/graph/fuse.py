@@ -93,6 +93,7 @@ class _PathsOf:
         self.source, self.nodes, self.target = source, nodes, target
         self.numbers = numbers_of(nodes)
         self.known: dict[Any, Paths] = {}
+        self.captured: list[Paths] = []  # CUDA graphs have their addresses
 
     def find(
         self, shape: tuple[int, ...], number: Callable[[fx.Node], int], device: Any = "cpu"
@@ -107,6 +108,8 @@ class _PathsOf:
     def __call__(self, x: Tensor, *numbers: int) -> Paths:
         key = (x.shape, numbers, x.device)
         if (known := self.known.get(key)) is not None:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                self.captured.append(known)
             return known
         given = dict(zip(self.numbers, numbers, strict=True)).__getitem__
         order = self.find(tuple(x.shape), given, x.device)

@@ -48,7 +48,7 @@ class _Tables:
         return max(1, self.block // 256)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: CUDA graphs have their addresses
 def _tables(bank: Bank, device: torch.device) -> _Tables:
     """Made once: from then on nothing is copied from the host."""
     block = max(64, min(1024, power(max(bank.sizes))))
@@ -157,7 +157,7 @@ class _Rows:
         return max(1, self.tile // 256)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: CUDA graphs have their addresses
 def _rows(counts: tuple[int, ...], rule: DLSRule, device: torch.device) -> _Rows:
     """Made once: from then on nothing is copied from the host."""
     starts = [0, *itertools.accumulate(counts[:-1])]
