@@ -1,9 +1,10 @@
 // What the two halves of the CPU kernels of fake quantization share.
 //
-// quantize_cpu.cpp is the library's interface: it shares out chunks of groups, and joins the sums that they leave
-// behind in a fixed order. quantize_cpu_path.cpp computes them; it is compiled once for each instruction set ("path").
-// Both without contraction to fused multiply-adds. Sums are of the same order on every path, so results depend on
-// neither the number of threads nor the instruction set.
+// quantize_cpu.cpp, with banks in quantize_cpu_bank.h, is the library's interface: it shares out chunks of groups, and
+// joins the sums that they leave behind in a fixed order. quantize_cpu_path.cpp, with RFA in quantize_cpu_path_bank.h,
+// computes them; it is compiled once for each instruction set ("path"). Both without contraction to fused
+// multiply-adds. Sums are of the same order on every path, so results depend on neither the number of threads nor the
+// instruction set.
 #pragma once
 
 #include <cstdint>

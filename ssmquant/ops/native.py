@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ssmquant.ops import cache
 
-__all__ = ["build", "library"]
+__all__ = ["Kernels", "build", "library"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SOURCES = _PACKAGE / "csrc"
@@ -72,6 +72,51 @@ def _found() -> ctypes.CDLL | str:
         return _find()
     except _Failed as error:
         return str(error)
+
+
+class Kernels:
+    """The library's functions for one operator, typed at their first use.
+
+    ``ssmquant_<kind>_forward`` and ``_backward`` take a ``call``; ``ssmquant_<kind>_workspace`` takes one, and whether
+    it is for the backward pass, and says how large a workspace it needs. ``ssmquant_<prefix>_paths`` and ``_path``
+    list instruction sets.
+    """
+
+    def __init__(self, operator: str, prefix: str, call: type[ctypes.Structure], *kinds: str) -> None:
+        self._operator, self._prefix, self._call, self._kinds = operator, prefix, call, kinds
+
+    @functools.cached_property
+    def found(self) -> ctypes.CDLL | str:
+        """The library, or why there is none. May compile at first use."""
+        found = library()
+        if isinstance(found, str):
+            return found
+        call = ctypes.POINTER(self._call)
+        for kind in self._kinds:
+            size = getattr(found, f"ssmquant_{kind}_workspace")
+            size.argtypes, size.restype = [call, ctypes.c_int64], ctypes.c_int64
+            for way in ("forward", "backward"):
+                function = getattr(found, f"ssmquant_{kind}_{way}")
+                function.argtypes, function.restype = [call], None
+        return found
+
+    def loaded(self) -> ctypes.CDLL:
+        """The library.
+
+        Raises:
+            RuntimeError: there is none; the message says why.
+        """
+        if isinstance(self.found, str):
+            raise RuntimeError(f"{self._operator}: {self.found}")
+        return self.found
+
+    def paths(self) -> tuple[str, ...]:
+        """The instruction sets that this machine can run, "avx512", "avx2", "portable"; the first one is used."""
+        found = self.loaded()
+        count, name = (getattr(found, f"ssmquant_{self._prefix}_{what}") for what in ("paths", "path"))
+        count.argtypes, count.restype = [], ctypes.c_int64
+        name.argtypes, name.restype = [ctypes.c_int64], ctypes.c_char_p
+        return tuple(name(i).decode() for i in range(count()))
 
 
 def build(folder: str | os.PathLike[str]) -> Path:

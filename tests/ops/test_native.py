@@ -192,3 +192,41 @@ raise SystemExit(native.library().answer() - 42)
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
     assert kept()
+
+
+KERNELS = """
+#include <cstdint>
+struct Call { int64_t in, out; };
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT int64_t ssmquant_some_paths() { return 2; }
+EXPORT const char* ssmquant_some_path(int64_t i) { return i ? "portable" : "best"; }
+EXPORT int64_t ssmquant_twice_workspace(const Call* call, int64_t backward) { return call->in << (40 + backward); }
+EXPORT void ssmquant_twice_forward(Call* call) { call->out = 2 * call->in; }
+EXPORT void ssmquant_twice_backward(Call* call) { call->out = -2 * call->in; }
+"""
+
+
+class Call(ctypes.Structure):
+    _fields_ = [("given", ctypes.c_int64), ("result", ctypes.c_int64)]
+
+
+def test_functions_are_typed_and_instruction_sets_listed(sources: Path) -> None:
+    (sources / "selective_scan_cpu.cpp").write_text(KERNELS)
+    kernels = native.Kernels("an operator", "some", Call, "twice")
+    assert kernels.paths() == ("best", "portable")
+    call = Call(3)
+    assert kernels.loaded().ssmquant_twice_workspace(call, True) == 3 << 41
+    for name, want in (("forward", 6), ("backward", -6)):
+        assert getattr(kernels.loaded(), f"ssmquant_twice_{name}")(call) is None
+        assert call.result == want
+    with pytest.raises(ctypes.ArgumentError):
+        kernels.loaded().ssmquant_twice_forward(3)
+
+
+@pytest.mark.usefixtures("sources")
+def test_kernels_say_why_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSMQUANT_NO_COMPILE", "1")
+    kernels = native.Kernels("an operator", "some", Call, "twice")
+    assert kernels.found == reason()
+    with pytest.raises(RuntimeError, match="an operator: SSMQUANT_NO_COMPILE"):
+        kernels.paths()

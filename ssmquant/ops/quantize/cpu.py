@@ -59,45 +59,16 @@ class _Call(ctypes.Structure):
     table: tuple[ctypes.Array[Any], ...]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The library with its functions typed, or why there is none."""
-    found = native.library()
-    if isinstance(found, str):
-        return found
-    found.ssmquant_quantize_paths.restype = ctypes.c_int64
-    found.ssmquant_quantize_path.argtypes = [ctypes.c_int64]
-    found.ssmquant_quantize_path.restype = ctypes.c_char_p
-    for kind in ("lsq", "dls", "bank"):
-        size = getattr(found, f"ssmquant_{kind}_workspace")
-        size.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64]
-        size.restype = ctypes.c_int64
-        for way in ("forward", "backward"):
-            function = getattr(found, f"ssmquant_{kind}_{way}")
-            function.argtypes = [ctypes.POINTER(_Call)]
-            function.restype = None
-    return found
-
-
-def _loaded() -> ctypes.CDLL:
-    found = _library()
-    if isinstance(found, str):
-        raise RuntimeError(f"quantize: {found}")
-    return found
+_kernels = native.Kernels("quantize", "quantize", _Call, "lsq", "dls", "bank")
+paths = _kernels.paths
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why nothing can be quantized there, or None. May compile at first use."""
     if device.type != "cpu":
         return f"for the CPU, not for {device.type}"
-    found = _library()
+    found = _kernels.found
     return found if isinstance(found, str) else None
-
-
-def paths() -> tuple[str, ...]:
-    """The instruction sets that this machine can run, "avx512", "avx2", "portable"; the first one is used."""
-    found = _loaded()
-    return tuple(found.ssmquant_quantize_path(i).decode() for i in range(found.ssmquant_quantize_paths()))
 
 
 def _call(x: Tensor, path: int, **fields: Any) -> _Call:
@@ -106,7 +77,7 @@ def _call(x: Tensor, path: int, **fields: Any) -> _Call:
 
 
 def _run(kind: str, backward: bool, call: _Call) -> None:
-    library = _loaded()
+    library = _kernels.loaded()
     size = getattr(library, f"ssmquant_{kind}_workspace")(call, backward)
     workspace = torch.empty(size, dtype=torch.float64)
     call.workspace = workspace.data_ptr()
@@ -120,7 +91,7 @@ def lsq_forward(
     y = torch.empty_like(x)
     call = _call(x, path, y=y.data_ptr(), qmin=qmin, qmax=qmax, eps=eps)
     call.alpha, call.beta = alpha.data_ptr(), beta.data_ptr()
-    _loaded().ssmquant_lsq_forward(call)
+    _kernels.loaded().ssmquant_lsq_forward(call)
     return y
 
 

@@ -9,7 +9,6 @@ the forward pass. Results depend on shapes and the instruction set, and not on t
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
@@ -54,28 +53,8 @@ class _Call(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The library with its functions typed, or why there is none."""
-    found = native.library()
-    if isinstance(found, str):
-        return found
-    found.ssmquant_scan_paths.restype = ctypes.c_int64
-    found.ssmquant_scan_path.argtypes = [ctypes.c_int64]
-    found.ssmquant_scan_path.restype = ctypes.c_char_p
-    found.ssmquant_scan_workspace.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64]
-    found.ssmquant_scan_workspace.restype = ctypes.c_int64
-    for function in (found.ssmquant_scan_forward, found.ssmquant_scan_backward):
-        function.argtypes = [ctypes.POINTER(_Call)]
-        function.restype = None
-    return found
-
-
-def _loaded() -> ctypes.CDLL:
-    found = _library()
-    if isinstance(found, str):
-        raise RuntimeError(f"selective_scan: {found}")
-    return found
+_kernels = native.Kernels("selective_scan", "scan", _Call, "scan")
+paths = _kernels.paths
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
@@ -84,14 +63,8 @@ def unavailable(device: torch.device, dtype: torch.dtype, states: int) -> str | 
         return f"for the CPU, not for {device.type}"
     if dtype not in (torch.float32, torch.float64):
         return f"keeps states in float32 or float64, not in {dtype}"
-    found = _library()
+    found = _kernels.found
     return found if isinstance(found, str) else None
-
-
-def paths() -> tuple[str, ...]:
-    """The instruction sets that this machine can run, "avx512", "avx2", "portable"; the first one is used."""
-    found = _loaded()
-    return tuple(found.ssmquant_scan_path(i).decode() for i in range(found.ssmquant_scan_paths()))
 
 
 def saved_shape(batch: int, channels: int, states: int, length: int) -> tuple[int, ...]:
@@ -163,7 +136,7 @@ class _Job:
         return self._alive[-1].data_ptr()
 
     def run(self, backward: bool) -> None:
-        library = _loaded()
+        library = _kernels.loaded()
         size = library.ssmquant_scan_workspace(self.call, backward)
         workspace = torch.empty(size, dtype=self.dtype)
         self.call.workspace = workspace.data_ptr()
