@@ -115,7 +115,13 @@ def train(args: argparse.Namespace, task: Task) -> tuple[nn.Module, float | None
     )  # fmt: skip
     path: Path = args.out / "model.safetensors"
     if args.quant == "none":
-        result = fit(model, data, recipe, title="float", resume=args.resume)
+        trained = model
+        if torch.device(args.device).type == "cuda":
+            # Prepared without a quantizer: the same function, as a graph of our kernels (docs/training.md).
+            example = torch.zeros(1, 3, args.patch, args.patch, device=args.device)
+            trained = ssmquant.prepare(model, ssmquant.QConfig(), example_inputs=(example,))
+        result = fit(trained, data, recipe, title="float", resume=args.resume)
+        model.load_state_dict(trained.state_dict())
         save_float(model, path, half=True)
         return load_float(path).to(args.device), None, result, {"params": common.parameters(model)}
     config = common.qconfig(args.quant, args.w_bits, args.a_bits)
