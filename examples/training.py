@@ -48,6 +48,9 @@ class Recipe:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
     loss: str = "l1"  # or "charbonnier"
+    distill: float = (
+        0.0  # share of the loss that compares with the teacher's output instead of the clean picture
+    )
     clip: float | None = 1.0  # largest norm of the gradient of all parameters
     ema: float | None = None  # decay, such as 0.999; the averaged weights are what fit leaves in the model
     bf16: bool = False
@@ -63,14 +66,19 @@ class Recipe:
             raise ConfigError("give steps, time_limit, or both")
         if self.loss not in ("l1", "charbonnier"):
             raise ConfigError(f"loss must be 'l1' or 'charbonnier', not {self.loss!r}")
+        if not 0 <= self.distill <= 1:
+            raise ConfigError(f"distill is a share from 0 to 1, not {self.distill!r}")
 
 
 @dataclass
 class Result:
-    """What :func:`fit` did: steps in all, seconds of this call, (step, mean loss) log, whether all steps are done."""
+    """What :func:`fit` did: steps in all, seconds of this call, steps before it, (step, mean loss) log, whether all
+    steps are done.
+    """
 
     step: int
     seconds: float
+    begun: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     finished: bool = True
 
@@ -125,9 +133,14 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, groups: list[dict[str, Any]], recipe: Recipe, device: torch.device
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        recipe: Recipe,
+        device: torch.device,
+        teacher: nn.Module | None = None,
     ) -> None:
-        self.model, self.recipe, self.device = model, recipe, device
+        self.model, self.recipe, self.device, self.teacher = model, recipe, device, teacher
         self.forward = torch.compile(model) if recipe.compile else model
         gpu = device.type == "cuda"
         self.base = [float(group.get("lr", recipe.lr)) for group in groups]
@@ -155,8 +168,12 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             out = self.forward(x)
-        error = out.float() - y
-        loss = error.abs().mean() if self.recipe.loss == "l1" else (error.square() + 1e-6).sqrt().mean()
+            share = self.recipe.distill if self.teacher is not None else 0.0
+            loss = (1 - share) * self._loss(out, y)
+            if self.teacher is not None and share:
+                with torch.no_grad():
+                    wanted = self.teacher(x)
+                loss = loss + share * self._loss(out, wanted)
         loss.backward()
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.params, self.recipe.clip)
@@ -165,6 +182,10 @@ class Step:
             with torch.no_grad():
                 torch._foreach_lerp_(self.ema, self.params, 1 - (self.recipe.ema or 0.0))
         self.loss_sum += loss.detach()
+
+    def _loss(self, out: Tensor, wanted: Tensor) -> Tensor:
+        error = out.float() - wanted.float()
+        return error.abs().mean() if self.recipe.loss == "l1" else (error.square() + 1e-6).sqrt().mean()
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         if self.graph is None:
@@ -200,8 +221,11 @@ def fit(
     groups: list[dict[str, Any]] | None = None,
     title: str = "train",
     resume: bool = False,
+    teacher: nn.Module | None = None,
 ) -> Result:
     """Train ``model`` in place, on its own device, and leave it in eval mode.
+
+    ``teacher``: a float model in eval mode on the same device, which ``recipe.distill`` needs.
 
     ``groups``: optimiser parameter groups with their own peak ``lr`` (``ssmquant.param_groups(prepared,
     ...)``); all parameters by default. ``resume`` goes on from ``recipe.checkpoint`` if that exists: on a
@@ -211,14 +235,15 @@ def fit(
     """
     model.train()
     device = next(model.parameters()).device
-    step = Step(
-        model, groups or [{"params": [p for p in model.parameters() if p.requires_grad]}], recipe, device
-    )
+    if recipe.distill and teacher is None:
+        raise ConfigError("distill needs a teacher, the float model")
+    own = groups or [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    step = Step(model, own, recipe, device, teacher)
     done = 0
     if resume and recipe.checkpoint is not None and recipe.checkpoint.exists():
         done = _load(recipe.checkpoint, model, step, data)
     started = time.monotonic()
-    result = Result(done, 0.0)
+    result = Result(done, 0.0, begun=done)
     logged, saved = done, done
     running: deque[torch.cuda.Event] = deque()
     gpu = device.type == "cuda"
@@ -248,7 +273,7 @@ def fit(
             if done - logged >= recipe.log_every or done == recipe.steps:
                 result.losses.append((done, _read(step, done - logged)))
                 logged = done
-                speed = (done - result.step) / (time.monotonic() - started)
+                speed = (done - result.begun) / (time.monotonic() - started)
                 note = f"step {done}  loss {result.losses[-1][1]:.5f}  {speed:.2f} steps/s"
                 report(done if recipe.steps else elapsed, note)
             if recipe.checkpoint is not None and done - saved >= recipe.checkpoint_every:

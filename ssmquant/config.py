@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ssmquant.errors import ConfigError
 
@@ -20,8 +20,11 @@ __all__ = ["QConfig", "Rule", "Scheme"]
 
 Bits = int | None
 Inherit = Literal["inherit"]
+Options = tuple[tuple[str, Any], ...]
 _VERSION = 1
 _KINDS = ("linear", "conv", "matmul", "scan")
+_GRANULARITIES = ("tensor", "direction", "channel")
+_OWN_OPTIONS = ("bits", "official", "axis", "num_groups", "is_weight")  # follow from the site
 
 
 def _check_bits(name: str, bits: object, *, inherit: bool = False) -> None:
@@ -48,6 +51,19 @@ def _check_method(name: str, value: object) -> None:
         raise ConfigError(f"{name}={value!r}: expected the name of a quantizer, for example 'lsq'")
 
 
+def _options(name: str, value: object) -> Options:
+    """A mapping of plain values, or what this function made of one, as sorted pairs."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(p, (list, tuple)) and len(p) == 2 and isinstance(p[0], str) for p in pairs
+    ):
+        raise ConfigError(f"{name}={value!r}: expected a dict of a quantizer's arguments")
+    for key, v in pairs:
+        if key in _OWN_OPTIONS or not (v is None or isinstance(v, (bool, int, float, str))):
+            raise ConfigError(f"{name}: {key}={v!r} cannot be set here")
+    return tuple(sorted((k, v) for k, v in pairs))
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How one operand is quantized: the outcome of a :class:`QConfig` for one site."""
@@ -55,6 +71,8 @@ class Scheme:
     bits: Bits
     method: str
     granularity: str = "tensor"
+    options: Options = ()
+    """Further arguments of the quantizer, by name."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,8 @@ class Rule:
     Args:
         match: The pattern.
         w_bits, a_bits: Bit widths 2..8, or None for float.
-        weight, activation: Names of quantizers (see ``ssmquant.quantizers``).
+        weight, activation: Names of quantizers (see ``ssmquant.quantizers``), with their default options.
+        granularity: Of weights, see :class:`QConfig`.
         keep_float: Leave the matching sites wholly in float.
 
     Raises:
@@ -83,6 +102,7 @@ class Rule:
     a_bits: Bits | Inherit = "inherit"
     weight: str = "inherit"
     activation: str = "inherit"
+    granularity: str = "inherit"
     keep_float: bool = False
 
     def __post_init__(self) -> None:
@@ -97,6 +117,7 @@ class Rule:
         _check_bits("Rule.a_bits", self.a_bits, inherit=True)
         _check_method("Rule.weight", self.weight)
         _check_method("Rule.activation", self.activation)
+        _check_choice("Rule.granularity", self.granularity, ("inherit", *_GRANULARITIES))
         _check_flag("Rule.keep_float", self.keep_float)
 
     def precedence(self, names: Iterable[str], types: Iterable[str], kinds: Iterable[str]) -> int | None:
@@ -124,7 +145,15 @@ class QConfig:
         weight: Weight quantizer.
         activation: Quantizer of the inputs of projections and convolutions.
         scan: Quantizer of the scan's operands and of the projection that reads the scan's output.
-        granularity: ``"tensor"`` (one scale a weight, as published) or ``"channel"`` (one an output channel).
+        decay: Quantizer of the scan's A; defaults to ``scan``. ``"shared"`` keeps one value for each state, shared over
+            channels (where A has more than one state; else ``scan`` it is).
+        granularity: Scales of a weight: ``"tensor"`` (one, as published), ``"direction"`` (one for each direction of a
+            stack of weights, as of x_proj and dt_proj) or ``"channel"`` (one an output channel, of each direction;
+            channels whose codes take fewer than 16 bits share theirs with the direction or the tensor).
+        weight_options, activation_options, scan_options: Further arguments of these quantizers, such as
+            ``{"shift": "half"}``.
+        initialization: ``"mse"`` (weights, static operands and, by ``calibrate``, activations start from the least
+            squared error) or ``"published"`` (from the formulas of the papers, as always with ``official``).
         statistics: Dynamic statistics (DLS) per ``"sample"``, so that outputs do not depend on the rest of the
             batch, or per ``"tensor"`` (as published).
         rules: Overrides, see :class:`Rule`.
@@ -143,7 +172,12 @@ class QConfig:
     weight: str = "rfa"
     activation: str = "lsq"
     scan: str = "dls"
+    decay: str = "inherit"
     granularity: str = "tensor"
+    weight_options: Mapping[str, Any] | Options = ()
+    activation_options: Mapping[str, Any] | Options = ()
+    scan_options: Mapping[str, Any] | Options = ()
+    initialization: str = "mse"
     statistics: str = "sample"
     rules: tuple[Rule, ...] = ()
     keep_float: tuple[str, ...] = ()
@@ -156,9 +190,12 @@ class QConfig:
         _check_bits("w_bits", self.w_bits)
         _check_bits("a_bits", self.a_bits)
         _check_bits("scan_bits", self.scan_bits, inherit=True)
-        for name in ("weight", "activation", "scan"):
+        for name in ("weight", "activation", "scan", "decay"):
             _check_method(name, getattr(self, name))
-        _check_choice("granularity", self.granularity, ("tensor", "channel"))
+        for name in ("weight_options", "activation_options", "scan_options"):
+            object.__setattr__(self, name, _options(name, getattr(self, name)))
+        _check_choice("granularity", self.granularity, _GRANULARITIES)
+        _check_choice("initialization", self.initialization, ("mse", "published"))
         _check_choice("statistics", self.statistics, ("sample", "tensor"))
         for name in ("keep_first_last", "keep_gates", "official"):
             _check_flag(name, getattr(self, name))
@@ -184,6 +221,22 @@ class QConfig:
         return cls(**{"w_bits": bits, "a_bits": bits, **changes})
 
     @classmethod
+    def recommended(cls, w_bits: Bits, a_bits: Bits, **changes: Any) -> QConfig:
+        """What does best in docs/accuracy.md: Q-MambaIR's quantizers, from a least-squares start.
+
+        Against the published placement: a scale for each output channel of a weight, with levels that are symmetric
+        about 0; the decay A shared over channels; ranges initialised by squared error.
+        """
+        base: dict[str, Any] = {
+            "w_bits": w_bits,
+            "a_bits": a_bits,
+            "decay": "shared",
+            "granularity": "channel",
+            "weight_options": {"shift": "half"},
+        }
+        return cls(**{**base, **changes})
+
+    @classmethod
     def lsq(cls, w_bits: Bits, a_bits: Bits, **changes: Any) -> QConfig:
         """The plain baseline: LSQ everywhere (arXiv 1902.08153)."""
         return cls(**{"w_bits": w_bits, "a_bits": a_bits, "weight": "lsq", "scan": "lsq", **changes})
@@ -200,6 +253,11 @@ class QConfig:
             "granularity": "channel",
         }
         return cls(**{**base, **changes})
+
+    @property
+    def searches(self) -> bool:
+        """Whether quantizers start from the least squared error."""
+        return self.initialization == "mse" and not self.official
 
     # ---- resolution ----------------------------------------------------------------------------------------------
     def all_rules(self) -> tuple[Rule, ...]:
@@ -218,24 +276,35 @@ class QConfig:
 
     def weight_scheme(self, rule: Rule | None) -> Scheme:
         """How the weight of a site under ``rule`` is quantized."""
-        bits, method = self.w_bits, self.weight
+        bits, method, granularity = self.w_bits, self.weight, self.granularity
         if rule is not None:
             bits = bits if rule.w_bits == "inherit" else rule.w_bits
             method = method if rule.weight == "inherit" else rule.weight
+            granularity = granularity if rule.granularity == "inherit" else rule.granularity
             bits = None if rule.keep_float else bits
-        return Scheme(bits, method, self.granularity)
+        return Scheme(
+            bits, method, granularity, cast(Options, self.weight_options) if method == self.weight else ()
+        )
 
-    def activation_scheme(self, rule: Rule | None, *, scan: bool = False, reads_scan: bool = False) -> Scheme:
-        """How an input is quantized. ``scan``: a scan's operand. ``reads_scan``: made of a scan's output."""
+    def activation_scheme(
+        self, rule: Rule | None, *, scan: bool = False, reads_scan: bool = False, decay: bool = False
+    ) -> Scheme:
+        """How an input is quantized. ``scan``: a scan's operand. ``reads_scan``: made of a scan's output. ``decay``: a
+        scan's A, of several states.
+        """
         bits = self.a_bits
         if scan and self.scan_bits != "inherit":
             bits = self.scan_bits
         method = self.scan if scan or reads_scan else self.activation
+        usual = method
+        if decay and self.decay != "inherit":
+            method = self.decay
+        options = cast(Options, self.scan_options if scan or reads_scan else self.activation_options)
         if rule is not None:
             bits = bits if rule.a_bits == "inherit" else rule.a_bits
             method = method if rule.activation == "inherit" else rule.activation
             bits = None if rule.keep_float else bits
-        return Scheme(bits, method, self.statistics)
+        return Scheme(bits, method, self.statistics, options if method == usual else ())
 
     # ---- JSON ----------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
@@ -243,6 +312,8 @@ class QConfig:
         d = dataclasses.asdict(self)
         d["rules"] = [dataclasses.asdict(r) for r in self.rules]
         d["keep_float"] = list(self.keep_float)
+        for name in ("weight_options", "activation_options", "scan_options"):
+            d[name] = dict(getattr(self, name))
         return d
 
     @classmethod

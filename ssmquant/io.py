@@ -19,7 +19,7 @@ import json
 import math
 import os
 import zlib
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from ssmquant.graph.prepared import attach, forget_baked, refuse_elsewhere
 from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.pack import packed_size
+from ssmquant.quantizers.affine_fit import Shift
 from ssmquant.workflow import drop_parameters, ensure_traced, make_quantizer, trace_example
 
 __all__ = ["load", "load_checkpoint", "load_float", "peek", "save", "save_float"]
@@ -130,6 +131,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
         operands.append({
             "name": p.name, "shape": list(packed.shape), "bits": packed.bits, "code_min": packed.code_min,
             "dtype": NAMES[packed.dtype], "groups": list(packed.scale.shape), "clamped": packed.lo is not None,
+            "shift": packed.rule,
         })  # fmt: skip
     floats: dict[str, list[Tensor]] = {}
     float_table = []
@@ -298,9 +300,15 @@ def _fill_points(model: nn.Module, points: list[Point], meta: dict[str, Any], re
             raise reader.fail(f"'{p.name}' is malformed")
         if not read_dtype(e["dtype"]).is_floating_point:
             raise reader.fail(f"'{p.name}' has dtype {e['dtype']}")
-        out = PackedTensor(shape, bits, e["code_min"], dtype, groups=groups, clamped=bool(e["clamped"]))
+        rule = e.get("shift", "learned")
+        if rule not in get_args(Shift):
+            raise reader.fail(f"'{p.name}' has an unknown shift {rule!r}")
+        clamped = bool(e["clamped"])
+        out = PackedTensor(shape, bits, e["code_min"], dtype, groups=groups, clamped=clamped, rule=rule)
         out.codes = reader.take("codes", packed_size(math.prod(shape), bits), torch.uint8, p.name)
-        for name in ("scale", "shift", "lo", "hi") if e["clamped"] else ("scale", "shift"):
+        for name in ("scale", "shift", "lo", "hi"):
+            if getattr(out, name) is None:
+                continue
             value = reader.take("scales", math.prod(groups), torch.float32, p.name)
             if not bool(value.isfinite().all()):
                 raise reader.fail(f"'{p.name}' has a scale that is not finite")

@@ -30,7 +30,8 @@ from ssmquant.graph.sites import ancestors
 from ssmquant.graph.trace import SEED, describe_call
 from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
-from ssmquant.quantizers import DLS, Quantizer, get_quantizer
+from ssmquant.quantizers import DLS, RLQ, Quantizer, get_quantizer
+from ssmquant.quantizers.lsq import LearnedScale
 
 __all__ = ["calibrate", "convert", "cuda_graph", "param_groups", "prepare"]
 
@@ -174,15 +175,23 @@ def ensure_traced(model: nn.Module) -> None:
 
 def make_quantizer(point: Point, config: QConfig) -> Quantizer:
     """The quantizer of a point, as its scheme says."""
-    cls = get_quantizer(point.scheme.method)
+    scheme = point.scheme
+    cls = get_quantizer(scheme.method)
     weight = point.what == "weight"
-    kwargs: dict[str, Any] = {"official": config.official}
+    kwargs: dict[str, Any] = {"official": config.official, **dict(scheme.options)}
     if weight:
         kwargs |= {"axis": point.axis, "num_groups": point.groups} if point.groups > 1 else {}
     elif issubclass(cls, DLS):
         kwargs["axis"] = point.axis
+    elif issubclass(cls, RLQ) and point.what == "activation" and point.channels is not None:
+        kwargs |= {"channel_axis": point.channels[0], "channels": point.channels[1]}
     # Weights and static operands are the same on all ranks.
-    return cls(point.scheme.bits, is_weight=point.what != "activation", **kwargs)
+    try:
+        quantizer = cls(scheme.bits, is_weight=point.what != "activation", **kwargs)
+    except TypeError as e:
+        raise ConfigError(f"options of quantizer {scheme.method!r} for '{point.name}': {e}") from None
+    quantizer.leading = point.leading
+    return quantizer
 
 
 def _make_quantizers(model: nn.Module) -> None:
@@ -227,6 +236,7 @@ def calibrate(
     max_batches: int | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     *,
+    fit: bool = True,
     progress: bool | None = None,
 ) -> nn.Module:
     """Initialises the activation ranges from data, by squared error. Returns ``prepared``.
@@ -238,6 +248,8 @@ def calibrate(
             first element, a dict as keywords.
         max_batches: Stop after so many.
         forward: ``forward(model, batch)`` overrides how a batch is passed.
+        fit: False leaves the quantizers as they were trained and only measures, in the quantized model, the ranges that
+            ``convert(dls="frozen")`` uses: do so after fine-tuning.
         progress: Show a progress bar; by default where stderr is a terminal and rich is installed.
 
     Raises:
@@ -253,7 +265,7 @@ def calibrate(
     try:
         prepared.eval()
         for q in quantizers:
-            q.start()
+            q.start(passes=fit)
         for batch in _limited(batches, max_batches, progress):
             (forward or _call)(prepared, batch)
             n += 1
@@ -261,10 +273,10 @@ def calibrate(
             raise CalibrationError(
                 "calibrate: there was no batch; check the loader (or pass a list, not a used-up iterator)"
             )
-        if quantizers and not any(q.samples for q in quantizers):
+        if quantizers and not any(q.stats for q in quantizers):
             raise CalibrationError("calibrate: the batches reached no quantizer (are they empty?)")
         for q in quantizers:
-            q.finish()
+            q.finish(search=runtime.config.searches)
     except BaseException:
         for q in quantizers:
             q.abandon()
@@ -348,7 +360,8 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
     Args:
         prepared: A prepared model, calibrated or trained.
         dls: ``"dynamic"`` keeps DLS's statistics per sample, exactly as trained; ``"frozen"`` uses calibrated ranges,
-            so that outputs do not depend on tiles or batches (not the trained function: check the accuracy).
+            so that outputs do not depend on tiles or batches (not the trained function: measure the ranges after
+            training with ``calibrate(..., fit=False)``, and check the accuracy).
         float_dtype: dtype of the parameters that stay in float (``torch.float16`` makes the file smaller; they are
             cast back when the model runs, so activations keep their dtype).
 
@@ -378,7 +391,8 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
         for p in record.plan.points:
             quantizer = rt.weights[p.key] if p.what != "activation" else None
             if isinstance(quantizer, Quantizer):
-                rt.weights[p.key] = PackedTensor.from_qtensor(quantizer.encode(values(p.node)))
+                rule = quantizer.shift if isinstance(quantizer, LearnedScale) else "learned"
+                rt.weights[p.key] = PackedTensor.from_qtensor(quantizer.encode(values(p.node)), rule)
     if dls == "frozen":
         for m in rt.activations.values():
             if isinstance(m, ActivationQuantizer) and isinstance(m.quantizer, DLS):

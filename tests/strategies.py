@@ -14,7 +14,11 @@ from ssmquant.quantizers import QUANTIZERS, Quantizer
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
 bits = st.sampled_from(BITS)
-quantizer_names = st.sampled_from(sorted(QUANTIZERS))
+NAMES = sorted(QUANTIZERS)
+quantizer_names = st.sampled_from(NAMES)
+# Companding quantizers say ``nearest = False``: a weight does not go to the level next to it, nor do they commute with
+# a change of scale.
+nearest_names = st.sampled_from([n for n in NAMES if getattr(QUANTIZERS[n], "nearest", True)])
 shapes = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple)
 
 

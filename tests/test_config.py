@@ -24,7 +24,12 @@ RULES = st.builds(
     a_bits=st.one_of(st.just("inherit"), BITS),
     weight=st.one_of(st.just("inherit"), METHODS),
     activation=st.one_of(st.just("inherit"), METHODS),
+    granularity=st.sampled_from(["inherit", "tensor", "direction", "channel"]),
     keep_float=st.booleans(),
+)
+OPTIONS = st.dictionaries(
+    st.sampled_from(["shift", "dead_scale", "other"]),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text()),
 )
 CONFIGS = st.builds(
     QConfig,
@@ -34,7 +39,12 @@ CONFIGS = st.builds(
     weight=METHODS,
     activation=METHODS,
     scan=METHODS,
-    granularity=st.sampled_from(["tensor", "channel"]),
+    decay=st.one_of(st.just("inherit"), METHODS),
+    granularity=st.sampled_from(["tensor", "direction", "channel"]),
+    weight_options=OPTIONS,
+    activation_options=OPTIONS,
+    scan_options=OPTIONS,
+    initialization=st.sampled_from(["mse", "published"]),
     statistics=st.sampled_from(["sample", "tensor"]),
     rules=st.lists(RULES, max_size=3).map(tuple),
     keep_float=st.lists(st.text(min_size=1).filter(lambda s: not s.startswith("re:")), max_size=3).map(tuple),
@@ -68,6 +78,8 @@ def test_inherit_is_for_rules_and_the_scan() -> None:
         {"weight": ""}, {"activation": None}, {"scan": 3}, {"granularity": "group"}, {"statistics": "batch"},
         {"granularity": None}, {"keep_float": "head"}, {"keep_float": [""]}, {"keep_float": ["re:("]},
         {"keep_float": [3]},
+        {"initialization": "random"}, {"weight_options": {"bits": 3}}, {"scan_options": {"axis": 0}}, {"decay": ""},
+        {"weight_options": "shift"}, {"weight_options": {"shift": ["half"]}}, {"weight_options": {3: 1}},
         {"rules": ["head"]}, {"rules": [{"match": "head"}]}, {"version": 2}, {"version": "1"},
     ],
     ids=str,

@@ -423,6 +423,28 @@ def test_autocast_trains(mambair: Any) -> None:
     torch.testing.assert_close(deployed.float(), half.float(), rtol=0, atol=0)
 
 
+def test_ranges_are_measured_without_touching_what_was_learnt() -> None:
+    model = tiny_mambair()
+    prepared = prepared_and_calibrated(model, QConfig.recommended(2, 2), images(2, 3, 8, 10))
+    wrapper = next(q for n, q in runtime_of(prepared).activations.items() if n.endswith("scan/u"))
+    with torch.no_grad():
+        for n, p in prepared.named_parameters():
+            if not n.startswith("_ssmquant."):
+                p.mul_(1.5)
+    before, x = state_of(prepared), images(3, 3, 8, 10)
+    wanted = prepared(x)
+    ssmquant.calibrate(prepared, [x], fit=False, progress=False)
+    after = state_of(prepared)
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed
+    assert all(k.endswith(".seen") for k in changed)
+    assert torch.equal(prepared(x), wanted)
+    # By sample, then averaged: a batch of three is as three batches of one.
+    together = wrapper.seen.clone()
+    ssmquant.calibrate(prepared, [x[:1], x[1:2], x[2:]], fit=False, progress=False)
+    torch.testing.assert_close(wrapper.seen, together, rtol=1e-4, atol=1e-5)
+
+
 # ---- convert -------------------------------------------------------------------------------------------------------
 
 CONFIGS = {
@@ -435,6 +457,15 @@ CONFIGS = {
     "minmax": QConfig.minmax(4, 8),
     "channel": QConfig.qmambair(2, granularity="channel"),
     "lsq, channel": QConfig.lsq(3, 3, granularity="channel"),
+    "direction": QConfig.qmambair(2, granularity="direction"),
+    "channel, half a step": QConfig.qmambair(3, granularity="channel", weight_options={"shift": "half"}),
+    "recommended": QConfig.recommended(2, 2),
+    "recommended, 4": QConfig.recommended(4, 4),
+    "published start": QConfig.qmambair(2, initialization="published"),
+    "no shift": QConfig.lsq(2, 2, weight_options={"shift": "none"}, activation_options={"shift": "none"}),
+    "quantsr": QConfig(w_bits=2, a_bits=2, weight="rlq", activation="rlq", scan="rlq"),
+    "n2uq": QConfig(w_bits=2, a_bits=2, weight="n2uq", activation="n2uq", scan="n2uq", granularity="channel"),
+    "pact": QConfig(w_bits=4, a_bits=4, weight="dorefa", activation="pact", scan="pact"),
     "per tensor": QConfig.qmambair(2, statistics="tensor"),
     "official": QConfig.qmambair(2, official=True),
     "weights only": QConfig(w_bits=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from ssmquant.graph.trace import Trace
 
 __all__ = ["Plan", "Point", "make_plan", "module_key"]
 
+_SCALE_BITS = 16
+
 
 def module_key(name: str) -> str:
     """A site's name as a key of an ``nn.ModuleDict``, which takes no dots."""
@@ -27,7 +30,8 @@ class Point:
 
     ``what`` is ``"weight"`` (a parameter, quantized where it is read), ``"static"`` (a value made of parameters only,
     encoded once at convert) or ``"activation"``. ``axis``: the sample axis of an activation whose statistics are taken
-    per sample, or the channel axis of a weight.
+    per sample, or the channel axis of a weight, with ``leading`` axes in front counting as one. ``channels``: axis and
+    number of an activation's channels, over which its projection or convolution sums.
     """
 
     name: str
@@ -36,6 +40,8 @@ class Point:
     node: fx.Node
     axis: int | None
     groups: int = 1
+    leading: int = 1
+    channels: tuple[int, int] | None = None
     uses: list[tuple[Site, Operand]] = field(default_factory=list)
     parameter: str | None = None
     weight_shape: tuple[int, ...] = ()
@@ -142,6 +148,53 @@ def _channel_axis(model: nn.Module, site: Site) -> int:
     return 1 if "transpose" in op_name(site.node) else 0
 
 
+def _stacked(site: Site, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is a stack (directions, output channels, inputs)."""
+    if len(shape) != 3 or site.weight is None:
+        return False
+    if op_name(site.node) == "einsum" and isinstance(site.weight.at, int):
+        terms, _, out = str(site.node.args[0]).replace(" ", "").partition("->")
+        term = terms.split(",")[site.weight.at - 1]
+        return len(term) == 3 and term[0] in out and term[1] in out and term[2] not in out
+    used = tuple(site.weight.node.meta["val"].shape)
+    return used[:1] == (shape[0] * shape[1],)  # a view for a convolution in groups
+
+
+def _weight_groups(
+    model: nn.Module, site: Site, shape: tuple[int, ...], scheme: Scheme
+) -> tuple[int | None, int, int]:
+    """Axis, number of groups and leading axes of a weight's scales."""
+    assert scheme.bits is not None
+    if scheme.granularity == "tensor":
+        return None, 1, 1
+    axis, stacked = _channel_axis(model, site), _stacked(site, shape)
+    if scheme.granularity == "channel":
+        groups = shape[0] * shape[1] if stacked else shape[axis]
+        # A channel gets a scale of its own where its codes take more room than one.
+        if math.prod(shape) // max(groups, 1) * scheme.bits >= _SCALE_BITS:
+            return axis, groups, 2 if stacked else 1
+    return (0, shape[0], 1) if stacked else (None, 1, 1)
+
+
+def _input_channels(model: nn.Module, site: Site, operand: Operand) -> tuple[int, int] | None:
+    """Axis and number of the channels that a projection or a convolution of ``operand`` sums over."""
+    shape = tuple(operand.node.meta["val"].shape)
+    if site.kind == "linear":
+        axis = len(shape) - 1
+    elif site.kind == "conv":
+        weight = site.weight.node.meta["val"] if site.weight else model.get_parameter(str(site.parameter))
+        axis = len(shape) - weight.dim() + 1  # in front of the spatial axes
+    elif op_name(site.node) == "einsum" and isinstance(operand.at, int):
+        terms, _, out = str(site.node.args[0]).replace(" ", "").partition("->")
+        summed = [i for i, c in enumerate(terms.split(",")[operand.at - 1]) if c not in out]
+        if len(summed) != 1 or len(terms.split(",")[operand.at - 1]) != len(shape):
+            return None
+        axis = summed[0]
+    else:
+        return None
+    return axis, shape[axis]
+
+
 def make_plan(
     model: nn.Module,
     trace: Trace,
@@ -190,26 +243,35 @@ def make_plan(
                 name = alias[id(parameter)]
                 base = name[: -len(".weight")] if name.endswith(".weight") else name
                 shared = None if site.view_chain else site.node
-                key: object = ("weight", id(parameter), shared, scheme.bits, scheme.method)
-                axis = _channel_axis(model, site) if scheme.granularity == "channel" else None
-                groups = parameter.shape[axis] if axis is not None else 1
+                key: object = ("weight", id(parameter), shared, scheme)
+                axis, groups, leading = _weight_groups(model, site, tuple(parameter.shape), scheme)
                 operand = site.weight or Operand("weight", None, site.node)
                 if not site.view_chain:
-                    axis, groups = None, 1
+                    axis, groups, leading = None, 1, 1
                 # Views are applied to the quantized parameter, so that all its uses share the codes.
                 node = site.parameter_node if site.view_chain and site.parameter_node else operand.node
                 if key not in points:
                     taken = any(p.name == f"{base}:weight" for p in points.values())
                     point = Point(
-                        f"{site.name if taken else base}:weight", "weight", scheme, node, axis, groups
+                        f"{site.name if taken else base}:weight",
+                        "weight",
+                        scheme,
+                        node,
+                        axis,
+                        groups,
+                        leading,
                     )
                     point.parameter, point.weight_shape = site.parameter, tuple(parameter.shape)
                     points[key] = point
                 points[key].uses.append((site, operand))
         for o in site.inputs:
             names = (f"{site.name}.{o.name}", site.name) if site.kind == "scan" else (site.name,)
+            size = o.node.meta["val"].shape
             scheme = config.activation_scheme(
-                pick(names, site), scan=site.kind == "scan", reads_scan=site.reads_scan
+                pick(names, site),
+                scan=site.kind == "scan",
+                reads_scan=site.reads_scan,
+                decay=site.kind == "scan" and o.name == "A" and len(size) == 2 and size[1] > 1,
             )
             if scheme.bits is None:
                 continue
@@ -218,10 +280,12 @@ def make_plan(
             axis = axis_of(o.node) if config.statistics == "sample" and not static else None
             # A value whose storage is written later may differ from one reader to the next: no sharing.
             alone = site.node if o.node.meta.get("storage") in written else None
-            key = (o.node, scheme.bits, scheme.method, axis, alone)
+            key = (o.node, scheme, axis, alone)
             name = f"{site.name}.{o.name}" if site.kind == "scan" else f"{site.name}:{o.name}"
             what = "static" if static else "activation"
-            points.setdefault(key, Point(name, what, scheme, o.node, axis)).uses.append((site, o))
+            point = points.setdefault(key, Point(name, what, scheme, o.node, axis))
+            point.channels = point.channels or _input_channels(model, site, o)
+            point.uses.append((site, o))
         if not quantized:
             floats[site.name] = "bits=None"
     # A tied weight has one quantizer, an operand of several sites too; every point's name must be its own.

@@ -213,7 +213,11 @@ def initialize_weights(model: nn.Module) -> None:
                 quantizer = runtime.weights[p.key]
                 assert isinstance(quantizer, Quantizer)
                 quantizer.reset()
-                quantizer.initialize(values(p.node))
+                value = values(p.node)
+                if value.numel() and runtime.config.searches:
+                    quantizer.fit([value])
+                else:
+                    quantizer.initialize(value)
 
 
 class Values:

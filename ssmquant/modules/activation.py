@@ -9,7 +9,7 @@ from ssmquant.errors import CalibrationError, ConfigError, NotCalibratedError
 from ssmquant.modules.packed import FixedPrecision
 from ssmquant.quantizers import DLS, Quantizer
 from ssmquant.quantizers.base import Affine, QTensor, affine_decode
-from ssmquant.quantizers.dls import dls_range
+from ssmquant.quantizers.dls import dls_range, dls_statistics
 
 __all__ = ["ActivationQuantizer", "FrozenRange"]
 
@@ -20,8 +20,9 @@ _KEEP = 2**14
 class ActivationQuantizer(nn.Module):
     """A quantizer with a name, and its calibration.
 
-    Buffer ``seen`` (4,): running mean, standard deviation, minimum and maximum of calibration data (NaN before), from
-    which ``convert(dls="frozen")`` derives static ranges.
+    Buffer ``seen`` (4,): mean, standard deviation, minimum and maximum of calibration data (NaN before), those of a
+    sample averaged over samples where the quantizer works by sample. ``convert(dls="frozen")`` derives static ranges
+    from them: averages, as the extremes of many pictures would make every step too coarse for most of them.
     """
 
     seen: Tensor
@@ -31,6 +32,7 @@ class ActivationQuantizer(nn.Module):
         self.name = name
         self.quantizer = quantizer
         self.samples: list[Tensor] | None = None
+        self.passes = True
         self.stats: list[Tensor] = []
         self.register_buffer("seen", torch.full((4,), float("nan")))
 
@@ -59,9 +61,9 @@ class ActivationQuantizer(nn.Module):
         return self.quantizer.encode(x)
 
     # ---- calibration ---------------------------------------------------------------------------------------------
-    def start(self) -> None:
-        """Collect from now on, and let values pass in float."""
-        self.samples, self.stats = [], []
+    def start(self, *, passes: bool = True) -> None:
+        """Collect from now on; values pass in float, or are quantized as ever."""
+        self.samples, self.stats, self.passes = [], [], passes
 
     @torch.no_grad()
     def _collect(self, x: Tensor) -> Tensor:
@@ -72,20 +74,21 @@ class ActivationQuantizer(nn.Module):
                     f"calibration met NaN or inf at '{self.name}': check the batch and the float model's own output"
                 )
             f = x.detach().float()
-            std = f.std() if f.numel() > 1 else f.new_zeros(())
-            self.stats.append(torch.stack((f.mean(), std, f.amin(), f.amax())))
-            self.samples.append(_thin(f, self.quantizer.axis))
-        return x
+            axis = self.quantizer.stats_axis if isinstance(self.quantizer, DLS) else None
+            self.stats.append(dls_statistics(f, axis).reshape(4, -1).T)
+            if self.passes:
+                self.samples.append(_thin(f, self.quantizer.axis))
+        return x if self.passes else self.quantizer(x)
 
-    def finish(self) -> None:
-        """Fit the quantizer to what was collected."""
+    def finish(self, *, search: bool = True) -> None:
+        """Fit the quantizer to what was collected (where values passed in float), and note the ranges."""
         samples, self.samples = self.samples or [], None
         if samples:
             if any(bool(s.any()) for s in samples):
                 self.quantizer.reset()  # the result depends on these data only, not on a calibration before
-            self.quantizer.fit(samples)
-            s = torch.stack(self.stats)
-            self.seen.copy_(torch.stack((s[:, 0].mean(), s[:, 1].mean(), s[:, 2].amin(), s[:, 3].amax())))
+            self.quantizer.fit(samples, search=search)
+        if self.stats:
+            self.seen.copy_(torch.cat(self.stats).mean(0))
         self.stats = []
 
     def abandon(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmquant.pack import pack, packed_size, unpack
+from ssmquant.quantizers.affine_fit import Shift, shift_of
 from ssmquant.quantizers.base import QTensor
 
 __all__ = ["FixedPrecision", "PackedTensor"]
@@ -35,12 +36,13 @@ class PackedTensor(FixedPrecision):
     map.
 
     Buffers: ``codes`` (uint8, 1-D, layout of ``ssmquant.pack``), ``scale`` and ``shift`` (float32, one element a
-    group), and ``lo``/``hi``, the end clamp of DLS.
+    group), and ``lo``/``hi``, the end clamp of DLS. Where the quantizer's ``rule`` for the shift is not
+    ``"learned"``, ``shift`` is None and follows from the scale.
     """
 
     codes: Tensor
     scale: Tensor
-    shift: Tensor
+    shift: Tensor | None
     lo: Tensor | None
     hi: Tensor | None
 
@@ -53,36 +55,40 @@ class PackedTensor(FixedPrecision):
         *,
         groups: Sequence[int] = (),
         clamped: bool = False,
+        rule: Shift = "learned",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.bits, self.code_min, self.dtype = tuple(shape), bits, code_min, dtype
+        self.rule = rule
         numel = 1
         for s in self.shape:
             numel *= s
         self.register_buffer("codes", torch.zeros(packed_size(numel, bits), dtype=torch.uint8, device=device))
         for name in ("scale", "shift", "lo", "hi"):
-            empty = name in ("lo", "hi") and not clamped
+            empty = rule != "learned" if name == "shift" else name in ("lo", "hi") and not clamped
             self.register_buffer(name, None if empty else torch.zeros(tuple(groups), device=device))
 
     @classmethod
-    def from_qtensor(cls, q: QTensor) -> PackedTensor:
-        """Packs an encoded tensor."""
+    def from_qtensor(cls, q: QTensor, rule: Shift = "learned") -> PackedTensor:
+        """Packs an encoded tensor; ``rule``: how its shift follows from its scale."""
         out = cls(
             q.codes.shape, q.bits, q.code_min, q.dtype,
-            groups=q.scale.shape, clamped=q.lo is not None, device=q.codes.device,
+            groups=q.scale.shape, clamped=q.lo is not None, rule=rule,
+            device=q.codes.device,
         )  # fmt: skip
         out.codes = pack(q.codes, q.bits)
         for name in ("scale", "shift", "lo", "hi"):
             value = getattr(q, name)
-            if value is not None:
+            if value is not None and getattr(out, name) is not None:
                 setattr(out, name, value.detach().clone().expand(q.scale.shape).contiguous())
         return out
 
     def qtensor(self) -> QTensor:
         """The codes, unpacked, with their map."""
         codes = unpack(self.codes, self.bits, self.shape)
-        return QTensor(codes, self.bits, self.code_min, self.scale, self.shift, self.lo, self.hi, self.dtype)
+        shift = self.shift if self.shift is not None else shift_of(self.scale, self.rule)
+        return QTensor(codes, self.bits, self.code_min, self.scale, shift, self.lo, self.hi, self.dtype)
 
     def forward(self) -> Tensor:
         return self.qtensor().decode()

@@ -8,16 +8,47 @@ from types import MappingProxyType
 from ssmquant.errors import ConfigError
 from ssmquant.quantizers.base import QTensor, Quantizer
 from ssmquant.quantizers.dls import DLS
+from ssmquant.quantizers.dorefa import DoReFa
 from ssmquant.quantizers.lsq import LSQ
 from ssmquant.quantizers.minmax import MinMax
+from ssmquant.quantizers.n2uq import N2UQ
+from ssmquant.quantizers.pact import PACT
 from ssmquant.quantizers.rfa import RFA
+from ssmquant.quantizers.rlq import RLQ
+from ssmquant.quantizers.shared import Shared
 
-__all__ = ["DLS", "LSQ", "QUANTIZERS", "RFA", "MinMax", "QTensor", "Quantizer", "get_quantizer"]
+__all__ = [
+    "DLS",
+    "LSQ",
+    "N2UQ",
+    "OPERANDS",
+    "PACT",
+    "QUANTIZERS",
+    "RFA",
+    "RLQ",
+    "DoReFa",
+    "MinMax",
+    "QTensor",
+    "Quantizer",
+    "Shared",
+    "get_quantizer",
+]
 
 QUANTIZERS: Mapping[str, type[Quantizer]] = MappingProxyType(
-    {"lsq": LSQ, "dls": DLS, "rfa": RFA, "minmax": MinMax}
+    {
+        "lsq": LSQ,
+        "dls": DLS,
+        "rfa": RFA,
+        "minmax": MinMax,
+        "pact": PACT,
+        "dorefa": DoReFa,
+        "n2uq": N2UQ,
+        "rlq": RLQ,
+    }
 )
-"""Quantizer classes by the names that :class:`ssmquant.QConfig` uses."""
+"""Quantizers of single elements, by the names that :class:`ssmquant.QConfig` uses."""
+OPERANDS: Mapping[str, type[Quantizer]] = MappingProxyType({"shared": Shared})
+"""Those that look at a whole operand of a scan."""
 
 
 def get_quantizer(name: str) -> type[Quantizer]:
@@ -27,8 +58,7 @@ def get_quantizer(name: str) -> type[Quantizer]:
         ConfigError: there is none; the message lists the names.
     """
     try:
-        return QUANTIZERS[name]
+        return {**QUANTIZERS, **OPERANDS}[name]
     except KeyError:
-        raise ConfigError(
-            f"unknown quantizer {name!r}; choose from {', '.join(sorted(QUANTIZERS))}"
-        ) from None
+        known = ", ".join(sorted((*QUANTIZERS, *OPERANDS)))
+        raise ConfigError(f"unknown quantizer {name!r}; choose from {known}") from None

@@ -85,18 +85,21 @@ class _DLSBankFunction(torch.autograd.Function):
         return None, None, None, *_shaped(dx, counts, shapes), *dw.unbind(0), *dv.unbind(0)
 
 
-_PARAMETERS: dict[type, tuple[str, ...]] = {
-    LSQ: ("alpha", "beta"),
-    RFA: ("alpha", "beta", "grid"),
-    DLS: ("w", "v"),
-}
+def _operands(quantizer: Any) -> tuple[Tensor, ...]:
+    """What enters the arithmetic besides the weight."""
+    if isinstance(quantizer, DLS):
+        return quantizer.w, quantizer.v
+    scalars: tuple[Tensor, ...] = quantizer.scalars()
+    return (*scalars, quantizer.grid) if isinstance(quantizer, RFA) else scalars
+
+
 _Key = tuple[Any, ...]
 
 
 def _key(quantizer: Any, weight: Tensor) -> _Key | None:
     """What tensors of one bank have in common; None for one that has to go alone."""
     kind = type(quantizer)
-    if kind not in _PARAMETERS or quantizer.bits is None or quantizer.official:
+    if kind not in (LSQ, RFA, DLS) or quantizer.bits is None or quantizer.official:
         return None
     if weight.dtype != torch.float32 or not weight.numel():
         return None
@@ -119,7 +122,7 @@ def quantize_weights(quantizers: Sequence[Any], weights: Sequence[Tensor]) -> li
     out: list[Tensor | None] = [None] * len(weights)
     for (kind, _, *rest), members in banks.items():
         some = [weights[i] for i in members]
-        state = [getattr(quantizers[i], name) for name in _PARAMETERS[kind] for i in members]
+        state = [t for same in zip(*(_operands(quantizers[i]) for i in members), strict=True) for t in same]
         counts = tuple(w.numel() for w in some)
         if len(members) < 2 or sum(counts) > quantize.MOST:
             continue

@@ -70,6 +70,9 @@ class Quantizer(nn.Module):
         self.official = official
         self.axis = axis
         self.num_groups = num_groups
+        self.leading = 1
+        """So many axes in front count as one: with ``axis=0`` and 2, every output channel of every direction of a stack
+        of weights (directions, channels, inputs) is a group."""
         self.is_weight = is_weight
         self.scale_gradient = True
         """LSQ's gradient scale ``1 / sqrt(N * Qp)`` on the step size (N: elements of a group)."""
@@ -147,7 +150,7 @@ class Quantizer(nn.Module):
         """
         if self.bits is None or not self.needs_data:
             return
-        stats = collect(x, self._state_axis, self.num_groups, reduce=reduce)
+        stats = collect(self._merged(x), self._state_axis, self.num_groups, reduce=reduce)
         if stats.count == 0:
             return
         stats.require_finite(type(self).__name__)
@@ -157,15 +160,19 @@ class Quantizer(nn.Module):
         self._set_flag("initialized", True)
 
     @torch.no_grad()
-    def fit(self, batches: Sequence[Tensor]) -> None:
-        """Calibrate by squared error on sample tensors (initialises first where that is still to be done).
+    def fit(self, batches: Sequence[Tensor], *, search: bool = True) -> None:
+        """Calibrate by squared error on sample tensors, from a fresh initialisation.
+
+        Args:
+            batches: float tensors.
+            search: False takes the initialisation as published, from all batches pooled, and leaves it at that.
 
         Raises:
             CalibrationError: no batch, only empty ones, or inf or NaN in them.
         """
         if self.bits is None:
             return
-        filled = [b.detach() for b in batches if b.numel()]
+        filled = [self._merged(b.detach()) for b in batches if b.numel()]
         if not filled:
             raise CalibrationError(f"{type(self).__name__}.fit needs at least one batch that is not empty")
         groups = self.num_groups
@@ -184,7 +191,8 @@ class Quantizer(nn.Module):
             if self.needs_data:
                 self._init_state(pooled)
                 self._set_flag("initialized", True)
-            self._fit(filled, pooled)
+            if search:
+                self._fit(filled, pooled)
 
     def forward(self, x: Tensor, copies: int = 1) -> Tensor:
         """Return fake-quantized ``x``: same shape and dtype (fp16 and bf16 are computed in float32).
@@ -205,7 +213,17 @@ class Quantizer(nn.Module):
             return x
         if x.numel() == 0:
             return x
+        if self.leading > 1:
+            return self._quantize(self._merged(x)).reshape(x.shape)
         return self._quantize(x) if copies == 1 else self._quantize_copies(x, copies)
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """``x`` with its leading axes as one."""
+        if self.leading == 1:
+            return x
+        if x.dim() < self.leading:
+            raise InputError(f"a tensor of shape {tuple(x.shape)} has fewer than {self.leading} axes")
+        return x.flatten(0, self.leading - 1)
 
     def _become_ready(self, x: Tensor, may_initialize: bool) -> bool:
         """Initialise if allowed. False: ``x`` is empty or all zero and passes through as it is."""
@@ -243,6 +261,7 @@ class Quantizer(nn.Module):
             one = torch.ones((), dtype=cd, device=x.device)
             codes = torch.full(x.shape, -self.code_min, dtype=torch.uint8, device=x.device)
             return QTensor(codes, self.bits, self.code_min, one, torch.zeros_like(one), None, None, x.dtype)
+        shape, x = x.shape, self._merged(x)
         affine = self._affine(x)
         index = self._index(x.to(cd), affine)
         if check and bool(index.isnan().any()):
@@ -250,9 +269,12 @@ class Quantizer(nn.Module):
                 f"{type(self).__name__}.encode: NaN (or inf that spoils the range) in a {tuple(x.shape)} tensor"
             )
         codes = index.nan_to_num(0.0).to(torch.uint8)
-        return QTensor(
-            codes, self.bits, self.code_min, affine.scale, affine.shift, affine.lo, affine.hi, x.dtype
-        )
+        if self.leading > 1:
+            codes = codes.reshape(shape)
+            wide = *shape[: self.leading], *(1 for _ in shape[self.leading :])
+            affine = Affine(affine.scale.reshape(wide), affine.shift.reshape(wide))
+        parts = affine.scale, affine.shift, affine.lo, affine.hi
+        return QTensor(codes, self.bits, self.code_min, *parts, x.dtype)
 
     def extra_repr(self) -> str:
         if self.bits is None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ssmquant.errors import ConfigError
 from ssmquant.ops import quantize
 from ssmquant.quantizers.affine import (
     Affine,
@@ -25,6 +26,7 @@ from ssmquant.quantizers.affine import (
     in_dtype,
     once_differentiable,
 )
+from ssmquant.quantizers.affine_fit import Shift, least_squares, shift_of
 from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.observers import GroupStats, group_rows, sample_rows
 
@@ -101,7 +103,13 @@ class _FusedLSQ(torch.autograd.Function):
 class LearnedScale(Quantizer):
     """What LSQ and RFA share: a step size and a shift a group, their initialisation and their calibration.
 
-    Parameters ``alpha`` and ``beta``, shape ``(num_groups,)``; buffers ``initialized``, ``signed``.
+    Parameters ``alpha`` and, with ``shift="learned"``, ``beta``, shape ``(num_groups,)``; buffers ``initialized``,
+    ``signed``.
+
+    Args:
+        shift: ``"learned"``; ``"half"``: minus half a step, so that the levels lie symmetrically about 0 (at 2 bits
+            -1.5, -0.5, 0.5, 1.5 steps) and nothing but the step is stored; ``"none"``: no shift, as in the original
+            LSQ (arXiv 1902.08153).
     """
 
     flags: ClassVar[tuple[str, ...]] = ("initialized", "signed")
@@ -116,16 +124,29 @@ class LearnedScale(Quantizer):
         axis: int | None = None,
         num_groups: int = 1,
         is_weight: bool = False,
+        shift: Shift = "learned",
     ) -> None:
         super().__init__(bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight)
+        if shift not in ("learned", "half", "none"):
+            raise ConfigError(f"shift must be 'learned', 'half' or 'none', got {shift!r}")
+        self.shift = shift
         if self.bits is not None:
             self.alpha = nn.Parameter(torch.ones(num_groups))
-            self.beta = nn.Parameter(torch.zeros(num_groups))
+            if shift == "learned":
+                self.beta = nn.Parameter(torch.zeros(num_groups))
+
+    def scalars(self) -> tuple[Tensor, Tensor]:
+        """The step and the shift, as they enter the arithmetic."""
+        return self.alpha, self.beta if self.shift == "learned" else shift_of(self.alpha, self.shift)
 
     @torch.no_grad()
+    def _set_scalars(self, alpha: Tensor, beta: Tensor) -> None:
+        self.alpha.copy_(alpha)
+        if self.shift == "learned":
+            self.beta.copy_(beta)
+
     def _reset_state(self) -> None:
-        self.alpha.fill_(1.0)
-        self.beta.zero_()
+        self._set_scalars(torch.ones_like(self.alpha), torch.zeros_like(self.alpha))
 
     def _init_state(self, stats: GroupStats) -> None:
         """Set alpha = 2 * mean|x| / sqrt(Qp), as published, but no larger than max|x| / Qp; beta = 0.
@@ -133,7 +154,6 @@ class LearnedScale(Quantizer):
         The published start suits 2 to 4 bits. At 8 it is several times the step that reaches the largest value, so that
         most codes lie idle.
         """
-        self.beta.zero_()
         if self.signed_by_data:
             # Published: an absolute threshold, which makes data of scale 1e-6 unsigned.
             threshold = 1e-5 * (1.0 if self.official else stats.abs_mean.mean())
@@ -144,58 +164,41 @@ class LearnedScale(Quantizer):
             # A group that is all zero takes the other groups' average rather than a dead step.
             used = stats.abs_mean > 0
             alpha = torch.where(used, alpha, alpha[used].mean())
-        self.alpha.copy_(alpha)
+        self._set_scalars(alpha, torch.zeros_like(alpha))
 
     def _scale_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha (floored, straight gradient) and beta in the compute dtype, broadcastable to ``x``."""
-        cd = compute_dtype(x, self.alpha, self.beta)
-        alpha, beta = (self._group_view(t, x).to(cd) for t in (self.alpha, self.beta))
+        scalars = self.scalars()
+        cd = compute_dtype(x, *scalars)
+        alpha, beta = (self._group_view(t, x).to(cd) for t in scalars)
         return (alpha if self.official else _StraightFloor.apply(alpha, self.eps)), beta
 
     def _affine(self, x: Tensor) -> Affine:
         return Affine(*self._scale_shift(x))
 
     def _fit(self, batches: list[Tensor], stats: GroupStats) -> None:
-        """Search alpha, and beta in {0, -mean, centre of the range}, for the least squared error."""
+        """Take the alpha and beta of least squared error.
+
+        Rounds as LSQ also for RFA, whose grid is fresh at this point, so that the two agree off ties.
+        """
         rows: list[Tensor] = []
         per_group = [group_rows(b, self._state_axis, self.num_groups) for b in batches]
         for g in range(self.num_groups):
             parts = [p[g] for p in per_group]
             rows.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-        points, weights = sample_rows(rows, 2**13)
+        points, weights = sample_rows(rows, 2**13 + 256 * self.num_groups)
         low, high = (t.to(points.dtype)[:, None] for t in (stats.min, stats.max))
-        mean = ((points * weights).sum(1) / weights.sum(1))[:, None]
-        start = self.alpha.to(points.dtype)[:, None]
-        best_alpha, best_beta = start, self.beta.to(points.dtype)[:, None]
-        best = self._squared_error(points, weights, best_alpha, best_beta)
-        half_step = (high - low) / 2 ** (self._width() + 1) if self.is_signed else torch.zeros_like(low)
-        shifts = [torch.zeros_like(low)]
-        if self.is_signed:
-            shifts += [-mean, -(low + high) / 2 - half_step]
-        for n, beta in enumerate(shifts):
-            reach = ((high + beta) / self.qmax).clamp(min=0)
-            if self.is_signed:
-                reach = torch.maximum(reach, (low + beta) / self.qmin)
-            candidates = [reach * (k / 24) for k in range(1, 26)] + [
-                start * 1.15**k for k in range(-6, 7) if n == 0
-            ]
-            # A shift costs a rank-one correction in every integer kernel: it has to be worth something.
-            bar = 1.0 if n == 0 else 0.98
-            for alpha in candidates:
-                alpha = alpha.clamp(min=self.eps)
-                error = self._squared_error(points, weights, alpha, beta)
-                better = error < bar * best
-                best = torch.where(better, error, best)
-                best_alpha = torch.where(better, alpha, best_alpha)
-                best_beta = torch.where(better, beta, best_beta)
-        self.alpha.copy_(best_alpha[:, 0])
-        self.beta.copy_(best_beta[:, 0])
+        alpha, beta = (t.detach().to(points.dtype)[:, None] for t in self.scalars())
+        alpha, beta = least_squares(
+            points, weights, (low, high), (alpha, beta), self.qmin, self.qmax, self.shift, self.eps
+        )
+        used = stats.abs_mean > 0  # a group that is all zero keeps its start
+        self._set_scalars(
+            torch.where(used, alpha[:, 0], self.alpha), torch.where(used, beta[:, 0], self.scalars()[1])
+        )
 
-    def _squared_error(self, points: Tensor, weights: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        # Rounds as LSQ also for RFA, whose grid is fresh at this point, so that the two agree off ties.
-        index = affine_index(points, alpha, beta, self.qmin, self.qmax)
-        error = affine_decode(index, Affine(alpha, beta), self.code_min) - points
-        return (error * error * weights).sum(1, keepdim=True)
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", shift={self.shift}" if self.shift != "learned" else "")
 
 
 class _StraightFloor(torch.autograd.Function):
@@ -226,8 +229,11 @@ class LSQ(LearnedScale):
         axis: int | None = None,
         num_groups: int = 1,
         is_weight: bool = False,
+        shift: Shift = "learned",
     ) -> None:
-        super().__init__(bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight)
+        super().__init__(
+            bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight, shift=shift
+        )
         self.signed_by_data = official or not is_weight
 
     def _quantize(self, x: Tensor, copies: int = 1) -> Tensor:
@@ -237,7 +243,7 @@ class LSQ(LearnedScale):
         qmax = qmin + 2 ** self._width() - 1
         counted = copies if self.scale_gradient else 0
         if axis is None:
-            alpha, beta = self.alpha, self.beta
+            alpha, beta = self.scalars()
             kernels = quantize.serving(x, alpha, beta)
             if kernels is not None:
                 eps = 0.0 if self.official else self.eps

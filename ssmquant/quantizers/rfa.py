@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmquant.quantizers.affine import Affine, affine_decode, compute_dtype, group_sum, in_dtype
+from ssmquant.quantizers.affine_fit import Shift
 from ssmquant.quantizers.lsq import LearnedScale
 from ssmquant.quantizers.observers import GroupStats
 
@@ -62,7 +63,10 @@ def _bin_sums(values: Tensor, bins: Tensor, count: int) -> Tensor:
 
 
 class _RFAFunction(torch.autograd.Function):
-    """Saves references to its inputs; all else is recomputed. ``grid`` is in order unless ``official``."""
+    """Saves references to its inputs; all else is recomputed. ``grid`` is in order unless ``official``.
+
+    ``copies``: as in ``_LSQFunction``.
+    """
 
     @staticmethod
     def forward(
@@ -75,17 +79,17 @@ class _RFAFunction(torch.autograd.Function):
         qmin: int,
         qmax: int,
         axis: int | None,
-        scaled: bool,
+        copies: int,
     ) -> Tensor:
         ctx.save_for_backward(x, alpha, beta, grid, thresholds)
-        ctx.static = qmin, qmax, axis, scaled
+        ctx.static = qmin, qmax, axis, copies
         index = _index(x.to(alpha.dtype), alpha, beta, thresholds, qmin, qmax)
         return in_dtype(affine_decode(index, Affine(alpha, beta), -(grid.numel() // 2)), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, beta, grid, thresholds = ctx.saved_tensors
-        qmin, qmax, axis, scaled = ctx.static
+        qmin, qmax, axis, copies = ctx.static
         n = grid.numel()
         grad = grad.to(alpha.dtype)
         v = (x.to(alpha.dtype) + beta) / alpha
@@ -105,8 +109,8 @@ class _RFAFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             code = _count_below(u, thresholds) - n // 2
             dalpha = group_sum(grad * (code - torch.where(inside, slope * u, 0.0)), axis)
-            if scaled:
-                dalpha = dalpha / math.sqrt(x.numel() // alpha.numel() * qmax)
+            if copies:
+                dalpha = dalpha / math.sqrt(copies * (x.numel() // alpha.numel()) * qmax)
         if ctx.needs_input_grad[2]:
             dbeta = group_sum(dx - grad, axis)
         if ctx.needs_input_grad[3]:
@@ -154,8 +158,11 @@ class RFA(LearnedScale):
         axis: int | None = None,
         num_groups: int = 1,
         is_weight: bool = False,
+        shift: Shift = "learned",
     ) -> None:
-        super().__init__(bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight)
+        super().__init__(
+            bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight, shift=shift
+        )
         self.signed_by_data = official
         if self.bits is not None:
             self.grid = nn.Parameter(self._first_grid())
@@ -192,9 +199,12 @@ class RFA(LearnedScale):
     def _index(self, x: Tensor, affine: Affine) -> Tensor:
         return _index(x, affine.scale, affine.shift, self._grid_thresholds(x.dtype)[1], self.qmin, self.qmax)
 
-    def _quantize(self, x: Tensor) -> Tensor:
+    def _quantize(self, x: Tensor, copies: int = 1) -> Tensor:
         alpha, beta = self._scale_shift(x)
         grid, thresholds = self._grid_thresholds(alpha.dtype)
-        static = self.qmin, self.qmax, self._state_axis, self.scale_gradient
+        static = self.qmin, self.qmax, self._state_axis, copies if self.scale_gradient else 0
         out: Tensor = _RFAFunction.apply(x, alpha, beta, grid, thresholds, *static)
         return out
+
+    def _quantize_copies(self, x: Tensor, copies: int) -> Tensor:
+        return self._quantize(x, copies)

@@ -229,10 +229,17 @@ def test_raw_parameters(name: str, granularity: str) -> None:
 )
 def test_channel_scales_belong_to_output_channels(name: str, axis: int) -> None:
     cls, weight, shape, *_ = RAW[name]
-    config = QConfig(w_bits=3, granularity="channel", keep_first_last=False)
+    config = QConfig(w_bits=4, granularity="channel", keep_first_last=False)
     prepared = ssmquant.prepare(cls(*weight), config, example_inputs=(torch.randn(shape),))
     quantizer = runtime_of(prepared).weights["w:weight"]
-    assert (quantizer.axis, quantizer.num_groups) == (axis, weight[axis])
+    stacked = name == "einsum"  # (directions, outputs, inputs)
+    groups = weight[0] * weight[1] if stacked else weight[axis]
+    assert (quantizer.axis, quantizer.num_groups, quantizer.leading) == (axis, groups, 2 if stacked else 1)
+    # Channels of 4 weights at 3 bits take less room than a scale and share one, with their direction at most.
+    if groups * 4 == torch.Size(weight).numel():
+        config = QConfig(w_bits=3, granularity="channel", keep_first_last=False)
+        prepared = ssmquant.prepare(cls(*weight), config, example_inputs=(torch.randn(shape),))
+        assert runtime_of(prepared).weights["w:weight"].num_groups == (weight[0] if stacked else 1)
 
 
 class TwoComputed(Raw):

@@ -15,9 +15,21 @@ from torch import Tensor, nn
 
 from ssmquant.ops.quantize import operators
 from ssmquant.ops.quantize.choice import backend, explain
-from ssmquant.ops.quantize.forms import Bank, DLSRule, Groups
+from ssmquant.ops.quantize.forms import MOST_LEVELS, Bank, DLSRule, Groups, ThresholdRule
 
-__all__ = ["MOST", "Bank", "DLSRule", "Groups", "dense", "explain", "groups_of", "serving"]
+__all__ = [
+    "MOST",
+    "MOST_LEVELS",
+    "Bank",
+    "DLSRule",
+    "Groups",
+    "ThresholdRule",
+    "dense",
+    "explain",
+    "groups_of",
+    "offering",
+    "serving",
+]
 
 _HALVES = (torch.float32, torch.float16, torch.bfloat16)
 MOST = 2**31 - 2**14
@@ -46,6 +58,12 @@ def serving(x: Tensor, *scalars: Tensor) -> ModuleType | None:
         there = device.type in ("cpu", "cuda") and _there(device.type, device.index)
         return operators if there else None
     return backend(device)
+
+
+def offering(name: str, x: Tensor, *scalars: Tensor) -> ModuleType | None:
+    """``serving``, but None also where those kernels have no function of that name, which not every back end has."""
+    kernels = serving(x, *scalars)
+    return kernels if hasattr(kernels, name) else None
 
 
 def dense(x: Tensor) -> Tensor:

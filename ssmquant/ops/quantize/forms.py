@@ -11,7 +11,14 @@
     dls_bank_forward(x, w, v, counts, rule) -> y, ranges
     dls_bank_backward(g, x, w, v, ranges, counts, rule) -> dx, d w, d v
 
-``operators`` has them as well, but for the first, for ``torch.compile``.
+``operators`` has them as well, but for the first, for ``torch.compile``. "triton" alone has those of quantizers that
+serve for comparison (``quantize.offering`` asks)::
+
+    pact_forward(x, alpha, low, high, eps) -> y
+    pact_backward(g, x, alpha, low, eps) -> dx, d alpha
+    soft_backward(g, x, alpha, beta, qmin, qmax, eps, copies) -> dx, d alpha      RLQ's, after lsq_forward
+    threshold_forward(x, alpha, beta, gamma, thresholds, rule) -> y
+    threshold_backward(g, x, alpha, beta, gamma, grid, thresholds, rule) -> dx, d alpha, d beta, d gamma, d grid
 
 Activations ``x`` are float32, float16 or bfloat16 and lie densely in memory, in any order of dimensions; ``y`` and
 ``dx`` have the strides of ``x``, ``g`` its shape. Scalars (alpha, beta of one element; w, v ``(4,)``; their gradients
@@ -24,6 +31,10 @@ magnitude of alpha is raised to, its sign kept (``quantizers.lsq.floored``), wit
 ``sqrt(copies * n * qmax)``, n the elements of a group, unless ``copies`` is 0.
 
 ``ranges``, (6, G), are mean, standard deviation (0 for one element), min, max, alpha and beta of every group.
+
+PACT: alpha is the clip, raised to ``eps`` with gradient 1; codes ``low .. high`` in steps of ``alpha * (1 / high)``,
+``low`` is 0 or negative. Of thresholds there is at least one in ``thresholds`` ``(levels - 1,)``; they and ``grid``
+``(levels,)`` increase, threshold i lies between the points i and i + 1 of the grid; see ``ThresholdRule``.
 
 A bank is several tensors in one call, each quantized as it would be alone. Those of ``dls_bank`` have ``counts``
 elements, one group each (G), and lie end to end in float32 ``x``; w and v are (G, 4).
@@ -39,7 +50,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Bank", "DLSRule", "Groups", "gradient_scale", "like"]
+__all__ = ["MOST_LEVELS", "Bank", "DLSRule", "Groups", "ThresholdRule", "gradient_scale", "like"]
+
+MOST_LEVELS = 16
+"""Of the threshold quantizer: more take longer than plain PyTorch's search."""
 
 
 def gradient_scale(n: int, qmax: int, copies: int) -> float:
@@ -87,6 +101,28 @@ class DLSRule(NamedTuple):
     def scale(self, n: int) -> float:
         """What the gradient of the alpha of a group of ``n`` elements is multiplied by."""
         return gradient_scale(n, self.qmax, self.copies if self.scaled else 0)
+
+
+class ThresholdRule(NamedTuple):
+    """The constants of a quantizer by thresholds, of one tensor with one group::
+
+        u = clip((x + beta) / alpha, low, high)
+        y = gamma * (code_min + number of thresholds < u) - beta
+
+    with gradients of the line through the points ``(grid[i], code_min + i)``, of slope ``tail`` beyond them, and 0
+    where ``low`` or ``high`` clips. Gradients of alpha, beta, gamma are plain sums. RFA: gamma is alpha, whose gradient
+    is the sum of both.
+    """
+
+    levels: int
+    code_min: int
+    eps: float
+    """What alpha and gamma are raised to, with gradient 1."""
+    keep_sign: bool = False
+    """Their magnitudes are raised, as ``quantizers.lsq.floored`` does."""
+    tail: float = 0.0
+    low: float = -3e38
+    high: float = 3e38
 
 
 @dataclass(frozen=True)

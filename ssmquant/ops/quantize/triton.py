@@ -20,6 +20,13 @@ from ssmquant.ops.quantize.triton_banks import (
     dls_bank_backward,
     dls_bank_forward,
 )
+from ssmquant.ops.quantize.triton_thresholds import (
+    pact_backward,
+    pact_forward,
+    soft_backward,
+    threshold_backward,
+    threshold_forward,
+)
 from ssmquant.ops.triton_launch import Kernel, power
 
 __all__ = [
@@ -33,6 +40,11 @@ __all__ = [
     "dls_range",
     "lsq_backward",
     "lsq_forward",
+    "pact_backward",
+    "pact_forward",
+    "soft_backward",
+    "threshold_backward",
+    "threshold_forward",
     "unavailable",
 ]
 
