@@ -8,7 +8,15 @@ ssmquant.save(deployed, "restorer.safetensors")
 
 from ssmquant._standins import install_standins, remove_standins, standins
 from ssmquant.adapter import Adapter, FunctionRole, ScanRole, register_adapter
-from ssmquant.analysis import summary, verify
+from ssmquant.analysis import (
+    HealthMonitor,
+    HealthReport,
+    HealthRow,
+    HealthWarning,
+    health,
+    summary,
+    verify,
+)
 from ssmquant.config import QConfig, Rule
 from ssmquant.errors import (
     CalibrationError,
@@ -33,6 +41,10 @@ __all__ = [
     "CoverageError",
     "FormatError",
     "FunctionRole",
+    "HealthMonitor",
+    "HealthReport",
+    "HealthRow",
+    "HealthWarning",
     "InputError",
     "MethodError",
     "NotCalibratedError",
@@ -44,6 +56,7 @@ __all__ = [
     "calibrate",
     "convert",
     "cuda_graph",
+    "health",
     "install_standins",
     "load",
     "load_checkpoint",

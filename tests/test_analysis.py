@@ -53,7 +53,7 @@ def test_a_tampered_code_is_found_at_its_site(site: str) -> None:
     report = ssmquant.verify(prepared, deployed, (X,))
     wrong = {r.name for r in report.rows if r.max_abs > 0}
     assert wrong == {site.split(":", maxsplit=1)[0].split("/", maxsplit=1)[0]}
-    assert 0 < report.min_sqnr_db < 100
+    assert 0 < report.min_sqnr_db < 120
     assert report.worst_rel > 1e-6
     assert str(report).splitlines()[1].split()[0] in wrong
 
@@ -212,7 +212,8 @@ def test_summary_reads_well() -> None:
     prepared = scanner()
     text = str(ssmquant.summary(prepared))
     lines = text.splitlines()
-    assert lines[0].split() == ["site", "kind", "scheme", "quantizers", "bytes", "MBitOPs", "kernel"]
+    columns = ["site", "kind", "scheme", "quantizers", "bytes", "MBitOPs", "dead", "zero", "kernel"]
+    assert lines[0].split() == columns
     for name in ("stem", "in_proj", "x_proj", "scan", "out_proj", "head"):
         assert any(line.startswith(name + " ") for line in lines)
     assert "first layer" in text

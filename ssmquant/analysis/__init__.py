@@ -1,6 +1,19 @@
-"""Looking at prepared and deployed models: what is quantized, what it costs, how exact it is."""
+"""Looking at prepared and deployed models: what is quantized, what it costs, how exact it is, whether it is healthy."""
 
+from ssmquant.analysis.health import HealthMonitor, HealthReport, HealthRow, HealthWarning, health
 from ssmquant.analysis.summary import Summary, SummaryRow, summary
 from ssmquant.analysis.verify import SiteError, VerifyReport, verify
 
-__all__ = ["SiteError", "Summary", "SummaryRow", "VerifyReport", "summary", "verify"]
+__all__ = [
+    "HealthMonitor",
+    "HealthReport",
+    "HealthRow",
+    "HealthWarning",
+    "SiteError",
+    "Summary",
+    "SummaryRow",
+    "VerifyReport",
+    "health",
+    "summary",
+    "verify",
+]

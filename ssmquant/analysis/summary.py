@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from ssmquant.analysis.health import weight_rows
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.graph.sites import Site, ancestors, op_name
@@ -19,7 +20,11 @@ __all__ = ["Summary", "SummaryRow", "summary"]
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One site. ``scheme`` is like ``"W2A2"``; ``bytes`` counts its stored operands, ``bitops`` one sample."""
+    """One site. ``scheme`` is like ``"W2A2"``; ``bytes`` counts its stored operands, ``bitops`` one sample.
+
+    ``dead_levels`` and ``zero_ratio`` are of a quantized weight, None elsewhere: levels that no element takes, and the
+    share of elements at the level nearest to zero. See :func:`ssmquant.health`.
+    """
 
     name: str
     kind: str
@@ -29,6 +34,8 @@ class SummaryRow:
     bitops: int
     kernel: str
     note: str
+    dead_levels: int | None = None
+    zero_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,15 @@ class Summary:
 
     def __str__(self) -> str:
         width = max([len(r.name) for r in self.rows] or [4])
-        columns = f"{'kind':<6}  {'scheme':<7}  {'quantizers':<11}  {'bytes':>9}  {'MBitOPs':>10}  kernel"
-        head = f"{'site':<{width}}  {columns}"
+        columns = f"{'kind':<6}  {'scheme':<7}  {'quantizers':<11}  {'bytes':>9}  {'MBitOPs':>10}"
+        head = f"{'site':<{width}}  {columns}  dead    zero  kernel"
         lines = [head, "-" * len(head)]
         for r in self.rows:
+            dead = "-" if r.dead_levels is None else str(r.dead_levels)
+            zero = "-" if r.zero_ratio is None else f"{100 * r.zero_ratio:.1f}%"
             lines.append(
                 f"{r.name:<{width}}  {r.kind:<6}  {r.scheme:<7}  {r.methods:<11}  "
-                f"{r.bytes:>9,}  {r.bitops / 1e6:>10,.1f}  "
+                f"{r.bytes:>9,}  {r.bitops / 1e6:>10,.1f}  {dead:>4}  {zero:>6}  "
                 f"{r.kernel}" + (f"  ({r.note})" if r.note else "")
             )
         counts: dict[str, int] = {}
@@ -147,7 +156,8 @@ def _point_bytes(point: Point, model: nn.Module, runtime: Runtime) -> int:
     else:
         shape = tuple(point.node.meta["val"].shape)
     assert point.scheme.bits is not None
-    scalars = 4 if point.what == "static" else 2 * point.groups
+    stored = 1 if dict(point.scheme.options).get("shift", "learned") != "learned" else 2
+    scalars = 4 if point.scheme.method == "dls" else stored * point.groups
     return packed_size(math.prod(shape), point.scheme.bits) + 4 * scalars
 
 
@@ -169,6 +179,7 @@ def summary(model: nn.Module) -> Summary:
             if k == 0:
                 owned[site.name] = owned.get(site.name, 0) + _point_bytes(p, model, runtime)
     rows = []
+    health = weight_rows(model)
     for site in record.plan.sites:
         points = by_site.get(site.name, {})
         weight = points.get("weight")
@@ -195,10 +206,12 @@ def summary(model: nn.Module) -> Summary:
         size = owned.get(site.name, 0)
         if weight is None and site.parameter:
             size += 4 * math.prod(_weight_shape(model, site))
+        looked = health[weight.name] if weight is not None else None
         rows.append(
             SummaryRow(
                 site.name, site.kind, scheme if points else "float", methods, size,
                 _cost(model, record, site, w, a, samples), kernel if points else "torch", note,
+                looked.dead_levels if looked else None, looked.zero_ratio if looked else None,
             )
         )  # fmt: skip
     outside = [p for p in record.plan.parameters if not p.must_cover]

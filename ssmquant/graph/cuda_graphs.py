@@ -7,10 +7,11 @@ are captured once for each kind of call and then launched together, in the user'
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from ssmquant.ops.selection import OPERATORS, selected
+from ssmquant.quantizers import Quantizer
+
 __all__ = ["CudaGraphs"]
+
+_RESULTS = (Tensor, bool, int, float, str, type(None))
 
 _WARM_UP = 3  # runs before a capture: they compile and tune kernels, and allocate
 
@@ -38,13 +44,15 @@ def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
     random = torch.cuda.get_rng_state(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.synchronize(device)
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
-    torch.cuda.set_rng_state(random, device)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.synchronize(device)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.cuda.set_rng_state(random, device)
 
 
 @contextmanager
@@ -74,10 +82,21 @@ def _differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
+class _Use:
+    """One replay of a forward pass, alive as long as something may still ask for its backward pass."""
+
+    __slots__ = ("__weakref__",)
+
+
 class _Graph:
-    """The captured passes of one kind of call, on inputs and outputs of its own."""
+    """The captured passes of one kind of call, on inputs and outputs of its own.
+
+    There is one set of activations. While a forward pass waits for its backward pass, ``waits``: another replay would
+    write over what it needs.
+    """
 
     def __init__(self, run: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) -> None:
+        self.use: weakref.ref[_Use] | None = None
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # or a graph would use the weights as cast before it
         try:
@@ -98,6 +117,9 @@ class _Graph:
             with _stand_ins(model) as parameters:
                 leaves[:] = [x for x in (*given, *parameters) if x.requires_grad]
                 live[:], self.spec = pytree.tree_flatten(run(model, *given))
+            odd = [type(x).__name__ for x in live if not isinstance(x, _RESULTS)]
+            if odd:
+                raise RuntimeError(f"its result holds a {odd[0]}, which every call would share")
             # A detached tensor keeps the one it is of, and with it the autograd graph of the capture.
             return [x.data if isinstance(x, Tensor) else x for x in live]
 
@@ -144,6 +166,13 @@ class _Graph:
             rest[kind] = iter(joined.clone().split(sizes))
         return [None if part is None else next(rest[part[0]]).view(part[1]) for part in self.parts]
 
+    def waits(self) -> bool:
+        return self.use is not None and self.use() is not None
+
+    def versions(self) -> int:
+        """Changes whenever a parameter is written to."""
+        return sum(p._version for p in self.parameters)
+
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         if self.grads:
             leaves = (x for x, wanted in zip(inputs, self.wanted, strict=True) if wanted)
@@ -158,7 +187,8 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graph: _Graph, inputs: Sequence[Tensor], *leaves: Tensor) -> tuple[Any, ...]:
-        ctx.graph = graph
+        ctx.graph, ctx.use, ctx.versions = graph, _Use(), graph.versions()
+        graph.use = weakref.ref(ctx.use)
         values = graph.forward(inputs)
         plain = [
             v for v, needed in zip(values, graph.needed, strict=True) if isinstance(v, Tensor) and not needed
@@ -170,6 +200,17 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         graph = ctx.graph
+        if ctx.use is None:
+            raise RuntimeError(
+                "cuda_graph: a second backward pass through one call of the model. The activations of a replayed call "
+                "serve one backward pass: add the losses up before it, or turn graphs off with "
+                "ssmquant.cuda_graph(model, max_graphs=0)"
+            )
+        if ctx.versions != graph.versions():
+            raise RuntimeError(
+                "cuda_graph: a parameter was changed in place between the forward and the backward pass"
+            )
+        ctx.use = None
         return None, None, *graph.backward([g for g, n in zip(grads, graph.needed, strict=True) if n])
 
 
@@ -184,10 +225,51 @@ def _capturable(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _state(model: nn.Module) -> list[Any]:
-    """What a captured call relies on: where the model's tensors are, which are trained, which modules train."""
-    tensors = [(p.data_ptr(), p.requires_grad) for p in model.parameters()]
-    return [tensors, [b.data_ptr() for b in model.buffers()], [m.training for m in model.modules()]]
+def _state(record: Any, model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """What a captured call relies on, compared before each replay, and what has to stay alive for that.
+
+    Where the model's tensors are, and the plain ones that the graph reads; which are trained; modes and hooks of the
+    modules; what quantizers keep in Python.
+    """
+    parameters = list(model.parameters())
+    plain = [_attribute(model, name) for name in record.plain_tensors(model)]
+    state: list[Any] = [(id(p), p.data_ptr(), p.requires_grad, p.dtype) for p in parameters]
+    state += [(id(t), t.data_ptr()) for t in plain]
+    state += [b.data_ptr() for b in model.buffers()]
+    for m in model.modules():
+        hooks = len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        state.append((m.training, hooks, m.constants() if isinstance(m, Quantizer) else None))
+    return state, [*parameters, *plain]
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    owner, _, attr = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attr)
+
+
+def _choices(kind: str) -> tuple[Any, ...]:
+    """Settings of the process that decide which kernels a call launches."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(kind),
+        torch.get_autocast_dtype(kind),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+        tuple(selected(op) for op in OPERATORS),
+    )
+
+
+@dataclass
+class _Known:
+    """A kind of call: what it relies on, and its graph once it is captured. ``held``: ids are of what is alive."""
+
+    record: Any
+    state: list[Any]
+    held: list[Any]
+    graph: _Graph | None = None
+    refused: bool = False
 
 
 class CudaGraphs:
@@ -199,37 +281,37 @@ class CudaGraphs:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.known: OrderedDict[Any, tuple[Any, list[Any], Callable[..., Any] | None]] = OrderedDict()
+        self.known: OrderedDict[Any, _Known] = OrderedDict()
 
     def __call__(self, record: Any, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """``record(model, tensors)``, replayed if possible."""
         if not _capturable(tensors):
             return record(model, tensors)
-        kind = tensors[0].device.type
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind)
         shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
-        key = id(record), shapes, modes, torch.get_autocast_dtype(kind)
-        state = _state(model)
+        key = id(record), shapes, _choices(tensors[0].device.type)
+        state, held = _state(record, model)
         known = self.known.get(key)
-        if known is None or known[1] != state:
+        if known is None or known.state != state:
             # The first call runs as it is: it may initialise quantizers, which waits for the GPU.
-            self._keep(key, (record, state, None))
+            self._keep(key, _Known(record, state, held))
             return record(model, tensors)
         self.known.move_to_end(key)
-        graph = known[2]
-        if graph is None:
+        if known.graph is None and not known.refused:
             try:
-                graph = _Graph(lambda m, *xs: record(m, xs), model, tensors)
+                if record.writes_inputs():
+                    raise RuntimeError("it writes to its input")
+                known.graph = _Graph(lambda m, *xs: record(m, xs), model, tensors)
             except RuntimeError as error:
                 warnings.warn(
                     f"cuda_graph: this call cannot be captured and runs as it is ({str(error).splitlines()[0]})",
                     stacklevel=4,
                 )
-                graph = partial(record, model)
-            self.known[key] = record, state, graph
-        return graph(tensors)
+                known.refused = True
+        if known.graph is None or known.graph.waits():
+            return record(model, tensors)
+        return known.graph(tensors)
 
-    def _keep(self, key: Any, value: tuple[Any, list[Any], Callable[..., Any] | None]) -> None:
+    def _keep(self, key: Any, value: _Known) -> None:
         self.known.pop(key, None)
         self.known[key] = value
         while len(self.known) > self.most:

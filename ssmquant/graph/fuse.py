@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ssmquant.graph.layers import hooked
 from ssmquant.graph.moves import evaluate, is_cast, is_move, is_number, numbers_of, traced_number
 from ssmquant.graph.rewrite import ACTIVATIONS
 from ssmquant.graph.sites import op_name
@@ -30,6 +31,7 @@ from ssmquant.quantizers import Quantizer
 __all__ = ["Unfit", "fuse"]
 
 _SCAN = torch.ops.ssmquant.selective_scan.default
+_FLAT = {"view", "reshape", "flatten", "contiguous"}  # they leave elements in their order
 _MOST_PATHS = 64  # sizes of images that a model keeps the orders of
 
 
@@ -130,8 +132,9 @@ class _Merges:
         self.source, self.nodes, self.target = source, nodes, target
         self.like_image = len(_shape(target) or ()) == 4
         self.cast = any(is_cast(n) for n in nodes)
+        self.sums = any(op_name(n) == "sum" for n in nodes)
         self.numbers = numbers_of(nodes)
-        self.known: set[Any] = set()
+        self.known: dict[Any, Paths] = {}
 
     def fits(self, image: tuple[int, ...], order: Tensor, number: Callable[[fx.Node], int]) -> bool:
         try:
@@ -143,15 +146,16 @@ class _Merges:
 
     def __call__(self, y: Tensor, x: Tensor, paths: Paths, *numbers: int) -> Tensor:
         key = (x.shape, numbers)
-        if key not in self.known:
+        if self.known.get(key) is not paths:
             given = dict(zip(self.numbers, numbers, strict=True)).__getitem__
             if not self.fits(tuple(x.shape), paths.order, given):
                 raise Unfit
             if len(self.known) >= _MOST_PATHS:
                 self.known.clear()
-            self.known.add(key)
+            self.known[key] = paths
         y = y.unflatten(1, (len(paths.order), -1))
-        out = cross_merge(y.float() if self.cast else y, paths)
+        wide = self.cast or (self.sums and torch.is_autocast_enabled(y.device.type))  # it sums in float32
+        out = cross_merge(y.float() if wide else y, paths)
         return out.view(x.shape) if self.like_image else out
 
 
@@ -217,6 +221,8 @@ def _is_projection(node: fx.Node, x: fx.Node, shape: tuple[int, ...], directions
         first, _, second = given.partition(",")
         if len(first) != 4 or len(second) != 3 or len(shape) != 4:
             return False
+        if len(set(first)) != 4 or second[1] in first:
+            return False
         wanted = first[0] + first[1] + second[1] + first[3]
         return second[0] == first[1] and second[2] == first[2] and out == wanted and shape[1] == directions
     if node.target is F.conv1d and node.args[0] is x and len(shape) == 3:
@@ -247,6 +253,11 @@ def _flat_sequences(x: Tensor, paths: Paths) -> Tensor:
 
 def _projected(x: Tensor, weight: Tensor, paths: Paths, flat: bool) -> Tensor:
     """The projection of sequences, from their image: (B, K, E, L), or (B, K * E, L)."""
+    if not flat and weight.shape[::2] != (
+        len(paths.order),
+        x.shape[1],
+    ):  # einsum repeats a weight of one direction
+        raise Unfit
     weight = weight.reshape(len(paths.order), -1, x.shape[1])
     y = reorder(shared_linear(x, weight), paths)
     return y.flatten(1, 2) if flat else y
@@ -319,8 +330,11 @@ class _Fuser:
 
     def _takes_image(self, quantizer: fx.Node) -> bool:
         """Whether a quantizer of sequences does the same to their image: one range, or one a sample."""
-        module = self.model.get_submodule(f"{quantizer.target}.quantizer")
-        return isinstance(module, Quantizer) and module.num_groups == 1 and module.axis in (None, 0)
+        wrapper = self.model.get_submodule(str(quantizer.target))
+        module = wrapper.quantizer
+        if not isinstance(module, Quantizer) or not module.elementwise or hooked(wrapper):
+            return False
+        return module.num_groups == 1 and module.axis in (None, 0)
 
     def _quantized(self, quantizer: fx.Node, image: fx.Node, copies: int) -> fx.Node:
         node = self.graph.call_module(f"{quantizer.target}.quantizer", (image,), {"copies": copies})
@@ -333,7 +347,9 @@ class _Fuser:
         """All that moves elements of the image towards ``u`` or from there: numbers of elements (``moves``)."""
         chain = set(found.nodes)
         for node in self.nodes:
-            if is_move(node) and any(i in chain for i in node.all_input_nodes):
+            if not is_move(node) or node.meta.get("mutates") or node.meta.get("storage") in self.written:
+                continue
+            if any(i in chain for i in node.all_input_nodes):
                 chain.add(node)
         shape = _shape(found.image)
         assert shape is not None
@@ -349,13 +365,19 @@ class _Fuser:
         shape, image_shape, directions = _shape(node), _shape(found.image), len(found.order)
         assert image_shape is not None
         order = _order(here, image_shape)
-        if (
-            shape is None
-            or order is None
-            or not torch.equal(order, found.order)
-            or _is_cast_above(node, found)
-        ):
+        stack = (image_shape[0], directions, image_shape[1], found.order.shape[1])
+        if shape not in (stack, (stack[0], stack[1] * stack[2], stack[3])) or order is None:
             return
+        if not torch.equal(order, found.order) or _is_cast_above(node, found):
+            return
+        if _disordering(found.image, node) != _disordering(found.image, found.paths.target):
+            # It has the orders of u at the sizes of the trace; at others they are found out, as u's are.
+            own = _PathsOf(found.image, _between(found.image, node), node)
+            if not all(self._known_at(user, n) for n in own.numbers):
+                return
+            with self.graph.inserting_before(self.copy[user]):
+                numbers = [self._number(n) for n in own.numbers]
+                paths = self.new(user, own, (self.copy[found.image], *numbers))
         if not _quantizer(user):
             self._read(user, node, shape, image, paths, directions)
         elif self._takes_image(user):
@@ -376,6 +398,8 @@ class _Fuser:
         """``reader`` takes ``value``, an image, for ``old``, its sequences."""
         flat = len(shape) == 3
         there = self.copy[reader]
+        if there.target is _projected:  # another scan of the same sequences was there before
+            return
         with self.graph.inserting_before(there):
             if _is_projection(reader, old, shape, directions):
                 weight = there.args[2] if op_name(reader) == "einsum" else there.args[1]
@@ -420,17 +444,34 @@ class _Fuser:
         """Drops what led to the sequences."""
         for n in reversed(list(self.graph.nodes)):
             dead = is_move(n) or is_number(n) or _quantizer(n) or n.op == "get_attr" or n.target is _pixels
+            dead = dead or isinstance(n.target, _PathsOf)
             if (dead or op_name(n) in ("add", "sum")) and not n.users and not n.meta.get("mutates"):
                 self.graph.erase_node(n)
 
 
+def _between(image: fx.Node, node: fx.Node) -> list[fx.Node]:
+    """The nodes that make ``node`` of ``image`` by moving elements, in their order."""
+    found: dict[fx.Node, None] = {}
+
+    def visit(n: fx.Node) -> None:
+        if n is image or n in found or is_number(n):
+            return
+        for i in n.all_input_nodes:
+            visit(i)
+        found[n] = None
+
+    visit(node)
+    return list(found)
+
+
+def _disordering(image: fx.Node, node: fx.Node) -> list[fx.Node]:
+    """The moves on the way that do more than to cut the elements differently."""
+    return [n for n in _between(image, node) if op_name(n) not in _FLAT]
+
+
 def _is_cast_above(node: fx.Node, found: _CrossScan) -> bool:
     """Whether something casts on the way from the image to ``node``."""
-    while node is not found.image:
-        if is_cast(node):
-            return True
-        node = next(i for i in node.all_input_nodes if not is_number(i))
-    return False
+    return any(is_cast(n) for n in _between(found.image, node))
 
 
 def _reached(node: fx.Node) -> set[fx.Node]:
@@ -447,7 +488,12 @@ def _reached(node: fx.Node) -> set[fx.Node]:
 
 
 def fuse(graph: fx.Graph, model: nn.Module) -> fx.Graph:
-    """The fused graph; ``graph`` itself, which stays as it is, if there is nothing to fuse."""
+    """The fused graph; ``graph`` itself, which stays as it is, if there is nothing to fuse.
+
+    Nor is there if the code switches gradients on and off: what is fused would move between the two.
+    """
+    if any(n.target is torch._C._set_grad_enabled for n in graph.nodes):
+        return graph
     f = _Fuser(graph, model)
     for n in f.nodes:
         if n.target is _SCAN:

@@ -15,13 +15,18 @@ from ssmquant.graph.sites import op_name
 from ssmquant.modules import ActivationQuantizer
 from ssmquant.ops import dense
 
-__all__ = ["faster_layers"]
+__all__ = ["faster_layers", "hooked"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of a module does more than the forward of its class."""
+    return "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+
+
 def _layer_norm(module: Any, x: Tensor) -> Tensor:
-    if type(module) is not nn.LayerNorm or any(getattr(module, name) for name in _HOOKS):
+    if type(module) is not nn.LayerNorm or hooked(module):
         called: Tensor = module(x)
         return called
     return dense.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
@@ -53,6 +58,8 @@ def faster_layers(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         elif n.op == "call_module":
             module = model.get_submodule(str(n.target))
             if str(n.target).startswith(f"{ACTIVATIONS}.") and isinstance(module, ActivationQuantizer):
+                if hooked(module):
+                    continue
                 made.target = f"{n.target}.quantizer"
             elif type(module) is nn.LayerNorm and len(n.args) == 1:
                 with new.inserting_before(made):

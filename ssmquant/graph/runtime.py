@@ -59,6 +59,9 @@ class Record:
     verified: list[Shapes] = field(default_factory=list)
     training: list[Callable[..., Any]] = field(default_factory=list)
     """What runs for a training step on a GPU: made when it first does."""
+    fitting: set[Any] = field(default_factory=set)
+    """Shapes of inputs that it is known to compute the same at."""
+    plain: list[str] | None = None
 
     def __call__(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Runs the graph, in the form that suits the call."""
@@ -68,11 +71,33 @@ class Record:
             graph = rewrite(model, self.trace, self.plan, float_scans=True)
             fused = faster_layers(fuse(graph, model), model)
             self.training.append(compile_graph(bank_weights(fused), model)[0])
-        try:
+        shapes = tuple(t.shape for t in tensors)
+        if shapes in self.fitting:
             return self.training[0](model, *tensors)
-        except Unfit:
+        undo = _undo(model, tensors[0].device)
+        try:
+            result = self.training[0](model, *tensors)
+        except Unfit:  # in the middle: dropout has drawn, batch norms have counted
+            undo()
             self.training[0] = self.run
-            return self.run(model, *tensors)
+            result = self.run(model, *tensors)
+        self.fitting.add(shapes)
+        return result
+
+    def plain_tensors(self, model: nn.Module) -> list[str]:
+        """Names of the tensors that the graph reads and that are neither parameters nor buffers."""
+        if self.plain is None:
+            known = {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
+            names = dict.fromkeys(str(n.target) for n in self.graph.nodes if n.op == "get_attr")
+            self.plain = [n for n in names if n not in known and isinstance(_get(model, n), Tensor)]
+        return self.plain
+
+    def writes_inputs(self) -> bool:
+        """Whether the code writes to a tensor that it was given."""
+        given = {n.meta.get("storage") for n in self.trace.graph.nodes if n.op == "placeholder"}
+        return any(
+            s in given for n in self.trace.graph.nodes for s in n.meta.get("mutates", ()) if s is not None
+        )
 
     def accepts(self, model: nn.Module, call: Call) -> bool:
         if (
@@ -95,6 +120,29 @@ class Record:
             if model.get_submodule(name).training != flag:
                 return False
         return self.guard(call.shapes)
+
+
+def _get(model: nn.Module, name: str) -> Any:
+    owner, _, attr = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attr, None)
+
+
+def _undo(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """A function that gives the model's own buffers and the random states the values that they have now."""
+    buffers = [(b, b.clone()) for name, b in model.named_buffers() if not name.startswith("_ssmquant.")]
+    random = torch.get_rng_state()
+    gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    own = torch.cuda.get_rng_state(device) if gpu else None
+
+    def undo() -> None:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(random)
+        if own is not None:
+            torch.cuda.set_rng_state(own, device)
+
+    return undo
 
 
 def _trains_on_a_gpu(model: nn.Module, tensors: Sequence[Tensor]) -> bool:

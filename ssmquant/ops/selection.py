@@ -10,7 +10,7 @@ from types import TracebackType
 
 from ssmquant.errors import InputError
 
-__all__ = ["NAMES", "VARIABLE", "note", "passed_over", "selected", "use_backend"]
+__all__ = ["NAMES", "OPERATORS", "VARIABLE", "note", "passed_over", "selected", "use_backend"]
 
 NAMES = ("auto", "cuda", "triton", "cpu", "chunked", "mamba_ssm")
 OPERATORS = ("selective_scan", "causal_conv1d", "quantize", "fuse")

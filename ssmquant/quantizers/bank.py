@@ -101,6 +101,8 @@ def _key(quantizer: Any, weight: Tensor) -> _Key | None:
     kind = type(quantizer)
     if kind not in (LSQ, RFA, DLS) or quantizer.bits is None or quantizer.official:
         return None
+    if quantizer._forward_hooks or quantizer._forward_pre_hooks:  # they want to see a call
+        return None
     if weight.dtype != torch.float32 or not weight.numel():
         return None
     if kind is DLS:

@@ -88,6 +88,11 @@ class Quantizer(nn.Module):
         return True
 
     @property
+    def elementwise(self) -> bool:
+        """Whether an element's place in the tensor does not matter, but for its group."""
+        return True
+
+    @property
     def is_signed(self) -> bool:
         """Whether codes run from ``-2**(bits-1)``; where data decide it, they do so once, at initialisation."""
         return self._flags.get("signed", True)
@@ -110,6 +115,10 @@ class Quantizer(nn.Module):
     def code_min(self) -> int:
         """The integer that code index 0 stands for (not ``qmin`` in one quirk of the official RFA)."""
         return self.qmin
+
+    def constants(self) -> tuple[Any, ...]:
+        """What decides the arithmetic and is no tensor: graphs that were captured with other values do not fit."""
+        return self.bits, self.official, self.eps, self.scale_gradient, *self._flags.values()
 
     @property
     def ready(self) -> bool:

@@ -231,6 +231,9 @@ class DLS(Quantizer):
     def is_signed(self) -> bool:
         return not self.official or self._flags["signed"]
 
+    def constants(self) -> tuple[Any, ...]:
+        return *super().constants(), self.dead_scale
+
     @property
     def stats_axis(self) -> int | None:
         """The axis whose indices have separate statistics, or None."""

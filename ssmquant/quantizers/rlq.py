@@ -139,6 +139,10 @@ class RLQ(LearnedScale):
         if self.bits is not None and channel_axis is not None:
             self.tau = nn.Parameter(torch.zeros(channels))
 
+    @property
+    def elementwise(self) -> bool:
+        return self.tau is None
+
     @torch.no_grad()
     def _set_scalars(self, alpha: Tensor, beta: Tensor) -> None:
         super()._set_scalars(alpha, beta)

@@ -36,6 +36,10 @@ class Shared(Quantizer):
         return False
 
     @property
+    def elementwise(self) -> bool:
+        return False
+
+    @property
     def is_signed(self) -> bool:
         return False
 

@@ -7,16 +7,20 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssmquant
 from ssmquant import ConfigError, QConfig
 from ssmquant.graph import cuda_graphs
 from ssmquant.graph.runtime import runtime_of
+from ssmquant.ops import use_backend
 from tests.graph.test_fuse import Scan2d
 
 
@@ -111,7 +115,7 @@ def test_autocast(device: str) -> None:
 def captured(p: nn.Module) -> int:
     graphs = runtime_of(p).graphs
     assert graphs is not None
-    return sum(isinstance(graph, cuda_graphs._Graph) for _, _, graph in graphs.known.values())
+    return sum(known.graph is not None for known in graphs.known.values())
 
 
 def test_kinds_of_calls(device: str) -> None:
@@ -239,3 +243,203 @@ def test_what_cannot_be_captured(device: str, monkeypatch: pytest.MonkeyPatch) -
         for _ in range(2):
             same([p(x)], [plain(x)])
     assert captured(p) == 0
+
+
+# ---- what a replay cannot see ----------------------------------------------------------------------------------------
+
+
+class Tape(TorchDispatchMode):
+    """Records what runs, to repeat it on the same memory: what Python decided stays as it was, as in a CUDA graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        self.calls.append((op, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for op, args, kwargs, out in self.calls:
+                written = any(
+                    a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments
+                )
+                view = any(a.alias_info is not None for a in op._schema.returns)
+                if view and not written:
+                    continue
+                new = op(*args, **kwargs)
+                if written:
+                    continue
+                for old, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(new), strict=True):
+                    if isinstance(old, Tensor):
+                        with torch.autograd._unsafe_preserve_version_counter(old):
+                            old.copy_(value)
+
+
+def taped(work: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None]]:
+    with Tape() as tape:
+        result = work()
+    return result, tape.replay
+
+
+@pytest.fixture
+def stale(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cuda_graphs, "_capture", taped)
+    monkeypatch.setattr(cuda_graphs, "_undone", nothing)
+    monkeypatch.setattr(cuda_graphs, "_capturable", bool)
+    with use_backend("chunked", op="quantize"), use_backend("chunked"):
+        yield
+
+
+def pair(model: nn.Module | None = None, x: Tensor | None = None) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A model whose calls are replayed (captured already), and a copy whose are not."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 5) if x is None else x
+    config = QConfig(w_bits=4, a_bits=4, keep_first_last=False)
+    p = ssmquant.prepare(Scan2d() if model is None else model, config, example_inputs=(x,))
+    ssmquant.calibrate(p, [x], progress=False).train()
+    plain = copy.deepcopy(p)
+    ssmquant.cuda_graph(p)
+    for m in (p, plain):
+        for _ in range(3):
+            m(x).square().mean().backward()
+            m.zero_grad()
+    assert captured(p) == 1
+    return p, plain, x
+
+
+def gradients(m: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(q) if q.grad is None else q.grad for q in m.parameters()]
+
+
+def both(p: nn.Module, plain: nn.Module, x: Tensor) -> None:
+    outputs = []
+    for m in (p, plain):
+        m.zero_grad()
+        outputs.append(m(x))
+        outputs[-1].square().mean().backward()
+    same([outputs[0].detach(), *gradients(p)], [outputs[1].detach(), *gradients(plain)])
+
+
+@pytest.mark.usefixtures("stale")
+def test_two_calls_before_their_backward_pass() -> None:
+    p, plain, x = pair()
+    for m in (p, plain):
+        (m(x).square().mean() + m(2 * x).square().mean()).backward()
+    same(gradients(p), gradients(plain))
+    for m in (p, plain):
+        m.zero_grad()
+        loss = m(x).square().mean()
+        m(3 * x)  # for a log
+        loss.backward()
+    same(gradients(p), gradients(plain))
+    both(p, plain, x)
+
+
+@pytest.mark.usefixtures("stale")
+def test_a_second_backward_pass_is_an_error() -> None:
+    p, plain, x = pair()
+    loss = p(x).square().mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+    loss = p(x).square().mean()
+    with torch.no_grad():
+        p.linear.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+    with torch.no_grad():
+        p.linear.weight.div_(2)
+    del loss
+    both(p, plain, x)
+
+
+@pytest.mark.usefixtures("stale")
+def test_parameters_that_are_replaced_on_their_memory() -> None:
+    p, plain, x = pair()
+    for m in (p, plain):
+        m.linear.weight = nn.Parameter(m.linear.weight.data)
+    both(p, plain, x)
+    assert p.linear.weight.grad is not None
+    for m in (p, plain):
+        m.load_state_dict(m.state_dict(), assign=True)
+    both(p, plain, x)
+
+
+class Row(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.mean = torch.ones(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(x - self.mean))
+
+
+@pytest.mark.usefixtures("stale")
+def test_what_is_kept_in_python() -> None:
+    """Sign flags of quantizers, plain tensors, hooks."""
+    positive, signed = torch.rand(8, 4) + 1.5, torch.randn(8, 4) + 1
+    p, plain, _ = pair(Row(), positive)
+    other, _, _ = pair(Row(), signed)
+    for m in (p, plain):
+        m.load_state_dict(other.state_dict())
+    both(p, plain, signed)
+    p, plain, _ = pair(Row(), positive)
+    for m in (p, plain):
+        ssmquant.calibrate(m, [signed], progress=False)
+    both(p, plain, signed)
+    for _ in range(2):
+        both(p, plain, signed)
+    for m in (p, plain):
+        m.mean = torch.full((4,), 3.0)
+    both(p, plain, signed)
+    for m in (p, plain):
+        m.b.register_forward_hook(lambda module, args, out: out * 2)
+    both(p, plain, signed)
+
+
+@dataclass
+class Result:
+    y: Tensor
+
+
+@pytest.mark.usefixtures("stale")
+def test_results_are_not_shared() -> None:
+    class Wrapped(Row):
+        def forward(self, x: Tensor) -> Any:
+            return Result(super().forward(x))
+
+    x = torch.randn(8, 4)
+    config = QConfig(w_bits=4, a_bits=4, keep_first_last=False)
+    p = ssmquant.prepare(Wrapped(), config, example_inputs=(x,))
+    ssmquant.calibrate(p, [x], progress=False)
+    ssmquant.cuda_graph(p)
+    p(x)
+    with pytest.warns(UserWarning, match="holds a Result"):
+        first = p(x)
+    kept = first.y.clone()
+    assert p(2 * x) is not first
+    assert torch.equal(first.y, kept)
+
+
+@pytest.mark.usefixtures("stale")
+def test_inputs_that_are_written_to() -> None:
+    class Writes(Row):
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(0.5)
+            return super().forward(x)
+
+    x = torch.randn(8, 4)
+    config = QConfig(w_bits=4, a_bits=4, keep_first_last=False)
+    p = ssmquant.prepare(Writes(), config, example_inputs=(x.clone(),))
+    ssmquant.calibrate(p, [x.clone()], progress=False)
+    ssmquant.cuda_graph(p)
+    p(x.clone())
+    with pytest.warns(UserWarning, match="writes to its input"):
+        p(x.clone())
+    given = x.clone()
+    p(given)
+    assert torch.equal(given, 0.5 * x)

@@ -197,6 +197,116 @@ def test_other_orders() -> None:
     compare(p, graph, x)
 
 
+class CloneWritten(Scan2d):
+    """A copy of the sequences is written to."""
+
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        z = xs.clone()
+        z[:, 0].mul_(0.5)
+        return super().projections(z)
+
+
+class SquareOrders(Scan2d):
+    """What is projected has the orders of u where images are square."""
+
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        H, W = self.size
+        r = xs[:, 0]
+        turned = r.view(-1, D, W, H).transpose(2, 3).reshape(-1, D, H * W)
+        z = torch.stack([r, turned], 1)
+        return super().projections(torch.cat([z, z.flip(-1)], 1))
+
+    def sequences(self, x: Tensor) -> Tensor:
+        self.size = x.shape[2:]
+        return super().sequences(x)
+
+
+class OtherView(Scan2d):
+    """The sequences are read as a tensor of another shape, and convolved along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps = nn.Parameter(torch.randn(K * D, 1, 1, 3))
+
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        B, L = xs.shape[0], xs.shape[-1]
+        gate = xs.reshape(B, 2, 2 * D, L).amax(1).mean((1, 2)).view(B, 1, 1, 1)
+        z = F.conv2d(xs.reshape(B, K * D, 1, L), self.taps, padding=(0, 1), groups=K * D).view(B, K, D, L)
+        return super().projections(z * gate)
+
+
+class Diagonal(Scan2d):
+    """An einsum that is no projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squares = nn.Parameter(torch.randn(K, D, D))
+
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        return super().projections(torch.einsum("bkdl,kdd->bkdl", xs, self.squares))
+
+
+class Twice(Scan2d):
+    """Two scans of the same sequences."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.mid(self.inp(x)))
+        B, _, H, W = x.shape
+        xs = self.sequences(x)
+        dts, Bs, Cs = self.projections(xs)
+        out = torch.zeros_like(x)
+        for factor in (1.0, 0.5):
+            steps = factor * dts.contiguous().view(B, K * D, H * W)
+            y: Any = selective_scan(
+                xs.reshape(B, K * D, H * W), steps, -self.A_log.exp(), Bs, Cs, self.D, delta_bias=self.bias,
+                delta_softplus=True,
+            )  # fmt: skip
+            out = out + self.merged(y, H, W).view(B, D, H, W)
+        return self.out(x + out)
+
+
+class PartlyWithoutGradients(Scan2d):
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return super().projections(xs)
+
+
+@pytest.mark.parametrize("kind", [CloneWritten, SquareOrders, OtherView, Diagonal, Twice])
+def test_what_looks_alike_computes_the_same(kind: type[Scan2d]) -> None:
+    torch.manual_seed(8)
+    x = randn(2, 3, 4, 4)
+    p = prepared(kind(), x)
+    graph = fuse(record(p).graph, p)
+    assert graph is not record(p).graph
+    compare(p, graph, x)
+    compare(p, graph, randn(2, 3, 4, 6))
+
+
+def test_switched_gradients_are_left_alone() -> None:
+    p = prepared(PartlyWithoutGradients(), randn(2, 3, 4, 4))
+    for r in runtime_of(p).records:
+        assert fuse(r.graph, p) is r.graph
+
+
+def test_one_weight_for_all_directions_is_unfit() -> None:
+    x = randn(2, 3, 4, 5)
+    model = Scan2d()
+    model.x_proj = nn.Parameter(torch.randn(1, 8, D))
+    p = prepared(model, x)
+    with pytest.raises(Unfit):
+        compile_graph(fuse(record(p).graph, p))[0](p, x)
+
+
+@pytest.mark.parametrize("method", ["rfa", "lsq", "minmax", "rlq", "n2uq", "pact"])
+def test_any_quantizer_at_the_sequences(method: str) -> None:
+    torch.manual_seed(9)
+    x = randn(2, 3, 3, 4)
+    p = prepared(Scan2d(), x, QConfig(w_bits=None, a_bits=3, activation=method, scan=method))
+    graph = fuse(record(p).graph, p)
+    assert "paths_of" in names(graph)
+    compare(p, graph, x)
+
+
 @pytest.mark.parametrize("kind", [NotAnOrder, Written])
 def test_leaves_alone_what_is_no_cross_scan(kind: type[Scan2d]) -> None:
     x = randn(2, 3, 4, 5)
@@ -274,9 +384,40 @@ def test_records_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     def unfit(*_: Any) -> None:
         raise Unfit
 
+    y = randn(2, 3, 4, 5)  # sizes that it has not run at before
+    wanted = record(p).run(p, y)
     record(p).training[0] = unfit
-    assert torch.equal(p(x), plain)
+    assert torch.equal(p(y), wanted)
     assert record(p).training[0] is record(p).run
+
+
+def test_unfit_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Normed(Scan2d):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = nn.BatchNorm2d(3)
+            self.drop = nn.Dropout(0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.drop(self.count(x)))
+
+    x = randn(2, 3, 4, 6)
+    p = prepared(Normed(), x)
+    monkeypatch.setattr(runtime_module, "_trains_on_a_gpu", lambda *_: True)
+    p(x)
+    y, run = randn(2, 3, 5, 5), record(p).run
+    before = int(p.count.num_batches_tracked)
+
+    def unfit(model: nn.Module, *given: Tensor) -> None:
+        run(model, *given)
+        raise Unfit
+
+    record(p).training[0] = unfit
+    torch.manual_seed(1)
+    got = p(y)
+    assert int(p.count.num_batches_tracked) == before + 1
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, run(p, y))
 
 
 @pytest.mark.parametrize("name", ["mambair_tiny", "vmamba_nano", "vim_nano"])
