@@ -293,7 +293,10 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:
 
     For loops that call the model from Python; results, gradients and the loop itself stay as they are. A call is
     captured when one of its kind (shapes, dtypes, modes, autocast) comes for the second time. What cannot be captured
-    runs as before, with a warning. Copies and pickles of the model capture anew.
+    runs as before, with a warning, and so does, without one, a call while the last still waits for its backward pass
+    (there is one set of activations). Copies and pickles of the model capture anew.
+
+    A call takes one backward pass: a second one (``retain_graph``) raises RuntimeError.
 
     Args:
         model: prepared or deployed; changed in place. A prepared one is captured with its gradients.
