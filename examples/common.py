@@ -21,11 +21,13 @@ import ssmquant
 from ssmquant.errors import ConfigError
 from ssmquant.restore import Task, evaluate, find_images, open_image
 
-SCHEMES = ("dls_rfa", "lsq", "minmax")
+SCHEMES = ("recommended", "dls_rfa", "lsq", "minmax")
 
 
 def qconfig(scheme: str, w_bits: int, a_bits: int) -> Any:
-    """The configuration of a scheme: the published one, LSQ everywhere, or min-max everywhere."""
+    """The configuration of a scheme: ours, the published one, LSQ everywhere, or min-max everywhere."""
+    if scheme == "recommended":
+        return ssmquant.QConfig.recommended(w_bits, a_bits)
     if scheme == "dls_rfa":
         if w_bits == a_bits:
             return ssmquant.QConfig.qmambair(w_bits)

@@ -55,7 +55,8 @@ def test_quick_demo_writes_what_it_promises(tmp_path: Path, weights: Path) -> No
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert set(metrics) == {"rows", "images", "seconds"}
     rows = {row["name"]: row for row in metrics["rows"]}
-    assert list(rows) == ["bicubic", "float", "dls_rfa W4A4", "lsq W4A4", "dls_rfa W2A2", "lsq W2A2"]
+    schemes = [f"{s} W{b}A{b}" for b in (4, 2) for s in ("recommended", "dls_rfa", "lsq")]
+    assert list(rows) == ["bicubic", "float", *schemes]
     for name, row in rows.items():
         assert list(row) == KEYS
         assert 0 < row["psnr"] < 60
