@@ -139,6 +139,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads of a process")
     add("--bf16", action="store_true", help="train under bfloat16 autocast")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of --jobs: the first one reports
     return parser.parse_args(argv)
 
 
@@ -166,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
             work(cells, settings, args, deadline)
             for process in helpers:
                 process.wait()
+            if args.worker:
+                return 0
         left = report.write(cells, settings, args.out, args.eval)
     except (SsmquantError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -178,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
 def _start(argv: list[str] | None, args: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
     """Further processes for the same cells."""
     own = list(sys.argv[1:] if argv is None else argv)
-    command = [sys.executable, os.fspath(Path(__file__).resolve()), *own, "--jobs", "1"]
+    command = [sys.executable, os.fspath(Path(__file__).resolve()), *own, "--jobs", "1", "--worker"]
     return [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(args.jobs - 1)]
 
 

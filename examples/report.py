@@ -135,7 +135,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
     ]  # fmt: skip
     body = []
     for r in rows:
-        against = r.get("against")
         seeds = r["psnr_seeds"]
         spread = f" ± {statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""
         body.append([
@@ -143,11 +142,18 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
             *(f"{r['sets'][s]['psnr']:.2f}" for s in sets),
             f"{r['psnr']:.3f}{spread}", "" if r["loss"] is None or r["bits"] is None else f"{r['loss']:.3f}",
             "" if r["frozen_psnr"] is None else f"{r['frozen_psnr']:.3f}",
-            f"{against['method']} {against['mean']:+.3f} ± {against['standard_error']:.3f}" if against else "",
+            _difference(r.get("against")),
             str(r["seeds"]), *(f"{r['sets'][s]['ssim']:.4f}" for s in sets), f"{r['train_seconds']:.0f}",
             f"{r['file_bytes']:,}", f"{r['bitops'] / 1e9:.1f}", f"{r['verify_max_rel']:.0e}",
         ])  # fmt: skip
     return header, body
+
+
+def _difference(against: Mapping[str, Any] | None) -> str:
+    if not against:
+        return ""
+    error = against["standard_error"]
+    return f"{against['method']} {against['mean']:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -130,6 +130,17 @@ def test_a_cell_stops_at_the_deadline(place: Path, tmp_path: Path) -> None:
     assert read_result(cell, replace(settings, steps=3), tmp_path) is None
 
 
+def test_two_processes_share_the_cells(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(place, tmp_path, "2:lsq,ours", jobs=2, threads=1) == 0
+    assert len(list(tmp_path.glob("cells/*/result.json"))) == 3
+    out, err = capfd.readouterr()
+    assert "not finished" not in err
+    assert out.count("below float") == 1
+    assert err.count(" dB, ") == 3  # none was run twice
+
+
 def test_grids() -> None:
     cells = compare.grid(["2,4:lsq,ours:0,1", "2:ours"])
     assert len(cells) == 2 + 8
