@@ -3,7 +3,8 @@
 A float model that enlarges twice (examples/weights) is quantized by QConfig.recommended, by the published scheme (RFA
 weights, LSQ inputs, DLS at the scan) and by LSQ everywhere, at equal bits. Each is calibrated and fine-tuned for the
 same few steps on the same patches in the same order, converted to packed codes, saved, loaded back from the file and
-scored on photographs that it was not tuned on. Results: a table, OUT/metrics.json, OUT/comparison.png and OUT/*.safetensors.
+scored on photographs that it was not tuned on. Results: a table, OUT/metrics.json, OUT/comparison.png and
+OUT/*.safetensors.
 """
 
 from __future__ import annotations
