@@ -1,7 +1,7 @@
 """One cell of the comparison: a method at a bit width with a seed, trained, converted, saved, loaded back and scored.
 
 A cell has a folder of its own. It is finished when ``result.json`` is there; until then ``checkpoint.pt`` says how far
-it got, and another run goes on from it.
+it got, and another run goes on from it if all settings are those of ``key.json``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = ["Cell", "Settings", "detail", "read_result", "run_cell"]
 Images = Sequence[tuple[str, Image.Image]]
 CROP = 96
 """Side of the crops of the figure, in pixels of the restored picture."""
+_CHECKPOINTS = ("checkpoint.pt", "weights.pt")
 SHOWN = 2  # pictures a set in the figure
 
 
@@ -158,6 +159,7 @@ def run_cell(
     method, folder, device = methods.find(cell.method), out / cell.name, data.device
     torch.manual_seed(cell.seed)
     began = time.monotonic()
+    _forget_others(folder, _key(cell, settings))
     model: nn.Module = load_float(settings.init).to(device)
     example = torch.zeros(1, 3, settings.patch, settings.patch, device=device)
     teacher = _teacher(model, example) if method.distill else None
@@ -209,9 +211,21 @@ def run_cell(
         },
         folder / "result.json",
     )  # fmt: skip
-    for name in ("checkpoint.pt", "weights.pt"):
+    for name in _CHECKPOINTS:
         (folder / name).unlink(missing_ok=True)
     return True
+
+
+def _forget_others(folder: Path, key: dict[str, Any]) -> None:
+    """Remove the checkpoints of a run with other settings."""
+    try:
+        same = json.loads((folder / "key.json").read_text(encoding="utf-8")) == json.loads(json.dumps(key))
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        for name in _CHECKPOINTS:
+            (folder / name).unlink(missing_ok=True)
+        common.write_json(key, folder / "key.json")
 
 
 def _until(recipe: Recipe, deadline: float | None) -> Recipe:

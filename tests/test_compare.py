@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ssmquant import QConfig, zoo
-from ssmquant.errors import ConfigError
+from ssmquant.errors import ConfigError, FormatError
 from ssmquant.io import save_float
 from ssmquant.restore import Task, open_image
 
@@ -127,6 +127,15 @@ def test_a_cell_stops_at_the_deadline(place: Path, tmp_path: Path) -> None:
     assert read_result(cell, settings, tmp_path) is None
     assert run_cell(cell, settings, data, sets, tmp_path)
     assert read_result(cell, settings, tmp_path) is not None
+    # A checkpoint of other settings is not gone on from.
+    broken = tmp_path / cell.name / "checkpoint.pt"
+    broken.write_bytes(b"of another run")
+    other = replace(settings, lr=1e-4)
+    assert run_cell(cell, other, data, sets, tmp_path)
+    assert read_result(cell, other, tmp_path) is not None
+    broken.write_bytes(b"of this run")
+    with pytest.raises(FormatError, match="cannot resume"):
+        run_cell(cell, other, data, sets, tmp_path)
     assert read_result(cell, replace(settings, steps=3), tmp_path) is None
 
 
