@@ -283,6 +283,8 @@ def calibrate(
         raise
     finally:
         runtime.graphs = graphs
+        if graphs is not None:
+            graphs.known.clear()  # what was captured knows the quantizers as they were
         for m, flag in modes.items():
             m.training = flag
     return prepared

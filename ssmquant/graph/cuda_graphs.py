@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from ssmquant.ops.selection import OPERATORS, selected
 from ssmquant.quantizers import Quantizer
+from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["CudaGraphs"]
+__all__ = ["CudaGraphs", "restorer"]
 
-_RESULTS = (Tensor, bool, int, float, str, type(None))
+_NUMBERS = {bool, int, float, str}
+_RESULTS = (Tensor, *_NUMBERS, type(None))
 
 _WARM_UP = 3  # runs before a capture: they compile and tune kernels, and allocate
 
@@ -37,11 +40,32 @@ def _capture(work: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None
     return result, graph.replay
 
 
+def restorer(model: nn.Module, plain: Sequence[Tensor], device: torch.device) -> Callable[[], None]:
+    """A function that gives buffers, ``plain`` tensors and the random states the values that they have now.
+
+    Quantizers keep a range that the runs in between initialised: it is right, and they know of it in Python too.
+    """
+    ours = {id(b) for m in model.modules() if isinstance(m, Quantizer) for b in m.buffers(recurse=False)}
+    tensors = [(t, t.detach().clone()) for t in (*model.buffers(), *plain) if id(t) not in ours]
+    random = torch.get_rng_state()
+    gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    own = torch.cuda.get_rng_state(device) if gpu else None
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, value in tensors:
+            tensor.copy_(value)
+        torch.set_rng_state(random)
+        if own is not None:
+            torch.cuda.set_rng_state(own, device)
+
+    return restore
+
+
 @contextmanager
-def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Runs on a stream of its own that leave no trace: buffers and the random state become what they were."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    random = torch.cuda.get_rng_state(device)
+def _undone(model: nn.Module, plain: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """Runs on a stream of its own that leave no trace."""
+    restore = restorer(model, plain, device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
@@ -49,10 +73,7 @@ def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.cuda.synchronize(device)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        torch.cuda.set_rng_state(random, device)
+        restore()
 
 
 @contextmanager
@@ -95,16 +116,16 @@ class _Graph:
     write over what it needs.
     """
 
-    def __init__(self, run: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, record: Any, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self.use: weakref.ref[_Use] | None = None
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # or a graph would use the weights as cast before it
         try:
-            self._make(run, model, inputs)
+            self._make(record, model, inputs)
         finally:
             torch.set_autocast_cache_enabled(cached)
 
-    def _make(self, run: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def _make(self, record: Any, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self.inputs = [x.detach().clone() for x in inputs]
         wanted = [x.requires_grad for x in inputs]
         leaves: list[Tensor] = []
@@ -116,7 +137,7 @@ class _Graph:
             given = [x.detach().requires_grad_(w) for x, w in zip(self.inputs, wanted, strict=True)]
             with _stand_ins(model) as parameters:
                 leaves[:] = [x for x in (*given, *parameters) if x.requires_grad]
-                live[:], self.spec = pytree.tree_flatten(run(model, *given))
+                live[:], self.spec = pytree.tree_flatten(record(model, given))
             odd = [type(x).__name__ for x in live if not isinstance(x, _RESULTS)]
             if odd:
                 raise RuntimeError(f"its result holds a {odd[0]}, which every call would share")
@@ -127,7 +148,7 @@ class _Graph:
             ends = [x for x in live if _differentiable(x)]
             return self._joined(torch.autograd.grad(ends, leaves, grads, allow_unused=True))
 
-        with _undone(model, self.inputs[0].device):
+        with _undone(model, record.plain_tensors(model), self.inputs[0].device):
             for _ in range(_WARM_UP):
                 forward()
                 self.needed = [_differentiable(x) for x in live]
@@ -139,6 +160,7 @@ class _Graph:
         if grads:
             self.joined, self.replay_backward = _capture(backward, pool)
         live.clear()
+        self.leaves = leaves  # their memory, for a backward pass after a parameter's data were replaced
         self.grads = grads
         self.wanted = wanted
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -225,26 +247,42 @@ def _capturable(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _state(record: Any, model: nn.Module) -> tuple[list[Any], list[Any]]:
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """As ``model.modules()``, which makes a name of each on the way and takes longer than all the rest of a call."""
+    found: dict[int, nn.Module] = {id(model): model}
+    todo = [model]
+    while todo:
+        for m in todo.pop()._modules.values():
+            if m is not None and id(m) not in found:
+                found[id(m)] = m
+                todo.append(m)
+    return list(found.values())
+
+
+def _constants(module: nn.Module) -> tuple[Any, ...]:
+    """What a module keeps in Python that decides what its call computes: of quantizers, and of PyTorch's own modules.
+
+    What the user's modules keep is in the graph, as it was when they were traced.
+    """
+    if isinstance(module, Quantizer):
+        return module.constants()
+    if module.__module__.startswith("torch."):
+        return tuple([v for v in vars(module).values() if type(v) in _NUMBERS])
+    return ()
+
+
+def _state(record: Any, model: nn.Module) -> tuple[list[Any], list[Tensor]]:
     """What a captured call relies on, compared before each replay, and what has to stay alive for that.
 
-    Where the model's tensors are, and the plain ones that the graph reads; which are trained; modes and hooks of the
-    modules; what quantizers keep in Python.
+    The model's tensors, and the plain ones that the graph reads: where and how they lie, which are trained. Its
+    modules: modes, hooks, what they keep in Python. Nothing here waits for the GPU.
     """
-    parameters = list(model.parameters())
-    plain = [_attribute(model, name) for name in record.plain_tensors(model)]
-    state: list[Any] = [(id(p), p.data_ptr(), p.requires_grad, p.dtype) for p in parameters]
-    state += [(id(t), t.data_ptr()) for t in plain]
-    state += [b.data_ptr() for b in model.buffers()]
-    for m in model.modules():
-        hooks = len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-        state.append((m.training, hooks, m.constants() if isinstance(m, Quantizer) else None))
-    return state, [*parameters, *plain]
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    owner, _, attr = name.rpartition(".")
-    return getattr(model.get_submodule(owner), attr)
+    modules = _modules(model)
+    tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
+    tensors = [t for table in tables for t in table.values() if t is not None] + record.plain_tensors(model)
+    state: list[Any] = [(id(t), t.data_ptr(), t.requires_grad, t.dtype, t.shape, t.stride()) for t in tensors]
+    state += [(type(m), m.training, hooks_of(m), _constants(m)) for m in modules]
+    return state, tensors
 
 
 def _choices(kind: str) -> tuple[Any, ...]:
@@ -254,8 +292,9 @@ def _choices(kind: str) -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(kind),
         torch.get_autocast_dtype(kind),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
         tuple(selected(op) for op in OPERATORS),
     )
@@ -267,7 +306,7 @@ class _Known:
 
     record: Any
     state: list[Any]
-    held: list[Any]
+    held: list[Tensor]
     graph: _Graph | None = None
     refused: bool = False
 
@@ -285,7 +324,7 @@ class CudaGraphs:
 
     def __call__(self, record: Any, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """``record(model, tensors)``, replayed if possible."""
-        if not _capturable(tensors):
+        if not _capturable(tensors) or _has_any_global_hook():
             return record(model, tensors)
         shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
         key = id(record), shapes, _choices(tensors[0].device.type)
@@ -300,7 +339,7 @@ class CudaGraphs:
             try:
                 if record.writes_inputs():
                     raise RuntimeError("it writes to its input")
-                known.graph = _Graph(lambda m, *xs: record(m, xs), model, tensors)
+                known.graph = _Graph(record, model, tensors)
             except RuntimeError as error:
                 warnings.warn(
                     f"cuda_graph: this call cannot be captured and runs as it is ({str(error).splitlines()[0]})",

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ssmquant.graph.provenance import OPS
 from ssmquant.graph.sites import op_name
 
-__all__ = ["evaluate", "is_cast", "is_move", "is_number", "numbers_of", "traced_number"]
+__all__ = ["evaluate", "is_cast", "is_move", "is_number", "sizes_of", "traced_size"]
 
 _MOVES = {
     "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "flip", "unbind", "chunk", "split",
@@ -45,24 +45,33 @@ def is_move(node: fx.Node) -> bool:
     return node.op in ("call_method", "call_function") and (op_name(node) in _MOVES or is_cast(node))
 
 
-def numbers_of(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """The sizes that nodes take as arguments."""
-    return list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if is_number(i)))
+def sizes_of(nodes: Iterable[fx.Node], start: fx.Node) -> list[fx.Node]:
+    """The sizes that ``nodes`` need of other tensors than themselves and ``start``."""
+    nodes = list(nodes)
+    inside = {start, *nodes}
+    todo = [i for n in nodes for i in n.all_input_nodes if is_number(i)]
+    found: dict[fx.Node, None] = {}
+    for number in todo:  # grows
+        if number.op == "call_function":
+            todo += number.all_input_nodes
+        elif number.args[0] not in inside:
+            found[number] = None
+    return list(found)
 
 
-def traced_number(node: fx.Node) -> int:
+def traced_size(node: fx.Node) -> int:
     """A size as it was while tracing."""
+    tensor, dim = node.args
+    assert isinstance(tensor, fx.Node)
+    return int(tensor.meta["val"].shape[dim])
 
-    def value(a: Any) -> Any:
-        return traced_number(a) if isinstance(a, fx.Node) else a
 
+def _number(node: fx.Node, size: Callable[[fx.Node], int]) -> int:
     if node.op == "call_method":
-        tensor, dim = node.args
-        assert isinstance(tensor, fx.Node)
-        return int(tensor.meta["val"].shape[dim])
+        return size(node)
     target: Any = node.target
-    number: int = target(*(value(a) for a in node.args))
-    return number
+    value: int = target(*(_number(a, size) if isinstance(a, fx.Node) else a for a in node.args))
+    return value
 
 
 _Values = dict[fx.Node, list[Any]]
@@ -80,7 +89,7 @@ def _do(node: fx.Node, inputs: dict[fx.Node, Any]) -> Any:
     return target(*args, **kwargs)
 
 
-def _terms(node: fx.Node, values: _Values, number: Callable[[fx.Node], int]) -> list[Any] | None:
+def _terms(node: fx.Node, values: _Values, size: Callable[[fx.Node], int]) -> list[Any] | None:
     tensors = [i for i in node.all_input_nodes if not is_number(i)]
     if not tensors or not all(t in values for t in tensors):
         return None
@@ -97,7 +106,7 @@ def _terms(node: fx.Node, values: _Values, number: Callable[[fx.Node], int]) -> 
     counts = {len(values[t]) for t in tensors}
     if not is_move(node) or len(counts) != 1:
         return None
-    numbers = {i: number(i) for i in node.all_input_nodes if is_number(i)}
+    numbers = {i: _number(i, size) for i in node.all_input_nodes if is_number(i)}
     return [_do(node, {**numbers, **{t: values[t][i] for t in tensors}}) for i in range(counts.pop())]
 
 
@@ -105,24 +114,33 @@ def evaluate(
     nodes: Sequence[fx.Node],
     start: fx.Node,
     elements: Tensor,
-    number: Callable[[fx.Node], int],
-    only: fx.Node | None = None,
+    size: Callable[[fx.Node], int],
+    only: Sequence[fx.Node] = (),
 ) -> _Values:
     """All of ``nodes``, in order, that move (and add up) elements of ``start``, whose numbers are ``elements``.
 
-    With ``only`` what nothing needs any more is dropped on the way.
+    ``size`` knows the sizes of other tensors (``sizes_of``). With ``only`` what nothing needs any more is dropped on
+    the way.
 
     Raises:
         RuntimeError: shapes do not fit, as in the code itself.
     """
     values: _Values = {start: [elements]}
-    last = {i: node for node in nodes for i in node.all_input_nodes} if only is not None else {}
+    shapes: dict[Any, torch.Size] = {start: elements.shape}
+    last = {i: node for node in nodes for i in node.all_input_nodes} if only else {}
+
+    def any_size(node: fx.Node) -> int:
+        tensor, dim = node.args
+        return shapes[tensor][dim] if tensor in shapes else size(node)  # type: ignore[index]
+
     for node in nodes:
         if node not in values and not is_number(node):
-            terms = _terms(node, values, number)
+            terms = _terms(node, values, any_size)
             if terms is not None:
                 values[node] = terms
+                if all(isinstance(t, Tensor) for t in terms):
+                    shapes[node] = torch.Size(torch.broadcast_shapes(*(t.shape for t in terms)))
         for i in node.all_input_nodes:
-            if last.get(i) is node and i is not only:
+            if last.get(i) is node and i not in only:
                 values.pop(i, None)
     return values

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ssmquant.adapter import Adapter
 from ssmquant.config import QConfig
 from ssmquant.errors import ConfigError, SsmquantError, TraceError
 from ssmquant.graph.bank import bank_weights
-from ssmquant.graph.cuda_graphs import CudaGraphs
+from ssmquant.graph.cuda_graphs import CudaGraphs, restorer
 from ssmquant.graph.fuse import Unfit, fuse
 from ssmquant.graph.layers import faster_layers
 from ssmquant.graph.patches import PATCH_LOCK
@@ -31,6 +32,7 @@ from ssmquant.graph.sites import find_sites
 from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_graph, trace
 from ssmquant.graph.writer import ADOPTED, Rules
 from ssmquant.ops.selection import selected
+from ssmquant.quantizers.bank import hooks_of
 
 __all__ = ["Record", "Runtime", "adopted_modules", "is_prepared", "runtime_of"]
 
@@ -65,7 +67,7 @@ class Record:
 
     def __call__(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Runs the graph, in the form that suits the call."""
-        if not _trains_on_a_gpu(model, tensors):
+        if not _trains_on_a_gpu(model, tensors) or _watched(model):
             return self.run(model, *tensors)
         if not self.training:
             graph = rewrite(model, self.trace, self.plan, float_scans=True)
@@ -74,23 +76,25 @@ class Record:
         shapes = tuple(t.shape for t in tensors)
         if shapes in self.fitting:
             return self.training[0](model, *tensors)
-        undo = _undo(model, tensors[0].device)
+        written = tensors if self.writes_inputs() else ()
+        restore = restorer(model, [*self.plain_tensors(model), *written], tensors[0].device)
         try:
             result = self.training[0](model, *tensors)
         except Unfit:  # in the middle: dropout has drawn, batch norms have counted
-            undo()
+            restore()
             self.training[0] = self.run
             result = self.run(model, *tensors)
         self.fitting.add(shapes)
         return result
 
-    def plain_tensors(self, model: nn.Module) -> list[str]:
-        """Names of the tensors that the graph reads and that are neither parameters nor buffers."""
+    def plain_tensors(self, model: nn.Module) -> list[Tensor]:
+        """The tensors that the graph reads and that are neither parameters nor buffers."""
         if self.plain is None:
             known = {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
             names = dict.fromkeys(str(n.target) for n in self.graph.nodes if n.op == "get_attr")
             self.plain = [n for n in names if n not in known and isinstance(_get(model, n), Tensor)]
-        return self.plain
+        values = [_get(model, n) for n in self.plain]
+        return [v for v in values if isinstance(v, Tensor)]
 
     def writes_inputs(self) -> bool:
         """Whether the code writes to a tensor that it was given."""
@@ -127,22 +131,12 @@ def _get(model: nn.Module, name: str) -> Any:
     return getattr(model.get_submodule(owner), attr, None)
 
 
-def _undo(model: nn.Module, device: torch.device) -> Callable[[], None]:
-    """A function that gives the model's own buffers and the random states the values that they have now."""
-    buffers = [(b, b.clone()) for name, b in model.named_buffers() if not name.startswith("_ssmquant.")]
-    random = torch.get_rng_state()
-    gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-    own = torch.cuda.get_rng_state(device) if gpu else None
-
-    def undo() -> None:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        torch.set_rng_state(random)
-        if own is not None:
-            torch.cuda.set_rng_state(own, device)
-
-    return undo
+def _watched(model: nn.Module) -> bool:
+    """Whether hooks want to see the calls of modules, some of which fused graphs leave out."""
+    if _has_any_global_hook():
+        return True
+    activations = runtime_of(model).activations.values()
+    return any(hooks_of(m) for wrapper in activations for m in wrapper.modules())
 
 
 def _trains_on_a_gpu(model: nn.Module, tensors: Sequence[Tensor]) -> bool:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmquant.ops import quantize
 from ssmquant.ops.quantize import Bank, DLSRule
@@ -20,7 +20,16 @@ from ssmquant.quantizers.dls import DLS
 from ssmquant.quantizers.lsq import LSQ
 from ssmquant.quantizers.rfa import RFA, grid_thresholds, ordered_grid
 
-__all__ = ["quantize_weights"]
+__all__ = ["hooks_of", "quantize_weights"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """What a call of a module does besides the forward of its class: the numbers of its hooks, a forward of its own."""
+    own = vars(module)
+    found = [number for name in _HOOKS if own[name] for number in own[name]]
+    return (*found, own["forward"]) if "forward" in own else tuple(found)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -101,7 +110,7 @@ def _key(quantizer: Any, weight: Tensor) -> _Key | None:
     kind = type(quantizer)
     if kind not in (LSQ, RFA, DLS) or quantizer.bits is None or quantizer.official:
         return None
-    if quantizer._forward_hooks or quantizer._forward_pre_hooks:  # they want to see a call
+    if hooks_of(quantizer):  # they want to see a call
         return None
     if weight.dtype != torch.float32 or not weight.numel():
         return None

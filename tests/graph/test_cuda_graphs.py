@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +22,7 @@ from ssmquant import ConfigError, QConfig
 from ssmquant.graph import cuda_graphs
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.ops import use_backend
+from ssmquant.quantizers import MinMax, Quantizer
 from tests.graph.test_fuse import Scan2d
 
 
@@ -380,7 +382,7 @@ class Row(nn.Module):
 
 @pytest.mark.usefixtures("stale")
 def test_what_is_kept_in_python() -> None:
-    """Sign flags of quantizers, plain tensors, hooks."""
+    """Sign flags of quantizers, plain tensors."""
     positive, signed = torch.rand(8, 4) + 1.5, torch.randn(8, 4) + 1
     p, plain, _ = pair(Row(), positive)
     other, _, _ = pair(Row(), signed)
@@ -396,9 +398,142 @@ def test_what_is_kept_in_python() -> None:
     for m in (p, plain):
         m.mean = torch.full((4,), 3.0)
     both(p, plain, signed)
+
+
+class Normed(nn.Module):
+    """With modules that the graph calls as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.act, self.drop = nn.LayerNorm(4), nn.Sigmoid(), nn.Dropout(0.0)
+        self.register_buffer("turn", torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(self.drop(self.act(self.norm(self.b(x @ self.turn)))))
+        return y
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "strides of a parameter": lambda m: setattr(m.b.weight, "data", m.b.weight.data.t()),
+    "strides of a buffer": lambda m: setattr(m, "turn", m.turn.t()),
+    "another module": lambda m: setattr(m, "act", nn.Tanh()),
+    "a number of a module": lambda m: setattr(m.drop, "p", 1.0),
+    "a forward of its own": lambda m: setattr(m.norm, "forward", torch.zeros_like),
+    "a hook": lambda m: m.norm.register_forward_hook(lambda module, args, out: out * 2),
+}
+
+
+@pytest.mark.usefixtures("stale")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_after_the_capture(change: str) -> None:
+    p, plain, x = pair(Normed(), torch.randn(8, 4))
+    before = p(x).detach()
     for m in (p, plain):
-        m.b.register_forward_hook(lambda module, args, out: out * 2)
-    both(p, plain, signed)
+        CHANGES[change](m)
+    both(p, plain, x)
+    assert not torch.equal(p(x), before)
+    both(p, plain, x)
+
+
+@pytest.mark.usefixtures("stale")
+def test_hooks_that_are_exchanged() -> None:
+    p, plain, x = pair(Normed(), torch.randn(8, 4))
+    handles = [m.norm.register_forward_hook(lambda module, args, out: out * 2) for m in (p, plain)]
+    for _ in range(3):
+        both(p, plain, x)
+    for m, handle in zip((p, plain), handles, strict=True):
+        handle.remove()
+        m.norm.register_forward_hook(lambda module, args, out: out * 3)
+    both(p, plain, x)
+
+
+@pytest.mark.usefixtures("stale")
+def test_hooks_of_all_modules() -> None:
+    p, plain, x = pair(Normed(), torch.randn(8, 4))
+    counts = []
+    for m in (p, plain):
+        calls: list[str] = []
+        handle = register_module_forward_hook(lambda module, *_, to=calls: to.append(type(module).__name__))
+        m(x)
+        handle.remove()
+        counts.append(sorted(calls))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.usefixtures("stale")
+def test_settings_of_the_process() -> None:
+    """Each has graphs of its own; those of PyTorch's newer interface do not mix with its older one."""
+    p, plain, x = pair(Normed(), torch.randn(8, 4))
+    known = runtime_of(p).graphs.known  # type: ignore[union-attr]
+    matmul, conv = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee" if matmul == "tf32" else "tf32"
+        both(p, plain, x)
+        assert len(known) == 2
+        torch.backends.cudnn.conv.fp32_precision = "ieee" if conv == "tf32" else "tf32"
+        both(p, plain, x)
+        assert len(known) == 3
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = matmul
+        torch.backends.cudnn.conv.fp32_precision = conv
+    deterministic = torch.backends.cudnn.deterministic
+    try:
+        torch.backends.cudnn.deterministic = not deterministic
+        both(p, plain, x)
+        assert len(known) == 4
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+
+
+@pytest.mark.usefixtures("stale")
+def test_the_memory_of_the_backward_pass_is_kept() -> None:
+    """Of parameters that get other memory between a call and its backward pass."""
+    p, _, _ = pair()
+    (known,) = runtime_of(p).graphs.known.values()  # type: ignore[union-attr]
+    assert known.graph is not None
+    memory = p.linear.weight.data_ptr()
+    p.linear.weight.data = p.linear.weight.data.clone()
+    assert memory in [leaf.data_ptr() for leaf in known.graph.leaves]
+
+
+@pytest.mark.usefixtures("stale")
+def test_calibration_starts_anew() -> None:
+    p, plain, x = pair()
+    for m in (p, plain):
+        ssmquant.calibrate(m, [2 * x], progress=False)
+    assert not runtime_of(p).graphs.known  # type: ignore[union-attr]
+    both(p, plain, x)
+
+
+def test_runs_before_a_capture_leave_no_trace() -> None:
+    """But for ranges that they initialise, which quantizers know of in Python too."""
+
+    class Counts(Normed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = torch.zeros(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            self.turn.mul_(2)
+            return super().forward(x)
+
+    x = torch.randn(8, 4)
+    config = QConfig(w_bits=4, a_bits=4, activation="minmax", keep_first_last=False)
+    p = ssmquant.prepare(Counts(), config, example_inputs=(x,)).train()
+    before, random = p.turn.clone(), torch.get_rng_state()
+    undo = cuda_graphs.restorer(p, [p.calls], torch.device("cpu"))
+    p(x)
+    torch.rand(3)
+    undo()
+    assert torch.equal(p.turn, before)
+    assert p.calls == 0
+    assert torch.equal(torch.get_rng_state(), random)
+    for m in p.modules():
+        if isinstance(m, Quantizer) and m.needs_data:
+            assert m._flags["initialized"] == bool(m.initialized)
+    assert any(bool((m.low != -1).any()) for m in p.modules() if isinstance(m, MinMax))
 
 
 @dataclass

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import ssmquant
 from ssmquant import QConfig, zoo
@@ -171,7 +172,14 @@ def test_fuses_and_computes_the_same(kind: type[Scan2d]) -> None:
     p = prepared(kind(), x)
     graph = fuse(record(p).graph, p)
     found = names(graph)
-    assert [found.count(n) for n in ("paths_of", "_projected", "merges", "_flat_sequences")] == [1, 1, 1, 1]
+    # What a convolution reads is off the way to u, so that its order is found on its own.
+    paths = 2 if kind is ByConvolution else 1
+    assert [found.count(n) for n in ("paths_of", "_projected", "merges", "_flat_sequences")] == [
+        paths,
+        1,
+        1,
+        1,
+    ]
     assert not {"flip", "stack", "cat", "transpose"} & set(found[: found.index("selective_scan.default")])
     compare(p, graph, x)
     compare(p, graph, randn(3, 3, 4, 9))  # another batch and size, no square
@@ -278,6 +286,7 @@ def test_what_looks_alike_computes_the_same(kind: type[Scan2d]) -> None:
     p = prepared(kind(), x)
     graph = fuse(record(p).graph, p)
     assert graph is not record(p).graph
+    assert all(n.users or n.meta.get("mutates") for n in graph.nodes if n.op.startswith("call"))
     compare(p, graph, x)
     compare(p, graph, randn(2, 3, 4, 6))
 
@@ -288,13 +297,70 @@ def test_switched_gradients_are_left_alone() -> None:
         assert fuse(r.graph, p) is r.graph
 
 
-def test_one_weight_for_all_directions_is_unfit() -> None:
+@pytest.mark.parametrize("shape", [(1, 8, D), (K, 8, 1)])
+def test_weights_that_einsum_repeats(shape: tuple[int, ...]) -> None:
     x = randn(2, 3, 4, 5)
     model = Scan2d()
-    model.x_proj = nn.Parameter(torch.randn(1, 8, D))
+    model.x_proj = nn.Parameter(torch.randn(shape))
     p = prepared(model, x)
+    graph = fuse(record(p).graph, p)
+    assert "_projected" not in names(graph)
+    compare(p, graph, x)
+
+
+class Cut(Scan2d):
+    """Sequences read in pieces of 16 pixels, which images of 4 x 4 have."""
+
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        pieces = self.pieces(xs).softmax(-1).square().sum((1, 2, 3))
+        return super().projections(xs * pieces.view(-1, 1, 1, 1))
+
+    def pieces(self, xs: Tensor) -> Tensor:
+        return xs.reshape(xs.shape[0], -1, D, 16)
+
+
+class CutOnTheWay(Cut):
+    """The same, and the pieces lead to u."""
+
+    def pieces(self, xs: Tensor) -> Tensor:
+        return xs
+
+    def sequences(self, x: Tensor) -> Tensor:
+        return super().sequences(x).reshape(x.shape[0], -1, D, 16)
+
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        pieces = xs.softmax(-1).square().sum((1, 2, 3))
+        whole = xs.reshape(xs.shape[0], K, D, -1)
+        return Scan2d.projections(self, whole * pieces.view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [Cut, CutOnTheWay])
+def test_readers_whose_shape_differs_at_other_sizes(kind: type[Scan2d]) -> None:
+    torch.manual_seed(1)
+    x = randn(2, 3, 4, 4)
+    p = prepared(kind(), x)
+    graph = fuse(record(p).graph, p)
+    assert "paths_of" in names(graph)
+    compare(p, graph, x)
     with pytest.raises(Unfit):
-        compile_graph(fuse(record(p).graph, p))[0](p, x)
+        compile_graph(graph)[0](p, randn(2, 3, 4, 8))
+
+
+def test_convolutions_with_keywords() -> None:
+    class Keywords(ByConvolution):
+        def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+            B, L = xs.shape[0], xs.shape[-1]
+            weight = self.x_proj.view(-1, D, 1)
+            x_dbl = F.conv1d(xs.reshape(B, K * D, L), weight=weight, groups=K).view(B, K, -1, L)
+            dts, Bs, Cs = torch.split(x_dbl, [2, N, N], dim=2)
+            return torch.einsum("b k r l, k d r -> b k d l", dts, self.dt_proj), Bs, Cs
+
+    torch.manual_seed(2)
+    x = randn(2, 3, 4, 5)
+    p = prepared(Keywords(), x)
+    graph = fuse(record(p).graph, p)
+    assert "_projected" in names(graph)
+    compare(p, graph, x)
 
 
 @pytest.mark.parametrize("method", ["rfa", "lsq", "minmax", "rlq", "n2uq", "pact"])
@@ -328,6 +394,31 @@ def test_other_layers() -> None:
     compile_graph(graph)[0](p, x)
     handle.remove()
     assert calls == [1]
+
+
+class OneChannel(Scan2d):
+    """einsum repeats the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dt_proj = nn.Parameter(torch.randn(K, D, 1))
+
+
+class OfDiagonals(Scan2d):
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        x_dbl = torch.einsum("b k d l, k c d -> b k c l", xs, self.x_proj)
+        dts, Bs, Cs = torch.split(x_dbl, [2, N, N], dim=2)
+        return torch.einsum("bkrll,kdr->bkdl", torch.diag_embed(dts), self.dt_proj), Bs, Cs
+
+
+@pytest.mark.parametrize("kind", [OneChannel, OfDiagonals])
+def test_einsums_that_are_no_grouped_layers(kind: type[Scan2d]) -> None:
+    torch.manual_seed(4)
+    x = randn(2, 3, 4, 5)
+    p = prepared(kind(), x)
+    graph = faster_layers(record(p).graph, p)
+    assert "einsum" in names(graph)
+    compare(p, graph, x)
 
 
 def test_a_sum_that_differs_at_other_sizes() -> None:
@@ -391,14 +482,43 @@ def test_records_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record(p).training[0] is record(p).run
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_hooks_see_the_calls_of_quantizers(monkeypatch: pytest.MonkeyPatch, inner: bool) -> None:
+    """Also those that come after the fused graph."""
+    x = randn(2, 3, 4, 6)
+    p = prepared(Scan2d(), x)
+    monkeypatch.setattr(runtime_module, "_trains_on_a_gpu", lambda *_: True)
+    p(x)
+    for wrapper in runtime_of(p).activations.values():
+        module: Any = wrapper.quantizer if inner else wrapper
+        seen: list[Any] = []
+        handle = module.register_forward_hook(
+            lambda _, args, out, to=seen: to.append(args[0].shape) or 0 * out
+        )
+        got = p(x)
+        want_seen, seen[:] = list(seen), []
+        want = record(p).run(p, x)
+        handle.remove()
+        assert seen == want_seen != []
+        assert torch.equal(got, want)
+    calls: list[str] = []
+    handle = register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    p(x)
+    handle.remove()
+    assert {"ActivationQuantizer", "LayerNorm"} <= set(calls)
+
+
 def test_unfit_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     class Normed(Scan2d):
         def __init__(self) -> None:
             super().__init__()
             self.count = nn.BatchNorm2d(3)
             self.drop = nn.Dropout(0.3)
+            self.calls = torch.zeros(())
 
         def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            x.mul_(0.5)
             return super().forward(self.drop(self.count(x)))
 
     x = randn(2, 3, 4, 6)
@@ -406,16 +526,19 @@ def test_unfit_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_module, "_trains_on_a_gpu", lambda *_: True)
     p(x)
     y, run = randn(2, 3, 5, 5), record(p).run
-    before = int(p.count.num_batches_tracked)
+    before, calls = int(p.count.num_batches_tracked), int(p.calls)
 
     def unfit(model: nn.Module, *given: Tensor) -> None:
         run(model, *given)
         raise Unfit
 
     record(p).training[0] = unfit
+    given = y.clone()
     torch.manual_seed(1)
-    got = p(y)
+    got = p(given)
+    assert torch.equal(given, 0.5 * y)
     assert int(p.count.num_batches_tracked) == before + 1
+    assert int(p.calls) == calls + 1
     torch.manual_seed(1)
     torch.testing.assert_close(got, run(p, y))
 
