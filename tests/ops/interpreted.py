@@ -25,7 +25,7 @@ def make_interpreter_work() -> None:
 
 def in_process(module: str, call: str, **environment: str) -> None:
     """``tests.ops.<module>.<call>`` in a process of its own, which has to succeed."""
-    code = f"from tests.ops import {module} as t; t.{call}"
+    code = f"import torch; torch.manual_seed(0); from tests.ops import {module} as t; t.{call}"
     path = os.pathsep.join([ROOT, *(p for p in sys.path if p)])
     env = {**os.environ, "PYTHONPATH": path, **environment}
     done = subprocess.run(

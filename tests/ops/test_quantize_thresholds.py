@@ -191,6 +191,7 @@ def check_quantizers(device: Any) -> None:
     """The quantizers go to the kernels, and get from them what their own arithmetic gives."""
     from ssmquant.ops import use_backend
 
+    torch.manual_seed(0)
     cases: list[tuple[str, dict[str, Any]]] = [
         ("pact", {}),
         ("n2uq", {}),
@@ -216,8 +217,10 @@ def check_quantizers(device: Any) -> None:
             same(y, want)
             assert is_fused(y)
             assert not is_fused(want)
-            for a, b in zip(got, grads, strict=True):
-                close(a, b, 1e-2 if a.dtype == torch.float16 else 1e-4, 1e-3 * float(g.norm()))
+            size = float(g.float().norm())
+            close(got[0], grads[0], tolerance(x), 1e-3 * size)
+            for a, b in zip(got[1:], grads[1:], strict=True):
+                close(a, b, 1e-5, size)  # sums of terms of both signs, of which little may be left
 
 
 def interpret() -> None:
