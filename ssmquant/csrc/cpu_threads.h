@@ -19,11 +19,12 @@ constexpr int64_t kMostThreads = 256;
 // the library is loaded: a virtual machine takes some microseconds to answer.
 template <typename Path>
 struct Paths {
-  const Path* found[3];
+  const Path* found[4];
   int64_t count = 0;
 
   // Null where a form is not compiled.
-  Paths(const Path* avx512, const Path* avx2, const Path* portable) {
+  Paths(const Path* avx512, const Path* avx2, const Path* portable) : Paths(nullptr, avx512, avx2, portable) {}
+  Paths(const Path* vnni, const Path* avx512, const Path* avx2, const Path* portable) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     unsigned a, b, features = 0, d;
@@ -32,10 +33,11 @@ struct Paths {
     const bool common = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (features & bit_F16C) != 0;
     const bool wide = common && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (wide && vnni != nullptr && __builtin_cpu_supports("avx512vnni")) found[count++] = vnni;
     if (wide && avx512 != nullptr) found[count++] = avx512;
     if (common && avx2 != nullptr) found[count++] = avx2;
 #else
-    (void)avx512, (void)avx2;
+    (void)vnni, (void)avx512, (void)avx2;
 #endif
     found[count++] = portable;
   }

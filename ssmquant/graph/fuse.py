@@ -27,7 +27,7 @@ from ssmquant.ops.cross_scan import Paths, cross_scan, reorder
 from ssmquant.ops.dense import shared_linear
 from ssmquant.quantizers import Quantizer
 
-__all__ = ["Unfit", "fuse"]
+__all__ = ["Unfit", "between", "flat_sequences", "fuse", "is_quantizer", "projected", "projection"]
 
 _SCAN = torch.ops.ssmquant.selective_scan.default
 
@@ -44,7 +44,7 @@ class _CrossScan:
     cast: bool  # u is cast to float32
 
 
-def _quantizer(node: Any) -> bool:
+def is_quantizer(node: Any) -> bool:
     return (
         isinstance(node, fx.Node)
         and node.op == "call_module"
@@ -80,7 +80,7 @@ def _cross_scan(u: fx.Node, place: dict[fx.Node, int], written: set[Any]) -> _Cr
     return None
 
 
-def _projection(node: fx.Node, x: fx.Node, shape: tuple[int, ...], directions: int) -> fx.Node | None:
+def projection(node: fx.Node, x: fx.Node, shape: tuple[int, ...], directions: int) -> fx.Node | None:
     """The weight, (K, E, C) or (K * E, C, 1), by which a node projects each direction of ``x``: a stack, or flat."""
     if by_direction(node) and node.args[1] is x:
         weight = node.args[2]
@@ -110,11 +110,11 @@ def _sequences(x: Tensor, paths: Paths) -> Tensor:
     return cross_scan(x, paths)
 
 
-def _flat_sequences(x: Tensor, paths: Paths) -> Tensor:
+def flat_sequences(x: Tensor, paths: Paths) -> Tensor:
     return cross_scan(x, paths).flatten(1, 2)
 
 
-def _projected(x: Tensor, weight: Tensor, paths: Paths, flat: bool) -> Tensor:
+def projected(x: Tensor, weight: Tensor, paths: Paths, flat: bool) -> Tensor:
     """The projection of sequences, from their image: (B, K, E, L), or (B, K * E, L)."""
     weight = weight.reshape(len(paths.order), -1, x.shape[1])
     y = reorder(shared_linear(x, weight), paths)
@@ -148,7 +148,7 @@ class _Fuser:
             any(scan.kwargs.values()) or scan.args[6] is not None or not isinstance(u, fx.Node)
         ):  # a window, a gate
             return
-        quantizer = u if _quantizer(u) else None
+        quantizer = u if is_quantizer(u) else None
         raw = u if quantizer is None else quantizer.args[0]
         if not isinstance(raw, fx.Node) or (quantizer is not None and not self._takes_image(quantizer)):
             return
@@ -173,7 +173,7 @@ class _Fuser:
                 image = self.new(scan, _pixels, (self.copy[found.image], True))
             if quantizer is not None:
                 image = self._quantized(quantizer, image, len(found.order))
-            self.copy[scan].update_arg(0, self.new(scan, _flat_sequences, (image, paths)))
+            self.copy[scan].update_arg(0, self.new(scan, flat_sequences, (image, paths)))
         self._merge(scan, paths, found)
         self.changed = True
 
@@ -227,14 +227,14 @@ class _Fuser:
             return
         # It has the orders of u at the sizes of the trace; at others they are found out, as u's are.
         if node not in found.nodes:
-            own = PathsOf(found.image, _between(found.image, node), node)
+            own = PathsOf(found.image, between(found.image, node), node)
             if not self._known_at(user, own.sizes):
                 return
             with self.graph.inserting_before(self.copy[user]):
                 paths = self._paths(user, own)
         elif node not in found.paths.targets:
             found.paths.targets.append(node)
-        if not _quantizer(user):
+        if not is_quantizer(user):
             self._read(user, node, found, image, paths)
         elif self._takes_image(user):
             with self.graph.inserting_before(self.copy[user]):
@@ -248,15 +248,16 @@ class _Fuser:
         there = self.copy[reader]
         assert shape is not None
         flat = len(shape) == 3
-        weight = _projection(reader, old, shape, len(found.order))
+        weight = projection(reader, old, shape, len(found.order))
         with self.graph.inserting_before(there):
             if weight is not None:
-                made = self.new(reader, _projected, (value, self.copy[weight], paths, flat))
+                made = self.new(reader, projected, (value, self.copy[weight], paths, flat))
+                made.meta["val"] = reader.meta["val"]
                 there.replace_all_uses_with(made)
                 self.graph.erase_node(there)
                 self.copy[reader] = made
             else:
-                made = self.new(reader, _flat_sequences if flat else _sequences, (value, paths))
+                made = self.new(reader, flat_sequences if flat else _sequences, (value, paths))
                 there.replace_input_with(self.copy[old], made)
 
     def _merge(self, scan: fx.Node, paths: fx.Node, found: _CrossScan) -> None:
@@ -291,12 +292,12 @@ class _Fuser:
     def prune(self) -> None:
         """Drops what led to the sequences, and what one scan replaced that was made for another."""
         for n in reversed(list(self.graph.nodes)):
-            dead = is_move(n) or is_number(n) or _quantizer(n) or n.op == "get_attr" or n in self.made
+            dead = is_move(n) or is_number(n) or is_quantizer(n) or n.op == "get_attr" or n in self.made
             if (dead or op_name(n) in ("add", "sum")) and not n.users and not n.meta.get("mutates"):
                 self.graph.erase_node(n)
 
 
-def _between(image: fx.Node, node: fx.Node) -> list[fx.Node]:
+def between(image: fx.Node, node: fx.Node) -> list[fx.Node]:
     """The nodes that make ``node`` of ``image`` by moving elements, in their order."""
     found: dict[fx.Node, None] = {}
 
@@ -313,7 +314,7 @@ def _between(image: fx.Node, node: fx.Node) -> list[fx.Node]:
 
 def _is_cast_above(node: fx.Node, found: _CrossScan) -> bool:
     """Whether something casts on the way from the image to ``node``."""
-    return any(is_cast(n) for n in _between(found.image, node))
+    return any(is_cast(n) for n in between(found.image, node))
 
 
 def _reached(node: fx.Node) -> set[fx.Node]:

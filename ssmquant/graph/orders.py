@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 
 from ssmquant.graph.moves import evaluate, is_cast, sizes_of
-from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
 from ssmquant.ops.cross_scan import Paths, cross_merge
 
@@ -26,9 +25,10 @@ class Unfit(Exception):
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape of a tensor while tracing. The quantizers that a rewrite put in leave it as it is."""
-    if node.op == "call_module" and str(node.target).startswith((f"{ACTIVATIONS}.", f"{WEIGHTS}.")):
-        return shape_of(node.all_input_nodes[0])
+    """The shape of a tensor while tracing; that of a quantizer's output was noted by the rewrite."""
+    if "shape" in node.meta:
+        shape: tuple[int, ...] = node.meta["shape"]
+        return shape
     value = node.meta.get("val")
     return tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else None
 

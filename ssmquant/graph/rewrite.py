@@ -99,6 +99,7 @@ class _Writer:
                     args = () if self.deployed and point.what == "static" else (self.map[point.node],)
                     made[region] = self.new(node, "call_module", _target(point), args)
                     made[region].meta["point"] = point.name
+                    made[region].meta["shape"] = tuple(point.node.meta["val"].shape)
             self._replace(site, operand, made[region])
 
     def _place_weight(self, point: Point, site: Site, operand: Operand) -> None:
@@ -122,6 +123,8 @@ class _Writer:
                 )
                 self._replace(site, operand, q)
             q.meta["point"] = point.name
+            own = site.weight is None or site.view_chain  # the parameter itself, as it is stored
+            q.meta["shape"] = point.weight_shape if own else tuple(operand.node.meta["val"].shape)
 
     def _clone_chain(self, node: fx.Node, root: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node:
         """The views that lead from ``root`` to ``node``, applied to ``value`` instead."""

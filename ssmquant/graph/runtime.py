@@ -22,6 +22,7 @@ from ssmquant.config import QConfig
 from ssmquant.errors import ConfigError, SsmquantError, TraceError
 from ssmquant.graph.bank import bank_weights
 from ssmquant.graph.cuda_graphs import CudaGraphs, restorer
+from ssmquant.graph.deploy import deploy
 from ssmquant.graph.fuse import Unfit, fuse
 from ssmquant.graph.layers import faster_layers
 from ssmquant.graph.patches import PATCH_LOCK
@@ -31,6 +32,7 @@ from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.sites import find_sites
 from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_graph, trace
 from ssmquant.graph.writer import ADOPTED, Rules
+from ssmquant.ops.deployed import cpu
 from ssmquant.ops.selection import selected
 from ssmquant.quantizers.bank import hooks_of
 
@@ -59,33 +61,40 @@ class Record:
     code: str
     run: Callable[..., Any]
     verified: list[Shapes] = field(default_factory=list)
-    training: list[Callable[..., Any]] = field(default_factory=list)
-    """What runs for a training step on a GPU: made when it first does."""
+    fused: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """What runs for a training step on a GPU, or deployed on a CPU: made when it first does."""
     fitting: set[Any] = field(default_factory=set)
-    """Shapes of inputs that it is known to compute the same at."""
+    """Forms and shapes of inputs that they are known to compute the same at."""
     plain: list[str] | None = None
 
     def __call__(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Runs the graph, in the form that suits the call."""
-        if not _trains_on_a_gpu(model, tensors) or _watched(model):
+        form = _form(model, tensors)
+        if form is None or _watched(model):
             return self.run(model, *tensors)
-        if not self.training:
-            graph = rewrite(model, self.trace, self.plan, float_scans=True)
-            fused = faster_layers(fuse(graph, model), model)
-            self.training.append(compile_graph(bank_weights(fused), model)[0])
-        shapes = tuple(t.shape for t in tensors)
-        if shapes in self.fitting:
-            return self.training[0](model, *tensors)
+        if form not in self.fused:
+            self.fused[form] = self._fuse(model, form)
+        key = form, *(t.shape for t in tensors)
+        if key in self.fitting:
+            return self.fused[form](model, *tensors)
         written = tensors if self.writes_inputs() else ()
         restore = restorer(model, [*self.plain_tensors(model), *written], tensors[0].device)
         try:
-            result = self.training[0](model, *tensors)
+            result = self.fused[form](model, *tensors)
         except Unfit:  # in the middle: dropout has drawn, batch norms have counted
             restore()
-            self.training[0] = self.run
+            self.fused[form] = self.run
             result = self.run(model, *tensors)
-        self.fitting.add(shapes)
+        self.fitting.add(key)
         return result
+
+    def _fuse(self, model: nn.Module, form: str) -> Callable[..., Any]:
+        if form == "deployed":
+            graph = deploy(self.graph, model)
+            return self.run if graph is self.graph else compile_graph(graph, model)[0]
+        graph = rewrite(model, self.trace, self.plan, float_scans=True)
+        fused = faster_layers(fuse(graph, model), model)
+        return compile_graph(bank_weights(fused), model)[0]
 
     def plain_tensors(self, model: nn.Module) -> list[Tensor]:
         """The tensors that the graph reads and that are neither parameters nor buffers."""
@@ -139,17 +148,18 @@ def _watched(model: nn.Module) -> bool:
     return any(hooks_of(m) for wrapper in activations for m in wrapper.modules())
 
 
-def _trains_on_a_gpu(model: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether fused kernels pay: not while something traces, which makes its own, or for what has no backward pass."""
-    return (
-        model.training
-        and bool(tensors)
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and all(t.is_cuda and type(t) is Tensor for t in tensors)
-        and runtime_of(model).stage == "prepared"
-        and selected("fuse") != "chunked"
-    )
+def _form(model: nn.Module, tensors: Sequence[Tensor]) -> str | None:
+    """Where fused kernels pay: "training" on a GPU, or "deployed" on a CPU. Not while something traces."""
+    if not tensors or torch.compiler.is_compiling() or selected("fuse") == "chunked":
+        return None
+    prepared, gradients = runtime_of(model).stage == "prepared", torch.is_grad_enabled()
+    if prepared and model.training and gradients and all(t.is_cuda and type(t) is Tensor for t in tensors):
+        return "training"
+    plain = all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) for t in tensors)
+    differentiable = gradients and any(t.requires_grad for t in tensors)
+    if not prepared and plain and not differentiable and not torch.is_autocast_enabled("cpu"):
+        return "deployed" if cpu.unavailable(tensors[0].device) is None else None
+    return None
 
 
 def _layout(call: Call) -> tuple[bool, ...]:
@@ -322,7 +332,7 @@ class Runtime(nn.Module):
             with _Stand(self, model):
                 graph = rewrite(model, r.trace, r.plan, deployed=self.stage == "deployed")
             run, code = compile_graph(bank_weights(graph))
-            records.append(replace(r, graph=graph, run=run, code=code, training=[]))
+            records.append(replace(r, graph=graph, run=run, code=code, fused={}, fitting=set()))
         self.records = records  # new ones: copies of the model share the old
 
     # ---- running -------------------------------------------------------------------------------------------------

@@ -155,6 +155,9 @@ class FrozenRange(FixedPrecision, Quantizer):
         out.lo, out.hi = (codes * out.alpha - out.beta).detach().unbind()
         return out
 
+    def static_affine(self) -> Affine:
+        return self._affine(self.alpha)
+
     def _affine(self, x: Tensor) -> Affine:
         return Affine(self.alpha, self.beta, self.lo, self.hi)
 

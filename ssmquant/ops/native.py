@@ -40,12 +40,15 @@ _LINK = ("-shared", "-pthread")
 _PATHS = {
     "portable": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "avx512": (_AVX512 := ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")),
+    "vnni": (*_AVX512, "-mavx512vnni"),
 }
-# Kernels: source files <name>_cpu.cpp, and <name>_cpu_path.cpp once for each instruction set; flags of their own.
+# Kernels: source files <name>_cpu.cpp, and <name>_cpu_path.cpp once for each of some instruction sets; flags of their
+# own.
 _KERNELS = {
-    "selective_scan": (),
-    "quantize": ("-ffp-contract=off",),  # codes have to equal those of plain PyTorch
+    "selective_scan": (("portable", "avx2", "avx512"), ()),
+    "quantize": (("portable", "avx2", "avx512"), ("-ffp-contract=off",)),  # codes have to equal those of plain PyTorch
+    "deployed": (("portable", "avx2", "avx512", "vnni"), ()),
 }
 _LONGEST = 600  # seconds for one run of the compiler
 
@@ -202,11 +205,12 @@ def _is_whole(path: Path) -> bool:
 def _units() -> dict[str, tuple[str, ...]]:
     """What is compiled, by name of the object: source file and flags."""
     units: dict[str, tuple[str, ...]] = {}
-    for name, own in _KERNELS.items():
+    for name, (paths, own) in _KERNELS.items():
         units[name] = (f"{name}_cpu.cpp", *own)
-        for path, flags in _PATHS.items():
+        for path in paths:
             if path == "portable" or platform.machine().lower() in ("x86_64", "amd64"):
-                units[f"{name}_{path}"] = (f"{name}_cpu_path.cpp", f"-DSSMQUANT_PATH={path}", *flags, *own)
+                flags = (f"-DSSMQUANT_PATH={path}", *_PATHS[path], *own)
+                units[f"{name}_{path}"] = (f"{name}_cpu_path.cpp", *flags)
     return units
 
 

@@ -116,6 +116,13 @@ class Quantizer(nn.Module):
         """The integer that code index 0 stands for (not ``qmin`` in one quirk of the official RFA)."""
         return self.qmin
 
+    def static_affine(self) -> Affine | None:
+        """The map of all calls, of one element; None where it depends on the data or there is more than one.
+
+        Codes are then ``affine_index`` of the values, and values ``affine_decode`` of the codes.
+        """
+        return None
+
     def constants(self) -> tuple[Any, ...]:
         """What decides the arithmetic and is no tensor: graphs that were captured with other values do not fit."""
         return self.bits, self.official, self.eps, self.scale_gradient, *self._flags.values()
@@ -290,6 +297,14 @@ class Quantizer(nn.Module):
             return "bypass"
         groups = "" if self.axis is None else f", axis={self.axis}, num_groups={self.num_groups}"
         return f"bits={self.bits}{groups}" + ", official=True" * self.official
+
+    def _own_affine(self) -> Affine | None:
+        """``static_affine`` of a quantizer whose ``_affine`` does not look at the data."""
+        if self.bits is None or self.num_groups > 1 or self.leading > 1:
+            return None
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), None)
+        with torch.no_grad():
+            return self._affine(torch.zeros((), device=device))
 
     def _group_view(self, state: Tensor, x: Tensor) -> Tensor:
         """A ``(num_groups,)`` state tensor as one that broadcasts to ``x`` (``()`` for one group a tensor)."""

@@ -236,6 +236,9 @@ class LSQ(LearnedScale):
         )
         self.signed_by_data = official or not is_weight
 
+    def static_affine(self) -> Affine | None:
+        return self._own_affine()
+
     def _quantize(self, x: Tensor, copies: int = 1) -> Tensor:
         out: Tensor
         axis = self._state_axis

@@ -65,6 +65,9 @@ class MinMax(Quantizer):
             return Affine(scale.clamp(min=self.eps), torch.zeros_like(scale))
         return Affine(((high - low) / (self.qmax - self.qmin)).clamp(min=self.eps), -low)
 
+    def static_affine(self) -> Affine | None:
+        return self._own_affine()
+
     def _quantize(self, x: Tensor) -> Tensor:
         a = self._affine(x)
         out: Tensor = _LSQFunction.apply(x, a.scale, a.shift, self.qmin, self.qmax, self._state_axis, 0)

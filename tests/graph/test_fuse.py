@@ -174,7 +174,7 @@ def test_fuses_and_computes_the_same(kind: type[Scan2d]) -> None:
     found = names(graph)
     # What a convolution reads is off the way to u, so that its order is found on its own.
     paths = 2 if kind is ByConvolution else 1
-    assert [found.count(n) for n in ("paths_of", "_projected", "merges", "_flat_sequences")] == [
+    assert [found.count(n) for n in ("paths_of", "projected", "merges", "flat_sequences")] == [
         paths,
         1,
         1,
@@ -304,7 +304,7 @@ def test_weights_that_einsum_repeats(shape: tuple[int, ...]) -> None:
     model.x_proj = nn.Parameter(torch.randn(shape))
     p = prepared(model, x)
     graph = fuse(record(p).graph, p)
-    assert "_projected" not in names(graph)
+    assert "projected" not in names(graph)
     compare(p, graph, x)
 
 
@@ -359,7 +359,7 @@ def test_convolutions_with_keywords() -> None:
     x = randn(2, 3, 4, 5)
     p = prepared(Keywords(), x)
     graph = fuse(record(p).graph, p)
-    assert "_projected" in names(graph)
+    assert "projected" in names(graph)
     compare(p, graph, x)
 
 
@@ -469,7 +469,7 @@ def test_records_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_module, "_trains_on_a_gpu", lambda *_: True)
     fused = p(x)
     assert len(record(p).training) == 1
-    assert record(p).training[0] is not record(p).run
+    assert record(p).fused["training"] is not record(p).run
     torch.testing.assert_close(fused, plain)
 
     def unfit(*_: Any) -> None:
@@ -477,9 +477,9 @@ def test_records_choose(monkeypatch: pytest.MonkeyPatch) -> None:
 
     y = randn(2, 3, 4, 5)  # sizes that it has not run at before
     wanted = record(p).run(p, y)
-    record(p).training[0] = unfit
+    record(p).fused["training"] = unfit
     assert torch.equal(p(y), wanted)
-    assert record(p).training[0] is record(p).run
+    assert record(p).fused["training"] is record(p).run
 
 
 @pytest.mark.parametrize("inner", [False, True])
@@ -532,7 +532,7 @@ def test_unfit_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
         run(model, *given)
         raise Unfit
 
-    record(p).training[0] = unfit
+    record(p).fused["training"] = unfit
     given = y.clone()
     torch.manual_seed(1)
     got = p(given)

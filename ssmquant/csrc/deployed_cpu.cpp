@@ -1,0 +1,118 @@
+// The CPU kernels of deployed models: tasks and threads. C ABI, see deployed_cpu.h.
+
+#include "deployed_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu_threads.h"
+
+extern const DeployedPath ssmquant_deployed_portable;
+#if defined(__x86_64__)
+extern const DeployedPath ssmquant_deployed_avx2, ssmquant_deployed_avx512, ssmquant_deployed_vnni;
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+const Paths<DeployedPath> kPaths(&ssmquant_deployed_vnni, SSMQUANT_PATHS(ssmquant_deployed_));
+#else
+const Paths<DeployedPath> kPaths(nullptr, SSMQUANT_PATHS(ssmquant_deployed_));
+#endif
+
+// Elements (multiplications of a product, in eights) that are worth the start of a thread.
+constexpr int64_t kThreadWork = 1 << 16;
+
+template <typename Call>
+int64_t useful_threads(const Call& call, int64_t work) {
+  return parts(std::min(call.threads, kMostThreads), work / kThreadWork);
+}
+
+int64_t tasks_of(int64_t batch, int64_t rows) { return batch * divide_up(rows, kRows); }
+
+Part part_of(int64_t rows, int64_t task) {
+  const int64_t tasks = divide_up(rows, kRows), first = task % tasks * kRows;
+  return {task / tasks, first, std::min(kRows, rows - first)};
+}
+
+// Adds up, in order, what the tasks of each sample have found (Chan et al.).
+void join(const double* parts, int64_t batch, int64_t tasks, float* moments) {
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    double count = 0, mean = 0, squares = 0, low = INFINITY, high = -INFINITY;
+    for (int64_t i = 0; i < tasks; ++i, parts += kMoments) {
+      const double apart = parts[1] - mean, all = count + parts[0];
+      mean += apart * (parts[0] / all);
+      squares += parts[2] + apart * apart * (count * parts[0] / all);
+      count = all;
+      low = std::min(low, parts[3]);
+      high = std::max(high, parts[4]);
+    }
+    float* to = moments + 4 * sample;
+    to[0] = float(mean);
+    to[1] = float(std::sqrt(squares / std::max(count - 1, 1.0)));
+    to[2] = float(low);
+    to[3] = float(high);
+  }
+}
+
+}  // namespace
+
+// How many instruction sets this machine can run, best first; of each its name, the lanes of a vector of float32, and
+// how many codes of a weight's row are multiplied at once.
+SSMQUANT_EXPORT int64_t ssmquant_deployed_paths() { return kPaths.count; }
+SSMQUANT_EXPORT const char* ssmquant_deployed_path(int64_t index) { return kPaths.found[index]->name; }
+SSMQUANT_EXPORT int64_t ssmquant_deployed_lanes(int64_t index) { return kPaths.found[index]->lanes; }
+SSMQUANT_EXPORT int64_t ssmquant_deployed_unit(int64_t index) { return kPaths.found[index]->unit; }
+
+// How many tasks look at the rows of one sample.
+SSMQUANT_EXPORT int64_t ssmquant_deployed_tasks(int64_t rows) { return divide_up(rows, kRows); }
+
+SSMQUANT_EXPORT void ssmquant_deployed_encode(const EncodeCall* call) {
+  const auto run = kPaths.found[call->path]->encode;
+  const int64_t work = call->batch * call->rows * call->groups * call->columns;
+  share(useful_threads(*call, work), tasks_of(call->batch, call->rows),
+        [&](int64_t i, int64_t) { run(*call, part_of(call->rows, i)); });
+}
+
+SSMQUANT_EXPORT void ssmquant_deployed_moments(const MomentsCall* call) {
+  const auto run = kPaths.found[call->path]->moments;
+  const int64_t work = call->batch * call->rows * call->groups * call->columns;
+  share(useful_threads(*call, work), tasks_of(call->batch, call->rows), [&](int64_t i, int64_t) {
+    run(*call, part_of(call->rows, i), call->workspace + i * kMoments);
+  });
+  join(call->workspace, call->batch, divide_up(call->rows, kRows), call->moments);
+}
+
+SSMQUANT_EXPORT void ssmquant_deployed_linear(const LinearCall* call) {
+  const auto run = kPaths.found[call->path]->linear;
+  const int64_t work = call->batch * call->rows * call->outputs * (call->x.padded / 8 + 1);
+  share(useful_threads(*call, work), tasks_of(call->batch, call->rows),
+        [&](int64_t i, int64_t) { run(*call, part_of(call->rows, i)); });
+}
+
+SSMQUANT_EXPORT void ssmquant_deployed_delta_moments(const ScanCall* call) {
+  const auto run = kPaths.found[call->path]->delta_moments;
+  const int64_t work = call->batch * call->pixels * call->directions * call->channels;
+  share(useful_threads(*call, work), tasks_of(call->batch, call->pixels), [&](int64_t i, int64_t) {
+    run(*call, part_of(call->pixels, i), call->workspace + i * kMoments);
+  });
+  join(call->workspace, call->batch, divide_up(call->pixels, kRows), call->moments);
+}
+
+SSMQUANT_EXPORT void ssmquant_deployed_scan(const ScanCall* call) {
+  const DeployedPath& path = *kPaths.found[call->path];
+  const int64_t tiles = divide_up(call->channels, path.lanes), each = call->batch * tiles;
+  const int64_t work = each * path.lanes * call->pixels * call->directions * (call->states + 4) / 4;
+  share(useful_threads(*call, work), call->directions * each, [&](int64_t i, int64_t) {
+    // Directions are added up in their order. Tasks start in the order of their numbers, so the one before has started.
+    const int64_t direction = i / each, mine = i % each;
+    int64_t* const done = call->done + mine;
+    while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != direction) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+    path.scan(*call, direction, mine / tiles, mine % tiles);
+    __atomic_store_n(done, direction + 1, __ATOMIC_RELEASE);
+  });
+}

@@ -1,0 +1,114 @@
+// What the two halves of the CPU kernels of deployed models share.
+//
+// deployed_cpu.cpp is the library's interface: it cuts calls into tasks and starts threads. deployed_cpu_path.cpp
+// computes tasks; it is compiled once for each instruction set ("path"). A task owns what it writes, or waits for the
+// task before it in a fixed order, hence no result depends on the number of threads.
+//
+// Values are float32, codes uint8 (0 is qmin). Matrices of codes have rows of `padded` bytes, a multiple of kPad, and
+// kSlack bytes behind them that may be read.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(hidden)
+#endif
+
+constexpr int64_t kPad = 16, kSlack = 64;
+constexpr int64_t kRows = 64;             // rows of one task
+constexpr int64_t kSteps = 32;            // steps of a scan that are computed at once
+constexpr int32_t kNotANumber = INT32_MIN;  // the sum of a row of codes that had a NaN
+
+// How values become codes, round(clip((x + shift) / scale, qmin, qmax)) - qmin, and codes become values,
+// clip((code + qmin) * scale - shift, low, high): one of each or, `by_sample`, one for every sample.
+struct Quantizer {
+  const float *scale, *shift, *low, *high;  // low and high may be null
+  int64_t by_sample, qmin, qmax;
+};
+
+// Mirrored by ssmquant/ops/deployed/cpu.py. Strides count elements. All members have eight bytes.
+struct Values {  // (batch, rows, groups, columns)
+  const float* data;
+  int64_t batch, row, group, column;
+};
+
+struct Codes {  // (batch, rows, groups, padded)
+  uint8_t* data;
+  int32_t* sums;  // of each row, (batch, rows, groups); null where nobody asks
+  int64_t padded;
+};
+
+struct EncodeCall {
+  int64_t path, threads;
+  int64_t batch, rows, groups, columns;
+  Values x;
+  Quantizer quantizer;
+  Codes codes;
+};
+
+// Mean, unbiased standard deviation, minimum and maximum of each sample.
+struct MomentsCall {
+  int64_t path, threads;
+  int64_t batch, rows, groups, columns;
+  Values x;
+  double* workspace;  // kMoments for each task
+  float* moments;     // (batch, 4)
+};
+
+constexpr int64_t kMoments = 5;  // count, mean, sum of squared deviations, minimum, maximum
+
+// A matrix (outputs, padded) of signed codes as `pack` of cpu.py lays it out for the path: (tiles, units, lanes, unit),
+// with what makes values of them, each (tiles * lanes): value = scale * code - shift; total: sum of a row's values.
+struct Weights {
+  const void* codes;
+  const float *scale, *shift, *total;
+};
+
+struct LinearCall {
+  int64_t path, threads;
+  int64_t batch, rows, outputs;
+  Codes x;
+  Quantizer quantizer;  // of x, without low and high
+  Weights weights;
+  const float* bias;  // (tiles * lanes), or null
+  float* y;           // (batch, rows, outputs)
+};
+
+// A selective scan over the pixels of an image in several orders, results added up at their pixels:
+//   delta = softplus(quantized(rank @ weights) + bias),  h = exp(delta * a) * h + delta * u * b,  y = sum(h * c) + skip * u
+struct ScanCall {
+  int64_t path, threads;
+  int64_t batch, pixels, channels, states, directions;
+  Codes u;     // (batch, pixels, channels)
+  Codes b, c;  // (batch, pixels, directions, states)
+  Codes rank;  // (batch, pixels, directions, ranks), with sums
+  Quantizer of_u, of_b, of_c, of_rank;
+  Quantizer of_delta;  // scale is null for none
+  Weights weights;     // of each direction: (directions, tiles, ...)
+  const float* a;      // (directions, channels, states)
+  const float *bias, *skip;  // (directions, channels), or null
+  int64_t softplus;
+  const int32_t* order;  // (directions, pixels)
+  int64_t* done;         // (batch, tiles), zeros
+  double* workspace;     // as of MomentsCall
+  float* moments;        // of delta before it is quantized
+  float* y;              // (batch, pixels, channels)
+};
+
+struct Part {  // of the rows of a sample
+  int64_t sample, first, count;
+};
+
+struct DeployedPath {
+  const char* name;
+  int64_t lanes, unit;  // codes of a weight's row that are multiplied at once: 4 of int8, 2 of int16
+  void (*encode)(const EncodeCall&, const Part&);
+  void (*moments)(const MomentsCall&, const Part&, double* moments);
+  void (*linear)(const LinearCall&, const Part&);
+  void (*delta_moments)(const ScanCall&, const Part&, double* moments);
+  void (*scan)(const ScanCall&, int64_t direction, int64_t sample, int64_t tile);
+};
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif

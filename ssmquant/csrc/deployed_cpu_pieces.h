@@ -1,0 +1,187 @@
+// Codes, their products and sums over values, for one instruction set. As cpu_simd.h, internal to the translation unit.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu_simd.h"
+#include "deployed_cpu.h"
+
+namespace {
+
+using V = Vec<float>;
+using I = Simd<float>::I;
+constexpr int W = kLanes<float>;
+
+typedef uint8_t Bytes __attribute__((vector_size(W)));
+typedef I IntUnaligned __attribute__((aligned(4), may_alias));
+
+SSMQUANT_INLINE V floats(I x) { return __builtin_convertvector(x, V); }
+
+// W codes as floats.
+SSMQUANT_INLINE V load_codes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Bytes bytes;
+  std::memcpy(&bytes, p, W);
+  return __builtin_convertvector(bytes, V);
+#endif
+}
+
+// Floats that are codes. A NaN becomes any code.
+SSMQUANT_INLINE void store_codes(uint8_t* p, V x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x)));
+#else
+  int32_t codes[W];
+#if defined(__AVX2__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_cvttps_epi32(x));
+#elif defined(__x86_64__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_cvttps_epi32(x));
+#else
+  for (int i = 0; i < W; ++i) codes[i] = x[i] == x[i] ? int32_t(x[i]) : 0;
+#endif
+  for (int i = 0; i < W; ++i) p[i] = uint8_t(codes[i]);
+#endif
+}
+
+// The first `count` of W values, zeros behind them. Reads no others.
+SSMQUANT_INLINE V load_some(const float* p, int64_t count) {
+  if (count >= W) return load(p);
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#else
+  float some[W] = {};
+  std::memcpy(some, p, size_t(count) * sizeof(float));
+  return load(some);
+#endif
+}
+
+SSMQUANT_INLINE void store_some(float* p, V x, int64_t count) {
+  if (count >= W) return store(p, x);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), x);
+#else
+  std::memcpy(p, &x, size_t(count) * sizeof(float));
+#endif
+}
+
+// A quantizer's numbers for one sample.
+struct Grid {
+  float scale, shift, low, high, qmin, qmax;
+
+  Grid(const Quantizer& q, int64_t sample) {
+    const int64_t i = q.by_sample ? sample : 0;
+    scale = q.scale[i], shift = q.shift[i];
+    low = q.low ? q.low[i] : -INFINITY, high = q.high ? q.high[i] : INFINITY;
+    qmin = float(q.qmin), qmax = float(q.qmax);
+  }
+
+  // The order of operations is that of quantizers/affine.py. Adding 1.5 * 2 ** 23 rounds, ties to even.
+  SSMQUANT_INLINE V level(V x) const {
+    const V u = at_most(qmax, at_least(qmin, (x + shift) / scale));
+    return (u + 12582912.0f) - 12582912.0f;
+  }
+  SSMQUANT_INLINE V index(V x) const { return level(x) - qmin; }
+  SSMQUANT_INLINE V value_of_level(V u) const { return at_most(high, at_least(low, u * scale - shift)); }
+  SSMQUANT_INLINE V value(V index) const { return value_of_level(index + qmin); }
+};
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512VNNI__)
+constexpr int kUnit = 4;
+typedef int8_t Weight;
+SSMQUANT_INLINE I dot(I total, I codes, const Weight* w) {
+  return (I)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, _mm512_loadu_si512(w));
+}
+#else
+constexpr int kUnit = 2;
+typedef int16_t Weight;
+SSMQUANT_INLINE I dot(I total, I codes, const Weight* w) {
+#if defined(__AVX512F__)
+  return (I)_mm512_add_epi32((__m512i)total, _mm512_madd_epi16((__m512i)codes, _mm512_loadu_si512(w)));
+#elif defined(__AVX2__)
+  const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+  return (I)_mm256_add_epi32((__m256i)total, _mm256_madd_epi16((__m256i)codes, weights));
+#elif defined(__x86_64__)
+  const __m128i weights = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+  return (I)_mm_add_epi32((__m128i)total, _mm_madd_epi16((__m128i)codes, weights));
+#else
+  for (int i = 0; i < W; ++i) total[i] += (codes[i] & 0xffff) * w[2 * i] + (codes[i] >> 16) * w[2 * i + 1];
+  return total;
+#endif
+}
+#endif
+constexpr int kWeights = W * kUnit;  // of one unit of all lanes
+
+// A unit of codes, in all lanes.
+SSMQUANT_INLINE I unit(const uint8_t* codes) {
+  int32_t both;
+  if constexpr (kUnit == 4) {
+    std::memcpy(&both, codes, 4);
+  } else {
+    both = int32_t(codes[0]) | int32_t(codes[1]) << 16;
+  }
+#if defined(__AVX512F__)
+  return (I)_mm512_set1_epi32(both);
+#else
+  return both - I{};
+#endif
+}
+
+// ---- sums ----------------------------------------------------------------------------------------------------------
+
+// Of `count` values next to each other: count, mean, sum of squared deviations, minimum, maximum; added to `to`.
+inline void add_moments(const float* x, int64_t count, double* to) {
+  if (count == 0) return;
+  V sum{}, low = load_some(x, count), high = low;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    const V v = load(x + i);
+    sum = sum + v;
+    low = at_most(low, v);
+    high = at_least(high, v);
+  }
+  double total = 0, least = x[0], most = x[0];
+  for (int64_t j = i; j < count; ++j) {
+    total += x[j];
+    least = x[j] < least ? x[j] : least;
+    most = x[j] > most ? x[j] : most;
+  }
+  if (i > 0) {
+    for (int j = 0; j < W; ++j) {
+      total += sum[j];
+      least = low[j] < least ? low[j] : least;
+      most = high[j] > most ? high[j] : most;
+    }
+  }
+  const double mean = total / double(count);
+  const float centre = float(mean);
+  V squares{};
+  for (i = 0; i + W <= count; i += W) {
+    const V d = load(x + i) - centre;
+    squares = squares + d * d;
+  }
+  double all_squares = 0;
+  for (int j = 0; j < W; ++j) all_squares += squares[j];
+  for (; i < count; ++i) all_squares += double(x[i] - centre) * double(x[i] - centre);
+  all_squares -= double(count) * (mean - centre) * (mean - centre);
+  const double apart = mean - to[1], both = to[0] + double(count);
+  to[1] += apart * (double(count) / both);
+  to[2] += all_squares + apart * apart * (to[0] * double(count) / both);
+  to[0] = both;
+  to[3] = least < to[3] ? least : to[3];
+  to[4] = most > to[4] ? most : to[4];
+}
+
+inline void no_moments(double* to) {
+  to[0] = to[1] = to[2] = 0;
+  to[3] = INFINITY, to[4] = -INFINITY;
+}
+
+}  // namespace

@@ -1,0 +1,191 @@
+"""What a deployed graph calls where its nodes are fused: arithmetic on codes, by ``ops.deployed``.
+
+The modules of the graph (quantizers, packed tensors) stay what they were and are handed in; what kernels need of them
+is kept as long as their tensors do not change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ssmquant.modules.activation import ActivationQuantizer, FrozenRange
+from ssmquant.modules.packed import PackedTensor
+from ssmquant.ops.deployed import Codes, Grid, Weights, cpu
+from ssmquant.ops.deployed.forms import signed_codes
+from ssmquant.quantizers import DLS, Quantizer
+
+__all__ = ["coded", "dynamic", "plain", "scan_core", "static", "takes_weight"]
+
+_known: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Any]]] = WeakKeyDictionary()
+
+
+def _kept(module: nn.Module, form: Any, make: Callable[[], Any]) -> Any:
+    """``make()``, or what it returned before if no tensor of the module has changed since."""
+    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    forms = _known.setdefault(module, {})
+    if form not in forms or forms[form][0] != stamp:
+        forms[form] = stamp, make()
+    return forms[form][1]
+
+
+# ---- quantizers ------------------------------------------------------------------------------------------------------
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    return module.quantizer if isinstance(module, ActivationQuantizer) else module
+
+
+def static(module: nn.Module) -> bool:
+    """Whether a quantizer's codes are integers on one grid, known beforehand: products of them are exact."""
+    q = _inner(module)
+    return isinstance(q, Quantizer) and q.bits is not None and q.static_affine() is not None
+
+
+def dynamic(module: nn.Module) -> bool:
+    """Whether a quantizer takes its grid from statistics that kernels know."""
+    q = _inner(module)
+    return isinstance(q, DLS) and q.bits is not None and not q.official and q.stats_axis in (None, 0)
+
+
+def coded(module: nn.Module) -> bool:
+    """Whether kernels know how to encode as this quantizer does."""
+    return static(module) or dynamic(module)
+
+
+def _static_grid(q: Quantizer) -> Grid:
+    affine = q.static_affine()
+    assert affine is not None
+    scale, shift = (t.detach().float().reshape(1).clone() for t in (affine.scale, affine.shift))
+    qmin, qmax = q.qmin, q.qmax
+    if isinstance(q, FrozenRange):  # whose ends are levels
+        ends = sorted(int(((end + q.beta) / q.alpha).round()) for end in (q.lo, q.hi))
+        qmin, qmax = max(qmin, ends[0]), min(qmax, ends[1])
+    return Grid(scale, shift, qmin, qmax)
+
+
+def _dynamic_grid(q: DLS, moments: Tensor, count: int, copies: int = 1) -> Grid:
+    """From the moments of samples of ``count`` elements, each of which stands for ``copies``."""
+    samples = len(moments)
+    if q.stats_axis is None and samples > 1:
+        m = moments.double()
+        mean = m[:, 0].mean()
+        squares = (m[:, 1] ** 2 * (count - 1) + count * (m[:, 0] - mean) ** 2).sum()
+        count *= samples
+        std = (squares / max(count - 1, 1)).sqrt()
+        moments = torch.stack((mean, std, m[:, 2].min(), m[:, 3].max()))[None].float()
+    if copies > 1:
+        moments = moments.clone()
+        moments[:, 1] *= math.sqrt(max(count - 1, 1) * copies / max(count * copies - 1, 1))
+    affine = q.affine_of(moments.T)
+    assert affine.lo is not None
+    assert affine.hi is not None
+    scale, shift, low, high = (
+        t.float().contiguous() for t in (affine.scale, affine.shift, affine.lo, affine.hi)
+    )
+    return Grid(scale, shift, q.qmin, q.qmax, low, high)
+
+
+def _grid(module: nn.Module, moments: Callable[[], Tensor], count: int, copies: int = 1) -> Grid:
+    q = _inner(module)
+    if isinstance(q, DLS):
+        return _dynamic_grid(q, moments(), count, copies)
+    assert isinstance(q, Quantizer)
+    grid: Grid = _kept(q, "grid", lambda: _static_grid(q))
+    return grid
+
+
+def _encode(x: Tensor, module: nn.Module, copies: int = 1) -> tuple[Codes, Grid]:
+    """(batch, rows, groups, columns) as codes."""
+    grid = _grid(module, lambda: cpu.moments(x), x.numel() // x.shape[0], copies)
+    return cpu.encode(x, grid), grid
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def takes_weight(module: nn.Module) -> bool:
+    """Whether kernels multiply by this weight: codes on one grid for each output."""
+    return isinstance(module, PackedTensor) and module.lo is None and len(module.shape) >= 2
+
+
+def _weights(module: PackedTensor, shape: tuple[int, ...]) -> Weights:
+    """A packed weight as (.., outputs, inputs) of ``shape``."""
+
+    def make() -> Weights:
+        q = module.qtensor()
+        wide = (*q.codes.shape[:-1], 1) if q.scale.dim() == q.codes.dim() else q.scale.shape
+        per_output = (t.expand(wide).expand(*q.codes.shape).reshape(shape)[..., 0] for t in (q.scale, q.shift))
+        scale, shift = (t.float().contiguous() for t in per_output)
+        codes, shift = signed_codes(q.codes.reshape(shape), q.bits, q.code_min, shift, scale)
+        return cpu.pack(codes, scale, shift)
+
+    made: Weights = _kept(module, shape, make)
+    return made
+
+
+def plain(value: Any) -> Any:
+    """A packed tensor's values, float32 and contiguous; a tensor as such; None."""
+    if isinstance(value, PackedTensor):
+        return _kept(value, "plain", lambda: value().float().contiguous())
+    return value.float().contiguous() if isinstance(value, Tensor) else value
+
+
+# ---- the scan of an image --------------------------------------------------------------------------------------------
+
+
+def scan_core(
+    x: Tensor,
+    order: Tensor,
+    ranks: tuple[int, int, int, int],
+    places: tuple[int, int, int],
+    of_x: nn.Module,
+    projection: PackedTensor,
+    of_rank: nn.Module,
+    dt_weight: PackedTensor,
+    of_u: nn.Module,
+    of_delta: nn.Module | None,
+    of_b: nn.Module,
+    of_c: nn.Module,
+    a: Any,
+    skip: Any,
+    bias: Any,
+    softplus: bool,
+) -> Tensor:
+    """Projections of an image, selective scans in K orders of its pixels, and their sum: (B, L, D).
+
+    Args:
+        x: (B, L, D), any strides.
+        order: (K, L).
+        ranks: rows that a direction's projection has, of these step sizes' low rank, states twice.
+        places: where the low rank, B and C begin among a direction's rows.
+        of_x, of_u, of_rank, of_delta, of_b, of_c: quantizers.
+        projection: (K, E, D), to the low rank, B and C.
+        dt_weight: (K, D, R).
+        a: (K * D, N); skip, bias: (K * D,) or None.
+    """
+    batch, pixels, channels = x.shape
+    directions, (rows, rank, states, _) = len(order), ranks
+    image = x.unsqueeze(2)
+    codes, grid = _encode(image, of_x, directions)
+    u = (codes, grid) if of_u is of_x else _encode(image, of_u, directions)
+    weights = _weights(projection, (directions * rows, channels))
+    made = cpu.linear(codes, grid, weights).view(batch, pixels, directions, rows)
+    low, b, c = (
+        _encode(made[..., at : at + n], q)
+        for at, n, q in zip(places, (rank, states, states), (of_rank, of_b, of_c), strict=True)
+    )
+    steps = _weights(dt_weight, (directions, channels, rank))
+    of_steps = None
+    if of_delta is not None:
+        count = pixels * directions * channels
+        of_steps = _grid(of_delta, lambda: cpu.delta_moments(*low, steps), count)
+    return cpu.scan(
+        u, low, steps, of_steps, plain(a), b, c, plain(skip), plain(bias), softplus, order.contiguous()
+    )

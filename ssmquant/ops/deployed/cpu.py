@@ -1,0 +1,269 @@
+"""Deployed models on the CPU, by the C++ of ``csrc/deployed_cpu.cpp``: codes in, integer products, scans on codes.
+
+All functions take float32 tensors without gradients, on the CPU. ``path`` is an index into ``paths()``: AVX-512 with
+VNNI, AVX-512, AVX2, or what the compiler makes of the portable form. Results depend on neither the number of threads
+nor, but for the order of sums, on the path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmquant.ops import native
+from ssmquant.ops.deployed.forms import Codes, Grid, Weights
+
+__all__ = ["MOST_STATES", "NAME", "delta_moments", "encode", "linear", "moments", "pack", "paths", "scan", "unavailable"]
+
+NAME = "cpu"
+MOST_STATES = 256
+_PAD, _SLACK, _MOMENTS = 16, 64, 5  # of deployed_cpu.h
+
+
+def _integers(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int64) for name in names]
+
+
+def _pointers(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+class _Quantizer(ctypes.Structure):
+    _fields_ = [*_pointers("scale", "shift", "low", "high"), *_integers("by_sample", "qmin", "qmax")]
+
+
+class _Values(ctypes.Structure):
+    _fields_ = [*_pointers("data"), *_integers("batch", "row", "group", "column")]
+
+
+class _Codes(ctypes.Structure):
+    _fields_ = [*_pointers("data", "sums"), *_integers("padded")]
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = _pointers("codes", "scale", "shift", "total")
+
+
+class _EncodeCall(ctypes.Structure):
+    _fields_ = [
+        *_integers("path", "threads", "batch", "rows", "groups", "columns"),
+        ("x", _Values),
+        ("quantizer", _Quantizer),
+        ("codes", _Codes),
+    ]
+
+
+class _MomentsCall(ctypes.Structure):
+    _fields_ = [
+        *_integers("path", "threads", "batch", "rows", "groups", "columns"),
+        ("x", _Values),
+        *_pointers("workspace", "moments"),
+    ]
+
+
+class _LinearCall(ctypes.Structure):
+    _fields_ = [
+        *_integers("path", "threads", "batch", "rows", "outputs"),
+        ("x", _Codes),
+        ("quantizer", _Quantizer),
+        ("weights", _Weights),
+        *_pointers("bias", "y"),
+    ]
+
+
+class _ScanCall(ctypes.Structure):
+    _fields_ = [
+        *_integers("path", "threads", "batch", "pixels", "channels", "states", "directions"),
+        *((name, _Codes) for name in ("u", "b", "c", "rank")),
+        *((name, _Quantizer) for name in ("of_u", "of_b", "of_c", "of_rank", "of_delta")),
+        ("weights", _Weights),
+        *_pointers("a", "bias", "skip"),
+        *_integers("softplus"),
+        *_pointers("order", "done", "workspace", "moments", "y"),
+    ]
+
+
+@functools.cache
+def _found() -> ctypes.CDLL | str:
+    found = native.library()
+    if isinstance(found, str):
+        return found
+    calls = {
+        "encode": _EncodeCall,
+        "moments": _MomentsCall,
+        "linear": _LinearCall,
+        "delta_moments": _ScanCall,
+        "scan": _ScanCall,
+    }
+    for name, call in calls.items():
+        function = getattr(found, f"ssmquant_deployed_{name}")
+        function.argtypes, function.restype = [ctypes.POINTER(call)], None
+    for name in ("paths", "path", "lanes", "unit", "tasks"):
+        function = getattr(found, f"ssmquant_deployed_{name}")
+        function.argtypes = [] if name == "paths" else [ctypes.c_int64]
+        function.restype = ctypes.c_char_p if name == "path" else ctypes.c_int64
+    return found
+
+
+def _library() -> ctypes.CDLL:
+    found = _found()
+    if isinstance(found, str):
+        raise RuntimeError(f"deployed: {found}")
+    return found
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why nothing can run there, or None. May compile at first use."""
+    if device.type != "cpu":
+        return f"for the CPU, not for {device.type}"
+    found = _found()
+    return found if isinstance(found, str) else None
+
+
+def paths() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, best first."""
+    library = _library()
+    return tuple(library.ssmquant_deployed_path(i).decode() for i in range(library.ssmquant_deployed_paths()))
+
+
+def _quantizer(grid: Grid) -> _Quantizer:
+    low, high = (None if t is None else t.data_ptr() for t in (grid.low, grid.high))
+    by_sample = grid.scale.numel() > 1
+    return _Quantizer(grid.scale.data_ptr(), grid.shift.data_ptr(), low, high, by_sample, grid.qmin, grid.qmax)
+
+
+def _codes(codes: Codes) -> _Codes:
+    return _Codes(codes.data.data_ptr(), codes.sums.data_ptr(), codes.data.shape[-1])
+
+
+def _weights(weights: Weights) -> _Weights:
+    tensors = weights.codes, weights.scale, weights.shift, weights.total
+    return _Weights(*(t.data_ptr() for t in tensors))
+
+
+def _values(x: Tensor) -> _Values:
+    return _Values(x.data_ptr(), *x.stride())
+
+
+def _workspace(batch: int, rows: int) -> Tensor:
+    return torch.empty(batch * _library().ssmquant_deployed_tasks(rows) * _MOMENTS, dtype=torch.float64)
+
+
+def encode(x: Tensor, grid: Grid, path: int = 0) -> Codes:
+    """(batch, rows, groups, columns), any strides, as codes."""
+    batch, rows, groups, columns = x.shape
+    padded = -(-columns // _PAD) * _PAD
+    size = batch * rows * groups * padded
+    data = torch.empty(size + _SLACK, dtype=torch.uint8)[:size].view(batch, rows, groups, padded)
+    codes = Codes(data, torch.empty(batch, rows, groups, dtype=torch.int32))
+    call = _EncodeCall(path, torch.get_num_threads(), batch, rows, groups, columns)
+    call.x, call.quantizer, call.codes = _values(x), _quantizer(grid), _codes(codes)
+    _library().ssmquant_deployed_encode(call)
+    return codes
+
+
+def moments(x: Tensor, path: int = 0) -> Tensor:
+    """Mean, unbiased standard deviation (0 of a single element), minimum and maximum of each sample: (batch, 4)."""
+    batch, rows, groups, columns = x.shape
+    out, workspace = torch.empty(batch, 4), _workspace(batch, rows)
+    call = _MomentsCall(path, torch.get_num_threads(), batch, rows, groups, columns)
+    call.x, call.workspace, call.moments = _values(x), workspace.data_ptr(), out.data_ptr()
+    _library().ssmquant_deployed_moments(call)
+    return out
+
+
+def pack(codes: Tensor, scale: Tensor, shift: Tensor, path: int = 0) -> Weights:
+    """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs) as ``path`` wants them."""
+    library = _library()
+    lanes, unit = library.ssmquant_deployed_lanes(path), library.ssmquant_deployed_unit(path)
+    *lead, outputs, inputs = codes.shape
+    tiles, units = -(-outputs // lanes), -(-inputs // _PAD) * _PAD // unit
+    total = scale.double() * codes.sum(-1, dtype=torch.int64) - inputs * shift.double()
+    wide = F.pad(codes, (0, units * unit - inputs, 0, tiles * lanes - outputs))
+    wide = wide.view(*lead, tiles, lanes, units, unit).transpose(-3, -2)
+    wide = wide.to(torch.int8 if unit == 4 else torch.int16).contiguous()
+    rest = (F.pad(t.float(), (0, tiles * lanes - outputs)).contiguous() for t in (scale, shift, total))
+    return Weights(wide, *rest, outputs)
+
+
+def padded_like(bias: Tensor, weights: Weights) -> Tensor:
+    """A bias of the weight's outputs with zeros behind them."""
+    return F.pad(bias.float(), (0, weights.scale.shape[-1] - bias.shape[-1])).contiguous()
+
+
+def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, path: int = 0) -> Tensor:
+    """``value(x) @ value(weights).T + bias``: (batch, rows, outputs). ``bias``: from ``padded_like``.
+
+    ``grid`` is that of x, without ``low`` and ``high``; x has one group.
+    """
+    batch, rows, _, _ = x.data.shape
+    y = torch.empty(batch, rows, weights.outputs)
+    call = _LinearCall(path, torch.get_num_threads(), batch, rows, weights.outputs)
+    call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
+    call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
+    _library().ssmquant_deployed_linear(call)
+    return y
+
+
+def _scan_call(rank: Codes, of_rank: Grid, weights: Weights, path: int) -> _ScanCall:
+    batch, pixels, directions, _ = rank.data.shape
+    call = _ScanCall(path, torch.get_num_threads(), batch, pixels, weights.outputs, 0, directions)
+    call.rank, call.of_rank, call.weights = _codes(rank), _quantizer(of_rank), _weights(weights)
+    return call
+
+
+def delta_moments(rank: Codes, of_rank: Grid, weights: Weights, path: int = 0) -> Tensor:
+    """``moments`` of the step sizes that ``scan`` makes of ``rank``, before bias and softplus: (batch, 4)."""
+    batch, pixels, _, _ = rank.data.shape
+    call = _scan_call(rank, of_rank, weights, path)
+    out, workspace = torch.empty(batch, 4), _workspace(batch, pixels)
+    call.workspace, call.moments = workspace.data_ptr(), out.data_ptr()
+    _library().ssmquant_deployed_delta_moments(call)
+    return out
+
+
+def scan(
+    u: tuple[Codes, Grid],
+    rank: tuple[Codes, Grid],
+    weights: Weights,
+    of_delta: Grid | None,
+    a: Tensor,
+    b: tuple[Codes, Grid],
+    c: tuple[Codes, Grid],
+    skip: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    order: Tensor,
+    path: int = 0,
+) -> Tensor:
+    """Selective scans over an image in K orders, added up at their pixels: (B, L, D).
+
+    Args:
+        u: the image, (B, L, 1, D).
+        rank: the low rank of the step sizes, (B, L, K, R).
+        weights: (K, D, R), from which the step sizes come.
+        of_delta: quantizes them before bias and softplus.
+        a: (K * D, N), contiguous float32, N up to ``MOST_STATES``. Where it is the same for all channels and evenly
+            spaced, decays are powers of one exponential.
+        b, c: (B, L, K, N).
+        skip, bias: (K * D,), contiguous float32.
+        order: (K, L) int32, contiguous, each row a permutation: the pixel of every step.
+    """
+    call = _scan_call(*rank, weights, path)
+    call.states = a.shape[1]
+    call.u, call.of_u = _codes(u[0]), _quantizer(u[1])
+    call.b, call.of_b = _codes(b[0]), _quantizer(b[1])
+    call.c, call.of_c = _codes(c[0]), _quantizer(c[1])
+    if of_delta is not None:
+        call.of_delta = _quantizer(of_delta)
+    call.a, call.softplus, call.order = a.data_ptr(), softplus, order.data_ptr()
+    call.skip, call.bias = (None if t is None else t.data_ptr() for t in (skip, bias))
+    done = torch.zeros(call.batch * weights.scale[0].numel(), dtype=torch.int64)  # more than tiles
+    y = torch.empty(call.batch, call.pixels, call.channels)
+    call.done, call.y = done.data_ptr(), y.data_ptr()
+    _library().ssmquant_deployed_scan(call)
+    return y

@@ -1,0 +1,66 @@
+"""Operands of the kernels of deployed models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssmquant.errors import InputError
+
+__all__ = ["Codes", "Grid", "Weights", "signed_codes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """How values become codes, ``round(clip((x + shift) / scale, qmin, qmax)) - qmin``, and codes become values.
+
+    ``clip((code + qmin) * scale - shift, low, high)``. Tensors are float32, of one element, or one a sample.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    qmin: int
+    qmax: int
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Encoded rows of a batch, (batch, rows, groups, padded) uint8, ``padded`` a multiple of 16.
+
+    ``sums``: of the codes of each row, (batch, rows, groups) int32; INT32_MIN for a row that had a NaN. The tensor is
+    the start of a buffer with room behind it, which kernels may read.
+    """
+
+    data: Tensor
+    sums: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A weight (..., outputs, inputs) as a kernel's path wants it, and what makes values of its codes.
+
+    ``value = scale * code - shift``, one of each an output; ``total``: the sum of an output's values. All of them
+    (..., tiles, lanes), zeros behind the outputs.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor
+    total: Tensor
+    outputs: int
+
+
+def signed_codes(codes: Tensor, bits: int, code_min: int, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``codes`` (uint8, from 0) as int8 around 0, and the shift that belongs to them.
+
+    Raises:
+        InputError: more than 8 bits.
+    """
+    if bits > 8:
+        raise InputError(f"kernels take codes of up to 8 bits, not {bits}")
+    half = 2 ** (bits - 1)
+    return (codes.to(torch.int16) - half).to(torch.int8), shift - scale * (half + code_min)
