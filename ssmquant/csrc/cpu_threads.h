@@ -1,6 +1,7 @@
 // Tasks shared out over threads, and the choice of an instruction set. For files compiled once for any machine.
 #pragma once
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -53,40 +54,47 @@ inline int64_t parts(int64_t wanted, int64_t most) { return std::max<int64_t>(1,
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <typename F>
-struct Worker {
-  const F* run;
-  std::atomic<int64_t>* next;
-  int64_t tasks, thread;
-  pthread_t handle;
+// Runs work(data) on so many threads, this one included, and returns when all have.
+using Parallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
-  void work() const {
-    for (int64_t i; (i = next->fetch_add(1, std::memory_order_relaxed)) < tasks;) (*run)(i, thread);
+// The OpenMP library that torch has loaded, if any. Its threads wait for work a while before they sleep, so others beside
+// them would find the processors busy. GNU's does not survive a fork; a process that was forked uses threads of its own.
+Parallel openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { openmp = nullptr; });
+
+template <typename F>
+struct Job {
+  const F& run;
+  const int64_t tasks;
+  std::atomic<int64_t> next{0}, threads{0};
+
+  void work() {
+    const int64_t thread = threads.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(i, thread);
   }
 
-  static void* start(void* self) {
-    static_cast<const Worker*>(self)->work();
+  static void work_on(void* job) { static_cast<Job*>(job)->work(); }
+
+  static void* start(void* job) {
+    work_on(job);
     return nullptr;
   }
 };
 
-// Calls run(task, thread) for all tasks. A thread that cannot be started leaves its share to the others. Threads of
-// our own, since a second OpenMP library beside torch's may not be loaded, and nothing of C++'s library, whose version
-// would have to fit.
+// Calls run(task, thread) for all tasks, which are begun in order. A thread that cannot be started leaves its share to
+// the others. A second OpenMP library beside torch's may not be loaded, and nothing of C++'s library is used, whose
+// version would have to fit.
 template <typename F>
 void share(int64_t threads, int64_t tasks, const F& run) {
-  std::atomic<int64_t> next{0};
-  Worker<F> workers[kMostThreads];
-  int64_t started = 1;
-  for (int64_t i = 0; i < std::min(threads, tasks); ++i) {
-    workers[i] = {&run, &next, tasks, i, {}};
-    if (i > 0) {
-      if (pthread_create(&workers[i].handle, nullptr, Worker<F>::start, &workers[i]) != 0) break;
-      started = i + 1;
-    }
-  }
-  workers[0].work();
-  for (int64_t i = 1; i < started; ++i) pthread_join(workers[i].handle, nullptr);
+  Job<F> job{run, tasks};
+  threads = std::min(threads, tasks);
+  if (threads <= 1) return job.work();
+  if (openmp != nullptr) return openmp(Job<F>::work_on, &job, unsigned(threads), 0);
+  pthread_t others[kMostThreads];
+  int64_t started = 0;
+  while (started + 1 < threads && pthread_create(&others[started], nullptr, Job<F>::start, &job) == 0) ++started;
+  job.work();
+  for (int64_t i = 0; i < started; ++i) pthread_join(others[i], nullptr);
 }
 
 }  // namespace

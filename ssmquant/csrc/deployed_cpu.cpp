@@ -2,6 +2,8 @@
 
 #include "deployed_cpu.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -90,6 +92,25 @@ SSMQUANT_EXPORT void ssmquant_deployed_linear(const LinearCall* call) {
         [&](int64_t i, int64_t) { run(*call, part_of(call->rows, i)); });
 }
 
+SSMQUANT_EXPORT void ssmquant_deployed_conv(const ConvCall* call) {
+  const auto run = kPaths.found[call->path]->conv;
+  const int64_t rows = call->batch * call->height, taps = call->window.height * call->window.width;
+  const int64_t work = rows * call->width * call->outputs * taps * (call->x.padded / 8 + 1);
+  share(useful_threads(*call, work), rows, [&](int64_t i, int64_t) { run(*call, i / call->height, i % call->height); });
+}
+
+SSMQUANT_EXPORT void ssmquant_deployed_depthwise(const DepthwiseCall* call) {
+  const DeployedPath& path = *kPaths.found[call->path];
+  const int64_t tiles = divide_up(call->channels, path.lanes);
+  const int64_t down = divide_up(call->height, kBlockHeight), right = divide_up(call->width, kBlockWidth);
+  const int64_t work = call->batch * call->height * call->width * call->channels * 2;
+  share(useful_threads(*call, work), call->batch * down * right * tiles, [&](int64_t i, int64_t) {
+    const int64_t block = i / tiles;
+    path.depthwise(*call, block / right / down, block / right % down * kBlockHeight, block % right * kBlockWidth,
+                   i % tiles);
+  });
+}
+
 SSMQUANT_EXPORT void ssmquant_deployed_delta_moments(const ScanCall* call) {
   const auto run = kPaths.found[call->path]->delta_moments;
   const int64_t work = call->batch * call->pixels * call->directions * call->channels;
@@ -107,11 +128,7 @@ SSMQUANT_EXPORT void ssmquant_deployed_scan(const ScanCall* call) {
     // Directions are added up in their order. Tasks start in the order of their numbers, so the one before has started.
     const int64_t direction = i / each, mine = i % each;
     int64_t* const done = call->done + mine;
-    while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != direction) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
+    while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != direction) sched_yield();
     path.scan(*call, direction, mine / tiles, mine % tiles);
     __atomic_store_n(done, direction + 1, __ATOMIC_RELEASE);
   });

@@ -34,8 +34,9 @@ struct Values {  // (batch, rows, groups, columns)
 
 struct Codes {  // (batch, rows, groups, padded)
   uint8_t* data;
-  int32_t* sums;  // of each row, (batch, rows, groups); null where nobody asks
+  int32_t* sums;  // of each of them, (batch, rows, groups)
   int64_t padded;
+  int64_t batch, row;  // strides, in groups
 };
 
 struct EncodeCall {
@@ -66,13 +67,46 @@ struct Weights {
 
 struct LinearCall {
   int64_t path, threads;
-  int64_t batch, rows, outputs;
+  int64_t batch, rows, inputs, outputs;
   Codes x;
-  Quantizer quantizer;  // of x, without low and high
+  // Of x. With low and high products are of values, not of codes, and weights are laid out as (tiles, inputs, lanes).
+  Quantizer quantizer;
   Weights weights;
   const float* bias;  // (tiles * lanes), or null
   float* y;           // (batch, rows, outputs)
 };
+
+struct Window {  // of a convolution with stride 1
+  int64_t height, width;  // taps
+  int64_t down, right;    // pixels between taps
+};
+
+// A convolution of codes in an image with a border: (batch, height + .., width + .., padded), codes and sums of the
+// border 0. The sums of codes leave the border out, which is no code but zero.
+struct ConvCall {
+  int64_t path, threads;
+  int64_t batch, height, width, outputs;
+  Window window;
+  Codes x;
+  Quantizer quantizer;  // without low and high
+  Weights weights;      // of each tap: (taps, tiles, ...)
+  const float* bias;    // (tiles * lanes), or null
+  float* y;             // (batch, height, width, outputs)
+};
+
+// A depthwise convolution, on values that are quantized while they are read.
+struct DepthwiseCall {
+  int64_t path, threads;
+  int64_t batch, height, width, channels;
+  Window window;  // spans at most kMostSpan + 1 pixels
+  Values x;       // (batch, height, width, channels)
+  Quantizer quantizer;
+  const float *weights, *bias;  // (taps, tiles * lanes), (tiles * lanes)
+  int64_t silu;
+  float* y;  // (batch, height, width, channels)
+};
+
+constexpr int64_t kMostSpan = 16, kBlockHeight = 8, kBlockWidth = 64;
 
 // A selective scan over the pixels of an image in several orders, results added up at their pixels:
 //   delta = softplus(quantized(rank @ weights) + bias),  h = exp(delta * a) * h + delta * u * b,  y = sum(h * c) + skip * u
@@ -105,6 +139,8 @@ struct DeployedPath {
   void (*encode)(const EncodeCall&, const Part&);
   void (*moments)(const MomentsCall&, const Part&, double* moments);
   void (*linear)(const LinearCall&, const Part&);
+  void (*conv)(const ConvCall&, int64_t sample, int64_t y);
+  void (*depthwise)(const DepthwiseCall&, int64_t sample, int64_t y, int64_t x, int64_t tile);
   void (*delta_moments)(const ScanCall&, const Part&, double* moments);
   void (*scan)(const ScanCall&, int64_t direction, int64_t sample, int64_t tile);
 };

@@ -15,7 +15,6 @@ using I = Simd<float>::I;
 constexpr int W = kLanes<float>;
 
 typedef uint8_t Bytes __attribute__((vector_size(W)));
-typedef I IntUnaligned __attribute__((aligned(4), may_alias));
 
 SSMQUANT_INLINE V floats(I x) { return __builtin_convertvector(x, V); }
 
@@ -67,6 +66,41 @@ SSMQUANT_INLINE void store_some(float* p, V x, int64_t count) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), x);
 #else
   std::memcpy(p, &x, size_t(count) * sizeof(float));
+#endif
+}
+
+// The first `count` lanes, zeros behind them.
+SSMQUANT_INLINE V first_of(V x, int64_t count) {
+  if (count >= W) return x;
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(__mmask16((1u << count) - 1), x);
+#else
+  for (int64_t i = count; i < W; ++i) x[i] = 0;
+  return x;
+#endif
+}
+
+SSMQUANT_INLINE float lane_sum(V x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#else
+  float total = 0;
+  for (int i = 0; i < W; ++i) total += x[i];
+  return total;
+#endif
+}
+
+// W signed codes as floats.
+SSMQUANT_INLINE V load_signed(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  typedef int8_t Signed __attribute__((vector_size(W)));
+  Signed bytes;
+  std::memcpy(&bytes, p, W);
+  return __builtin_convertvector(bytes, V);
 #endif
 }
 

@@ -19,7 +19,7 @@ struct Delta {
 
   Delta(const ScanCall& call, int64_t direction, int64_t sample, int64_t tile) : call(call), direction(direction) {
     const int64_t tiles = (call.channels + W - 1) / W, units = call.rank.padded / kUnit;
-    const int64_t at = direction * tiles + tile, rows = sample * call.pixels * call.directions;
+    const int64_t at = direction * tiles + tile, rows = sample * call.rank.batch;
     weights = static_cast<const Weight*>(call.weights.codes) + at * units * kWeights;
     const Grid q(call.of_rank, sample);
     scale = load(call.weights.scale + at * W) * q.scale;

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ssmquant.graph.deploy_layers import deploy_layers
 from ssmquant.graph.fuse import between, flat_sequences, fuse, is_quantizer, projected, projection
 from ssmquant.graph.moves import evaluate, is_move, is_number, sizes_of, traced_size
 from ssmquant.graph.orders import Merges, Unfit, count, shape_of
@@ -143,14 +144,18 @@ class _Deployer:
         self.dead.add(node)
         return node  # type: ignore[no-any-return]
 
-    def weight(self, node: Any) -> fx.Node:
-        """The call of the packed tensor of which ``node`` is another shape, and no other order."""
+    def weight(self, node: Any, outputs: int) -> fx.Node:
+        """The call of the packed tensor of which ``node`` is another shape, and no other order.
+
+        ``outputs``: so many axes in front number its outputs.
+        """
         while isinstance(node, fx.Node) and node.op != "call_module":
             if op_name(node) not in _RESHAPES:
                 raise _NoMatch
             self.dead.add(node)
             node = node.args[0]
-        if not deployed.takes_weight(self.module(node, WEIGHTS)):
+        module = self.module(node, WEIGHTS)
+        if not deployed.takes_weight(module, outputs):
             raise _NoMatch
         self.dead.add(node)
         return node  # type: ignore[no-any-return]
@@ -232,7 +237,7 @@ class _Deployer:
             keeps,
             softplus,
         )
-        weights = self.weight(x_weight), self.weight(dt_weight)
+        weights = self.weight(x_weight, 2), self.weight(dt_weight, 2)
         there = self.copy[merges]
         with self.graph.inserting_before(there):
             modules = (of_x, weights[0], of_rank, weights[1], of_u, of_delta, of_b, of_c, a, skip, bias)
@@ -273,8 +278,6 @@ class _Deployer:
 def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     """The fused graph of a deployed model on a CPU; ``graph`` itself if nothing in it can be fused."""
     fused = fuse(graph, model)
-    if fused is graph:
-        return graph
     d = _Deployer(fused, model)
     for n in fused.nodes:
         if n.target is _SCAN:
@@ -282,8 +285,10 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
                 d.core(n)
             except _NoMatch:
                 continue
-    if not d.changed:
-        return graph
+    if not d.changed:  # what is fused for other devices alone is no gain
+        d = _Deployer(graph, model)
     d.prune()
+    if not deploy_layers(d.graph, model) and not d.changed:
+        return graph
     d.graph.lint()
     return d.graph

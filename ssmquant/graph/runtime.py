@@ -144,8 +144,9 @@ def _watched(model: nn.Module) -> bool:
     """Whether hooks want to see the calls of modules, some of which fused graphs leave out."""
     if _has_any_global_hook():
         return True
-    activations = runtime_of(model).activations.values()
-    return any(hooks_of(m) for wrapper in activations for m in wrapper.modules())
+    runtime = runtime_of(model)
+    stores = [runtime.activations] if runtime.stage == "prepared" else [runtime.activations, runtime.weights]
+    return any(hooks_of(m) for store in stores for child in store.values() for m in child.modules())
 
 
 def _form(model: nn.Module, tensors: Sequence[Tensor]) -> str | None:

@@ -19,8 +19,9 @@ from ssmquant.modules.packed import PackedTensor
 from ssmquant.ops.deployed import Codes, Grid, Weights, cpu
 from ssmquant.ops.deployed.forms import signed_codes
 from ssmquant.quantizers import DLS, Quantizer
+from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["coded", "dynamic", "plain", "scan_core", "static", "takes_weight"]
+__all__ = ["coded", "conv2d", "dynamic", "linear", "plain", "scan_core", "static", "takes_weight"]
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Any]]] = WeakKeyDictionary()
 
@@ -110,24 +111,30 @@ def _encode(x: Tensor, module: nn.Module, copies: int = 1) -> tuple[Codes, Grid]
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def takes_weight(module: nn.Module) -> bool:
-    """Whether kernels multiply by this weight: codes on one grid for each output."""
-    return isinstance(module, PackedTensor) and module.lo is None and len(module.shape) >= 2
+def takes_weight(module: nn.Module, outputs: int = 1) -> bool:
+    """Whether kernels multiply by this weight: one scale for all, or for each entry of the first ``outputs`` axes."""
+    if not isinstance(module, PackedTensor) or module.lo is not None or len(module.shape) <= outputs:
+        return False
+    return all(n == 1 for n in module.scale.shape[outputs:])
 
 
-def _weights(module: PackedTensor, shape: tuple[int, ...]) -> Weights:
-    """A packed weight as (.., outputs, inputs) of ``shape``."""
+def _weights(
+    module: PackedTensor, form: Any, arrange: Callable[[Tensor], Tensor], *, values: bool = False
+) -> Weights:
+    """A packed weight for kernels; ``arrange``: its codes as (.., outputs, inputs), which ``form`` names."""
 
     def make() -> Weights:
         q = module.qtensor()
-        wide = (*q.codes.shape[:-1], 1) if q.scale.dim() == q.codes.dim() else q.scale.shape
-        per_output = (t.expand(wide).expand(*q.codes.shape).reshape(shape)[..., 0] for t in (q.scale, q.shift))
-        scale, shift = (t.float().contiguous() for t in per_output)
-        codes, shift = signed_codes(q.codes.reshape(shape), q.bits, q.code_min, shift, scale)
-        return cpu.pack(codes, scale, shift)
+        scale, shift = (arrange(t.float().expand(q.codes.shape))[..., 0] for t in (q.scale, q.shift))
+        codes, shift = signed_codes(arrange(q.codes), q.bits, q.code_min, shift, scale)
+        return cpu.pack(codes, scale, shift, values=values)
 
-    made: Weights = _kept(module, shape, make)
+    made: Weights = _kept(module, (form, values), make)
     return made
+
+
+def _matrix(module: PackedTensor, shape: tuple[int, ...], *, values: bool = False) -> Weights:
+    return _weights(module, shape, lambda t: t.reshape(shape), values=values)
 
 
 def plain(value: Any) -> Any:
@@ -135,6 +142,64 @@ def plain(value: Any) -> Any:
     if isinstance(value, PackedTensor):
         return _kept(value, "plain", lambda: value().float().contiguous())
     return value.float().contiguous() if isinstance(value, Tensor) else value
+
+
+# ---- projections and convolutions ------------------------------------------------------------------------------------
+
+
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else cpu.by_lanes(bias)
+
+
+def _product(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+    """(batch, rows, inputs), any strides, by a weight of (outputs, inputs) and any number of ones: (.., outputs)."""
+    codes, grid = _encode(x.unsqueeze(2), of_x)
+    weights = _matrix(weight, (weight.shape[0], x.shape[2]), values=grid.low is not None)
+    return cpu.linear(codes, grid, weights, _bias(bias))
+
+
+def linear(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of the quantized x, whose first axis numbers the samples."""
+    rows = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+    if static(of_x):  # samples do not matter
+        rows = rows.flatten(0, 1)[None]
+    return _product(rows, of_x, weight, bias).view(*x.shape[:-1], -1)
+
+
+def conv2d(
+    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, dilation: tuple[int, int], act: Any = None
+) -> Tensor:
+    """A convolution of the quantized x, (B, C, H, W) with any strides, that keeps its size.
+
+    Dense (1x1 also of values that are clamped), or depthwise, then with SiLU if ``act`` is one.
+
+    Returns:
+        (B, outputs, H, W), channels last.
+    """
+    outputs, inputs, *kernel = weight.shape
+    if inputs == 1 and outputs == x.shape[1]:
+        image = x.permute(0, 2, 3, 1)
+        batch = x.shape[0]
+        grid = _grid(of_x, lambda: cpu.moments(image), x.numel() // batch)
+        taps = _kept(weight, "taps", lambda: cpu.by_lanes(weight().float().reshape(outputs, -1).T))
+        zeros = x.new_zeros(outputs) if bias is None else bias
+        silu = act is not None and not hooks_of(act)
+        y = cpu.depthwise(image, grid, taps, cpu.by_lanes(zeros), tuple(kernel), dilation, silu)  # type: ignore[arg-type]
+        y = y.permute(0, 3, 1, 2)
+        return y if act is None or silu else act(y)
+    if kernel == [1, 1]:
+        y = _product(x.flatten(2).transpose(1, 2), of_x, weight, bias)
+        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+    taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
+    grid = _grid(of_x, _no_moments, 0)
+    border = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
+    codes = cpu.encode(x.permute(0, 2, 3, 1), grid, tuple(border))  # type: ignore[arg-type]
+    y = cpu.conv(codes, grid, taps, _bias(bias), tuple(kernel), dilation)  # type: ignore[arg-type]
+    return y.permute(0, 3, 1, 2)
+
+
+def _no_moments() -> Tensor:
+    raise AssertionError("the quantizer of a dense convolution is static")
 
 
 # ---- the scan of an image --------------------------------------------------------------------------------------------
@@ -175,13 +240,13 @@ def scan_core(
     image = x.unsqueeze(2)
     codes, grid = _encode(image, of_x, directions)
     u = (codes, grid) if of_u is of_x else _encode(image, of_u, directions)
-    weights = _weights(projection, (directions * rows, channels))
+    weights = _matrix(projection, (directions * rows, channels))
     made = cpu.linear(codes, grid, weights).view(batch, pixels, directions, rows)
     low, b, c = (
         _encode(made[..., at : at + n], q)
         for at, n, q in zip(places, (rank, states, states), (of_rank, of_b, of_c), strict=True)
     )
-    steps = _weights(dt_weight, (directions, channels, rank))
+    steps = _matrix(dt_weight, (directions, channels, rank))
     of_steps = None
     if of_delta is not None:
         count = pixels * directions * channels

@@ -36,7 +36,7 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
-_LINK = ("-shared", "-pthread")
+_LINK = ("-shared", "-pthread", "-ldl")
 _PATHS = {
     "portable": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,30 @@ from torch import Tensor
 from ssmquant.ops import native
 from ssmquant.ops.deployed.forms import Codes, Grid, Weights
 
-__all__ = ["MOST_STATES", "NAME", "delta_moments", "encode", "linear", "moments", "pack", "paths", "scan", "unavailable"]
+__all__ = [
+    "MOST_INPUTS",
+    "MOST_SPAN",
+    "MOST_STATES",
+    "NAME",
+    "by_lanes",
+    "conv",
+    "delta_moments",
+    "depthwise",
+    "encode",
+    "linear",
+    "moments",
+    "pack",
+    "paths",
+    "scan",
+    "unavailable",
+]
 
 NAME = "cpu"
 MOST_STATES = 256
+MOST_INPUTS = 4096
+"""Of a linear layer on values."""
+MOST_SPAN = 16
+"""Pixels from the first to the last tap of a depthwise convolution."""
 _PAD, _SLACK, _MOMENTS = 16, 64, 5  # of deployed_cpu.h
 
 
@@ -41,7 +62,7 @@ class _Values(ctypes.Structure):
 
 
 class _Codes(ctypes.Structure):
-    _fields_ = [*_pointers("data", "sums"), *_integers("padded")]
+    _fields_ = [*_pointers("data", "sums"), *_integers("padded", "batch", "row")]
 
 
 class _Weights(ctypes.Structure):
@@ -67,11 +88,38 @@ class _MomentsCall(ctypes.Structure):
 
 class _LinearCall(ctypes.Structure):
     _fields_ = [
-        *_integers("path", "threads", "batch", "rows", "outputs"),
+        *_integers("path", "threads", "batch", "rows", "inputs", "outputs"),
         ("x", _Codes),
         ("quantizer", _Quantizer),
         ("weights", _Weights),
         *_pointers("bias", "y"),
+    ]
+
+
+class _Window(ctypes.Structure):
+    _fields_ = _integers("height", "width", "down", "right")
+
+
+class _ConvCall(ctypes.Structure):
+    _fields_ = [
+        *_integers("path", "threads", "batch", "height", "width", "outputs"),
+        ("window", _Window),
+        ("x", _Codes),
+        ("quantizer", _Quantizer),
+        ("weights", _Weights),
+        *_pointers("bias", "y"),
+    ]
+
+
+class _DepthwiseCall(ctypes.Structure):
+    _fields_ = [
+        *_integers("path", "threads", "batch", "height", "width", "channels"),
+        ("window", _Window),
+        ("x", _Values),
+        ("quantizer", _Quantizer),
+        *_pointers("weights", "bias"),
+        *_integers("silu"),
+        *_pointers("y"),
     ]
 
 
@@ -96,6 +144,8 @@ def _found() -> ctypes.CDLL | str:
         "encode": _EncodeCall,
         "moments": _MomentsCall,
         "linear": _LinearCall,
+        "conv": _ConvCall,
+        "depthwise": _DepthwiseCall,
         "delta_moments": _ScanCall,
         "scan": _ScanCall,
     }
@@ -137,7 +187,8 @@ def _quantizer(grid: Grid) -> _Quantizer:
 
 
 def _codes(codes: Codes) -> _Codes:
-    return _Codes(codes.data.data_ptr(), codes.sums.data_ptr(), codes.data.shape[-1])
+    batch, row, _ = codes.sums.stride()
+    return _Codes(codes.data.data_ptr(), codes.sums.data_ptr(), codes.data.shape[-1], batch, row)
 
 
 def _weights(weights: Weights) -> _Weights:
@@ -153,15 +204,24 @@ def _workspace(batch: int, rows: int) -> Tensor:
     return torch.empty(batch * _library().ssmquant_deployed_tasks(rows) * _MOMENTS, dtype=torch.float64)
 
 
-def encode(x: Tensor, grid: Grid, path: int = 0) -> Codes:
-    """(batch, rows, groups, columns), any strides, as codes."""
+def _room(*shape: int) -> Codes:
+    """Codes and sums of zeros, with what may be read behind them."""
+    size = math.prod(shape)
+    data = torch.zeros(size + _SLACK, dtype=torch.uint8)[:size].view(shape)
+    return Codes(data, torch.zeros(shape[:-1], dtype=torch.int32))
+
+
+def encode(x: Tensor, grid: Grid, border: tuple[int, int] = (0, 0), path: int = 0) -> Codes:
+    """(batch, rows, groups, columns), any strides, as codes.
+
+    ``border``: rows and groups of zeros (codes and sums) on all sides, for ``conv``.
+    """
     batch, rows, groups, columns = x.shape
-    padded = -(-columns // _PAD) * _PAD
-    size = batch * rows * groups * padded
-    data = torch.empty(size + _SLACK, dtype=torch.uint8)[:size].view(batch, rows, groups, padded)
-    codes = Codes(data, torch.empty(batch, rows, groups, dtype=torch.int32))
+    down, right = border
+    codes = _room(batch, rows + 2 * down, groups + 2 * right, -(-columns // _PAD) * _PAD)
+    inner = Codes(codes.data[:, down:, right:], codes.sums[:, down:, right:])
     call = _EncodeCall(path, torch.get_num_threads(), batch, rows, groups, columns)
-    call.x, call.quantizer, call.codes = _values(x), _quantizer(grid), _codes(codes)
+    call.x, call.quantizer, call.codes = _values(x), _quantizer(grid), _codes(inner)
     _library().ssmquant_deployed_encode(call)
     return codes
 
@@ -176,36 +236,96 @@ def moments(x: Tensor, path: int = 0) -> Tensor:
     return out
 
 
-def pack(codes: Tensor, scale: Tensor, shift: Tensor, path: int = 0) -> Weights:
-    """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs) as ``path`` wants them."""
+def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, values: bool = False, path: int = 0) -> Weights:
+    """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs) as ``path`` wants them.
+
+    ``values``: for ``linear`` of an input whose grid has ``low`` and ``high``.
+    """
     library = _library()
     lanes, unit = library.ssmquant_deployed_lanes(path), library.ssmquant_deployed_unit(path)
     *lead, outputs, inputs = codes.shape
-    tiles, units = -(-outputs // lanes), -(-inputs // _PAD) * _PAD // unit
     total = scale.double() * codes.sum(-1, dtype=torch.int64) - inputs * shift.double()
-    wide = F.pad(codes, (0, units * unit - inputs, 0, tiles * lanes - outputs))
-    wide = wide.view(*lead, tiles, lanes, units, unit).transpose(-3, -2)
-    wide = wide.to(torch.int8 if unit == 4 else torch.int16).contiguous()
-    rest = (F.pad(t.float(), (0, tiles * lanes - outputs)).contiguous() for t in (scale, shift, total))
-    return Weights(wide, *rest, outputs)
+    tiles = -(-outputs // lanes)
+    wide = F.pad(codes, (0, 0, 0, tiles * lanes - outputs))
+    if values:
+        wide = wide.view(*lead, tiles, lanes, inputs).transpose(-1, -2).contiguous()
+    else:
+        units = -(-inputs // _PAD) * _PAD // unit
+        wide = F.pad(wide, (0, units * unit - inputs)).view(*lead, tiles, lanes, units, unit)
+        wide = wide.transpose(-3, -2).to(torch.int8 if unit == 4 else torch.int16).contiguous()
+    return Weights(wide, *(by_lanes(t, path) for t in (scale, shift, total)), outputs)
 
 
-def padded_like(bias: Tensor, weights: Weights) -> Tensor:
-    """A bias of the weight's outputs with zeros behind them."""
-    return F.pad(bias.float(), (0, weights.scale.shape[-1] - bias.shape[-1])).contiguous()
+def by_lanes(x: Tensor, path: int = 0) -> Tensor:
+    """(..., outputs) as float32 with zeros behind, up to whole vectors."""
+    return F.pad(x.float(), (0, -x.shape[-1] % _library().ssmquant_deployed_lanes(path))).contiguous()
 
 
 def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, path: int = 0) -> Tensor:
-    """``value(x) @ value(weights).T + bias``: (batch, rows, outputs). ``bias``: from ``padded_like``.
+    """``value(x) @ value(weights).T + bias``: (batch, rows, outputs). ``bias``: from ``by_lanes``.
 
-    ``grid`` is that of x, without ``low`` and ``high``; x has one group.
+    x has one group. Where ``grid`` has ``low`` and ``high``, values are multiplied, else codes.
     """
     batch, rows, _, _ = x.data.shape
     y = torch.empty(batch, rows, weights.outputs)
-    call = _LinearCall(path, torch.get_num_threads(), batch, rows, weights.outputs)
+    inputs = weights.codes.shape[-2]  # of those for values
+    call = _LinearCall(path, torch.get_num_threads(), batch, rows, inputs, weights.outputs)
     call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
     _library().ssmquant_deployed_linear(call)
+    return y
+
+
+def conv(
+    x: Codes,
+    grid: Grid,
+    weights: Weights,
+    bias: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    path: int = 0,
+) -> Tensor:
+    """A convolution with stride 1 and as much padding as keeps the size: (batch, height, width, outputs).
+
+    Args:
+        x: with a border as wide as that padding.
+        grid: without ``low`` and ``high``.
+        weights: (taps, outputs, inputs).
+        bias: from ``by_lanes``.
+    """
+    batch, high, wide, _ = x.data.shape
+    window = _Window(*kernel, *dilation)
+    height, width = (n - (k - 1) * d for n, k, d in zip((high, wide), kernel, dilation, strict=True))
+    y = torch.empty(batch, height, width, weights.outputs)
+    call = _ConvCall(path, torch.get_num_threads(), batch, height, width, weights.outputs, window)
+    call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
+    call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
+    _library().ssmquant_deployed_conv(call)
+    return y
+
+
+def depthwise(
+    x: Tensor,
+    grid: Grid,
+    weights: Tensor,
+    bias: Tensor,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    silu: bool = False,
+    path: int = 0,
+) -> Tensor:
+    """A convolution of each channel as ``conv`` has it, of quantized values, and SiLU: (batch, height, width, channels).
+
+    Args:
+        x: (batch, height, width, channels), any strides.
+        weights: values, (taps, channels) from ``by_lanes``; bias: the same, (channels,).
+    """
+    window = _Window(*kernel, *dilation)
+    y = torch.empty(x.shape)
+    call = _DepthwiseCall(path, torch.get_num_threads(), *x.shape, window)
+    call.x, call.quantizer, call.silu = _values(x), _quantizer(grid), silu
+    call.weights, call.bias, call.y = weights.data_ptr(), bias.data_ptr(), y.data_ptr()
+    _library().ssmquant_deployed_depthwise(call)
     return y
 
 

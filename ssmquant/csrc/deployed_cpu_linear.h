@@ -1,0 +1,142 @@
+// Products of codes, or of their values, with a weight. See deployed_cpu.h.
+#pragma once
+
+#include "deployed_cpu_pieces.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kMostRows = 6;
+#else
+constexpr int kMostRows = 2;
+#endif
+constexpr int kMostTiles = 4;
+
+// Calls f with constants: how many tiles of outputs at once, and the first one.
+template <typename F>
+SSMQUANT_INLINE void for_tiles(int64_t outputs, const F& f) {
+  const int64_t tiles = (outputs + W - 1) / W;
+  int64_t tile = 0;
+  for (; tile + kMostTiles <= tiles; tile += kMostTiles) f(std::integral_constant<int, kMostTiles>(), tile);
+  for (; tile + 2 <= tiles; tile += 2) f(std::integral_constant<int, 2>(), tile);
+  for (; tile < tiles; ++tile) f(std::integral_constant<int, 1>(), tile);
+}
+
+// Calls f with constants: how many of `count` rows at once, and the first one.
+template <typename F>
+SSMQUANT_INLINE void for_rows(int64_t count, const F& f) {
+  int64_t row = 0;
+  for (; row + kMostRows <= count; row += kMostRows) f(std::integral_constant<int, kMostRows>(), row);
+  for (; row < count; ++row) f(std::integral_constant<int, 1>(), row);
+}
+
+// Adds to `total` the products of rows of codes, `apart` bytes from each other, with tiles of a weight.
+template <int rows, int tiles>
+SSMQUANT_INLINE void multiply(const uint8_t* x, int64_t apart, const Weight* w, int64_t units, I (&total)[rows][tiles]) {
+  for (int64_t k = 0; k < units; ++k) {
+    I codes[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) codes[r] = unit(x + r * apart + k * kUnit);
+#pragma GCC unroll 8
+    for (int t = 0; t < tiles; ++t) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) total[r][t] = dot(total[r][t], codes[r], w + (t * units + k) * kWeights);
+    }
+  }
+}
+
+SSMQUANT_INLINE float sum_of(int32_t sum) { return sum == kNotANumber ? NAN : float(sum); }
+
+struct Linear {
+  const LinearCall& call;
+  const Grid q;
+  const int64_t row, count;  // of the rows of all samples
+
+  template <int rows, int tiles>
+  void codes(int64_t first, int64_t tile) const {
+    const int64_t units = call.x.padded / kUnit;
+    I total[rows][tiles] = {};
+    multiply<rows, tiles>(call.x.data + first * call.x.padded, call.x.padded,
+                          static_cast<const Weight*>(call.weights.codes) + tile * units * kWeights, units, total);
+    const float offset = q.qmin * q.scale - q.shift;  // the value of code 0
+#pragma GCC unroll 8
+    for (int t = 0; t < tiles; ++t) {
+      const int64_t at = (tile + t) * W;
+      const V scale = load(call.weights.scale + at) * q.scale, shift = load(call.weights.shift + at) * q.scale;
+      V constant = load(call.weights.total + at) * offset;
+      if (call.bias != nullptr) constant = constant + load(call.bias + at);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const V y = floats(total[r][t]) * scale - shift * sum_of(call.x.sums[first + r]) + constant;
+        store_some(call.y + (first + r) * call.outputs + at, y, call.outputs - at);
+      }
+    }
+  }
+
+  // x: (rows, inputs), decoded, whose sums are `sums`.
+  template <int rows, int tiles>
+  void values(const float* x, const float* sums, int64_t first, int64_t tile) const {
+    const int8_t* w = static_cast<const int8_t*>(call.weights.codes) + tile * call.inputs * W;
+    V total[rows][tiles] = {};
+    for (int64_t k = 0; k < call.inputs; ++k) {
+#pragma GCC unroll 8
+      for (int t = 0; t < tiles; ++t) {
+        const V weight = load_signed(w + (t * call.inputs + k) * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) total[r][t] = total[r][t] + weight * x[r * call.inputs + k];
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < tiles; ++t) {
+      const int64_t at = (tile + t) * W;
+      const V scale = load(call.weights.scale + at), shift = load(call.weights.shift + at);
+      const V bias = call.bias != nullptr ? load(call.bias + at) : V{};
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const V y = total[r][t] * scale - shift * sums[r] + bias;
+        store_some(call.y + (first + r) * call.outputs + at, y, call.outputs - at);
+      }
+    }
+  }
+
+  void on_codes() const {
+    for_tiles(call.outputs, [&](auto tiles, int64_t tile) {
+      for_rows(count, [&](auto rows, int64_t r) {
+        codes<decltype(rows)::value, decltype(tiles)::value>(row + r, tile);
+      });
+    });
+  }
+
+  // `x`: scratch for kMostRows rows and W values behind them.
+  void on_values(float* x) const {
+    for_rows(count, [&](auto rows, int64_t r) {
+      constexpr int n = decltype(rows)::value;
+      float sums[n];
+      for (int i = 0; i < n; ++i) {
+        const int64_t at = row + r + i;
+        V sum{};
+        for (int64_t k = 0; k < call.inputs; k += W) {
+          const V value = q.value(load_codes(call.x.data + at * call.x.padded + k));
+          store(x + i * call.inputs + k, value);
+          sum = sum + first_of(value, call.inputs - k);
+        }
+        sums[i] = call.x.sums[at] == kNotANumber ? NAN : lane_sum(sum);
+      }
+      for_tiles(call.outputs, [&](auto tiles, int64_t tile) {
+        values<n, decltype(tiles)::value>(x, sums, row + r, tile);
+      });
+    });
+  }
+};
+
+// Inputs of a linear layer on values, at most: mirrored by ssmquant/ops/deployed/cpu.py.
+constexpr int64_t kMostInputs = 4096;
+
+void linear(const LinearCall& call, const Part& part) {
+  const Linear l{call, Grid(call.quantizer, part.sample), part.sample * call.rows + part.first, part.count};
+  if (call.quantizer.low == nullptr) return l.on_codes();
+  alignas(64) float x[kMostRows * kMostInputs + W];
+  l.on_values(x);
+}
+
+}  // namespace
