@@ -85,6 +85,25 @@ SSMQUANT_EXPORT void ssmquant_deployed_moments(const MomentsCall* call) {
   join(call->workspace, call->batch, divide_up(call->rows, kRows), call->moments);
 }
 
+SSMQUANT_EXPORT void ssmquant_deployed_ranges(const RangesCall* call) {
+  const double n = double(call->count), all = n * double(call->copies);
+  const float wider = float(std::sqrt(std::max(n - 1, 1.0) * double(call->copies) / std::max(all - 1, 1.0)));
+  for (int64_t i = 0; i < call->samples; ++i) {
+    const float* m = call->moments + 4 * i;
+    const float std = m[1] * wider;
+    const float beta = call->v[0] * m[0] + call->v[1] * std + call->v[2] * m[2] + call->v[3] * m[3];
+    const float alpha = std::fabs(call->w[0] * std::fabs(m[0] + beta) + call->w[1] * std + call->w[2] * (m[2] + beta) +
+                                  call->w[3] * (m[3] + beta));
+    const float ceiling = (m[3] - m[2]) / float(call->levels);
+    // Comparisons that a NaN fails, so that it stays one.
+    float scale = ceiling < alpha ? ceiling : alpha;
+    scale = ceiling == ceiling ? scale : ceiling;
+    scale = scale < float(call->eps) ? float(call->eps) : scale;
+    float* to = call->ranges + i;
+    to[0] = scale, to[call->samples] = beta, to[2 * call->samples] = m[2], to[3 * call->samples] = m[3];
+  }
+}
+
 SSMQUANT_EXPORT void ssmquant_deployed_linear(const LinearCall* call) {
   const auto run = kPaths.found[call->path]->linear;
   const int64_t work = call->batch * call->rows * call->outputs * (call->x.padded / 8 + 1);

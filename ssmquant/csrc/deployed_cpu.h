@@ -56,13 +56,24 @@ struct MomentsCall {
   float* moments;     // (batch, 4)
 };
 
+// The ranges of DLS from moments of samples of `count` elements, each of which stands for `copies`; see quantizers/dls.py.
+struct RangesCall {
+  const float* moments;  // (samples, 4)
+  int64_t samples, count, copies;
+  const float *w, *v;  // 4 each
+  int64_t levels;
+  double eps;
+  float* ranges;  // (4, samples): scale, shift, low, high
+};
+
 constexpr int64_t kMoments = 5;  // count, mean, sum of squared deviations, minimum, maximum
 
-// A matrix (outputs, padded) of signed codes as `pack` of cpu.py lays it out for the path: (tiles, units, lanes, unit),
+// A matrix (outputs, inputs) of signed codes as `pack` of cpu.py lays it out for the path: (tiles, units, lanes, unit),
 // with what makes values of them, each (tiles * lanes): value = scale * code - shift; total: sum of a row's values.
 struct Weights {
   const void* codes;
   const float *scale, *shift, *total;
+  int64_t units;
 };
 
 struct LinearCall {

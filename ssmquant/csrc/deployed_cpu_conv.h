@@ -13,7 +13,7 @@ struct Conv {
   explicit Conv(const ConvCall& call, int64_t sample)
       : call(call),
         q(call.quantizer, sample),
-        units(call.x.padded / kUnit),
+        units(call.weights.units),
         tiles_all((call.outputs + W - 1) / W),
         right_edge((call.window.width - 1) * call.window.right / 2),
         bottom_edge((call.window.height - 1) * call.window.down / 2) {}

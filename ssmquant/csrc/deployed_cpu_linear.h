@@ -54,7 +54,7 @@ struct Linear {
 
   template <int rows, int tiles>
   void codes(int64_t first, int64_t tile) const {
-    const int64_t units = call.x.padded / kUnit;
+    const int64_t units = call.weights.units;
     I total[rows][tiles] = {};
     multiply<rows, tiles>(call.x.data + first * call.x.padded, call.x.padded,
                           static_cast<const Weight*>(call.weights.codes) + tile * units * kWeights, units, total);

@@ -106,18 +106,19 @@ SSMQUANT_INLINE V load_signed(const int8_t* p) {
 
 // A quantizer's numbers for one sample.
 struct Grid {
-  float scale, shift, low, high, qmin, qmax;
+  float scale, over, shift, low, high, qmin, qmax;
 
   Grid(const Quantizer& q, int64_t sample) {
     const int64_t i = q.by_sample ? sample : 0;
-    scale = q.scale[i], shift = q.shift[i];
+    scale = q.scale[i], over = 1.0f / scale, shift = q.shift[i];
     low = q.low ? q.low[i] : -INFINITY, high = q.high ? q.high[i] : INFINITY;
     qmin = float(q.qmin), qmax = float(q.qmax);
   }
 
-  // The order of operations is that of quantizers/affine.py. Adding 1.5 * 2 ** 23 rounds, ties to even.
+  // As quantizers/affine.py but for the division, which may decide a tie otherwise. Adding 1.5 * 2 ** 23 rounds, ties to
+  // even.
   SSMQUANT_INLINE V level(V x) const {
-    const V u = at_most(qmax, at_least(qmin, (x + shift) / scale));
+    const V u = at_most(qmax, at_least(qmin, (x + shift) * over));
     return (u + 12582912.0f) - 12582912.0f;
   }
   SSMQUANT_INLINE V index(V x) const { return level(x) - qmin; }

@@ -18,7 +18,7 @@ struct Delta {
   bool shifted;
 
   Delta(const ScanCall& call, int64_t direction, int64_t sample, int64_t tile) : call(call), direction(direction) {
-    const int64_t tiles = (call.channels + W - 1) / W, units = call.rank.padded / kUnit;
+    const int64_t tiles = (call.channels + W - 1) / W, units = call.weights.units;
     const int64_t at = direction * tiles + tile, rows = sample * call.rank.batch;
     weights = static_cast<const Weight*>(call.weights.codes) + at * units * kWeights;
     const Grid q(call.of_rank, sample);
@@ -35,7 +35,7 @@ struct Delta {
     const int64_t row = pixel * call.directions + direction;
     const uint8_t* from = codes + row * call.rank.padded;
     I product{};
-    for (int64_t k = 0; k < call.rank.padded / kUnit; ++k) {
+    for (int64_t k = 0; k < call.weights.units; ++k) {
       product = dot(product, unit(from + k * kUnit), weights + k * kWeights);
     }
     V raw = floats(product) * scale + total;

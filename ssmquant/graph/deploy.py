@@ -228,7 +228,7 @@ class _Deployer:
             raise _NoMatch
         places = tuple(f[1] for f in found)
         users = list(merges.users)
-        keeps = all(n.op == "call_method" and n.target in _KEPT for n in users)
+        keeps = all(n.op != "call_module" and op_name(n) in _KEPT for n in users)
         core = _Core(
             merges.target,
             [*(f[0] for f in found), last[0]],

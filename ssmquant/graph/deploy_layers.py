@@ -134,7 +134,7 @@ class _Layers:
         return all(self._takes_any_strides(user) for user in node.users)
 
     def _takes_any_strides(self, user: fx.Node) -> bool:
-        if user.target in (_linear, _conv2d) or getattr(user.target, "__name__", "") == "scan_core":
+        if user.target in (_linear, _conv2d) or getattr(user.target, "__name__", "") in ("scan_core", "paths_of"):
             return True
         if user.op == "call_module":
             if self.called(user, ACTIVATIONS) is not None:

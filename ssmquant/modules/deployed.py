@@ -6,7 +6,6 @@ is kept as long as their tensors do not change.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,7 +45,10 @@ def _inner(module: nn.Module) -> nn.Module:
 def static(module: nn.Module) -> bool:
     """Whether a quantizer's codes are integers on one grid, known beforehand: products of them are exact."""
     q = _inner(module)
-    return isinstance(q, Quantizer) and q.bits is not None and q.static_affine() is not None
+    if not isinstance(q, Quantizer) or q.bits is None:
+        return False
+    known: bool = _kept(q, "static", lambda: q.static_affine() is not None)
+    return known
 
 
 def dynamic(module: nn.Module) -> bool:
@@ -80,16 +82,9 @@ def _dynamic_grid(q: DLS, moments: Tensor, count: int, copies: int = 1) -> Grid:
         squares = (m[:, 1] ** 2 * (count - 1) + count * (m[:, 0] - mean) ** 2).sum()
         count *= samples
         std = (squares / max(count - 1, 1)).sqrt()
-        moments = torch.stack((mean, std, m[:, 2].min(), m[:, 3].max()))[None].float()
-    if copies > 1:
-        moments = moments.clone()
-        moments[:, 1] *= math.sqrt(max(count - 1, 1) * copies / max(count * copies - 1, 1))
-    affine = q.affine_of(moments.T)
-    assert affine.lo is not None
-    assert affine.hi is not None
-    scale, shift, low, high = (
-        t.float().contiguous() for t in (affine.scale, affine.shift, affine.lo, affine.hi)
-    )
+        moments = torch.stack((mean, std, m[:, 2].min(), m[:, 3].max()))[None].float().contiguous()
+    w, v = (t.detach().float().contiguous() for t in (q.w, q.v))
+    scale, shift, low, high = cpu.ranges(moments, count, copies, w, v, q.qmax - q.qmin + 1, q.eps)
     return Grid(scale, shift, q.qmin, q.qmax, low, high)
 
 

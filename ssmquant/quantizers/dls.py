@@ -269,13 +269,6 @@ class DLS(Quantizer):
         assert a.hi is not None
         return a.scale, a.shift, a.lo, a.hi
 
-    @torch.no_grad()
-    def affine_of(self, stats: Tensor) -> Affine:
-        """The map for data of which only mean, standard deviation, minimum and maximum are given: (4, groups)."""
-        coefficients = self._coefficients(stats)
-        alpha, beta = dls_range(stats, *coefficients, self._width(), self.eps, floor_first=self.official)
-        return Affine(alpha, beta, stats[2], stats[3])
-
     def _affine(self, x: Tensor) -> Affine:
         axis = self._axis_of(x)
         w, v = self.w, self.v
@@ -289,9 +282,9 @@ class DLS(Quantizer):
                 return Affine(*(ranges[i].reshape(shape) for i in (4, 5, 2, 3)))
             return Affine(*(ranges[i, 0] for i in (4, 5, 2, 3)))
         coefficients = self._coefficients(x)
-        return self.affine_of(
-            dls_statistics(x.to(coefficients[0].dtype), axis, single_is_nan=self.official)
-        )
+        stats = dls_statistics(x.to(coefficients[0].dtype), axis, single_is_nan=self.official)
+        alpha, beta = dls_range(stats, *coefficients, self._width(), self.eps, floor_first=self.official)
+        return Affine(alpha, beta, stats[2], stats[3])
 
     def _rule(self, copies: int) -> DLSRule:
         passes = self.dead_scale == "pass"

@@ -32,6 +32,7 @@ __all__ = [
     "moments",
     "pack",
     "paths",
+    "ranges",
     "scan",
     "unavailable",
 ]
@@ -66,7 +67,7 @@ class _Codes(ctypes.Structure):
 
 
 class _Weights(ctypes.Structure):
-    _fields_ = _pointers("codes", "scale", "shift", "total")
+    _fields_ = [*_pointers("codes", "scale", "shift", "total"), *_integers("units")]
 
 
 class _EncodeCall(ctypes.Structure):
@@ -83,6 +84,17 @@ class _MomentsCall(ctypes.Structure):
         *_integers("path", "threads", "batch", "rows", "groups", "columns"),
         ("x", _Values),
         *_pointers("workspace", "moments"),
+    ]
+
+
+class _RangesCall(ctypes.Structure):
+    _fields_ = [
+        *_pointers("moments"),
+        *_integers("samples", "count", "copies"),
+        *_pointers("w", "v"),
+        *_integers("levels"),
+        ("eps", ctypes.c_double),
+        *_pointers("ranges"),
     ]
 
 
@@ -143,6 +155,7 @@ def _found() -> ctypes.CDLL | str:
     calls = {
         "encode": _EncodeCall,
         "moments": _MomentsCall,
+        "ranges": _RangesCall,
         "linear": _LinearCall,
         "conv": _ConvCall,
         "depthwise": _DepthwiseCall,
@@ -193,7 +206,7 @@ def _codes(codes: Codes) -> _Codes:
 
 def _weights(weights: Weights) -> _Weights:
     tensors = weights.codes, weights.scale, weights.shift, weights.total
-    return _Weights(*(t.data_ptr() for t in tensors))
+    return _Weights(*(t.data_ptr() for t in tensors), weights.codes.shape[-3] if weights.codes.dim() > 3 else 0)
 
 
 def _values(x: Tensor) -> _Values:
@@ -204,11 +217,11 @@ def _workspace(batch: int, rows: int) -> Tensor:
     return torch.empty(batch * _library().ssmquant_deployed_tasks(rows) * _MOMENTS, dtype=torch.float64)
 
 
-def _room(*shape: int) -> Codes:
-    """Codes and sums of zeros, with what may be read behind them."""
+def _room(*shape: int, zero: bool) -> Codes:
+    """Codes and sums, with what may be read behind them."""
     size = math.prod(shape)
-    data = torch.zeros(size + _SLACK, dtype=torch.uint8)[:size].view(shape)
-    return Codes(data, torch.zeros(shape[:-1], dtype=torch.int32))
+    new = torch.zeros if zero else torch.empty
+    return Codes(new(size + _SLACK, dtype=torch.uint8)[:size].view(shape), new(shape[:-1], dtype=torch.int32))
 
 
 def encode(x: Tensor, grid: Grid, border: tuple[int, int] = (0, 0), path: int = 0) -> Codes:
@@ -218,7 +231,7 @@ def encode(x: Tensor, grid: Grid, border: tuple[int, int] = (0, 0), path: int = 
     """
     batch, rows, groups, columns = x.shape
     down, right = border
-    codes = _room(batch, rows + 2 * down, groups + 2 * right, -(-columns // _PAD) * _PAD)
+    codes = _room(batch, rows + 2 * down, groups + 2 * right, -(-columns // _PAD) * _PAD, zero=border != (0, 0))
     inner = Codes(codes.data[:, down:, right:], codes.sums[:, down:, right:])
     call = _EncodeCall(path, torch.get_num_threads(), batch, rows, groups, columns)
     call.x, call.quantizer, call.codes = _values(x), _quantizer(grid), _codes(inner)
@@ -236,6 +249,17 @@ def moments(x: Tensor, path: int = 0) -> Tensor:
     return out
 
 
+def ranges(
+    moments: Tensor, count: int, copies: int, w: Tensor, v: Tensor, levels: int, eps: float
+) -> tuple[Tensor, ...]:
+    """Scale, shift, low and high of DLS for samples of ``count`` elements, from their moments, (samples, 4)."""
+    out = torch.empty(4, len(moments))
+    call = _RangesCall(moments.data_ptr(), len(moments), count, copies, w.data_ptr(), v.data_ptr(), levels, eps)
+    call.ranges = out.data_ptr()
+    _library().ssmquant_deployed_ranges(call)
+    return out.unbind(0)
+
+
 def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, values: bool = False, path: int = 0) -> Weights:
     """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs) as ``path`` wants them.
 
@@ -250,7 +274,7 @@ def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, values: bool = False, p
     if values:
         wide = wide.view(*lead, tiles, lanes, inputs).transpose(-1, -2).contiguous()
     else:
-        units = -(-inputs // _PAD) * _PAD // unit
+        units = -(-inputs // unit)
         wide = F.pad(wide, (0, units * unit - inputs)).view(*lead, tiles, lanes, units, unit)
         wide = wide.transpose(-3, -2).to(torch.int8 if unit == 4 else torch.int16).contiguous()
     return Weights(wide, *(by_lanes(t, path) for t in (scale, shift, total)), outputs)
