@@ -141,14 +141,18 @@ SSMQUANT_EXPORT void ssmquant_deployed_delta_moments(const ScanCall* call) {
 
 SSMQUANT_EXPORT void ssmquant_deployed_scan(const ScanCall* call) {
   const DeployedPath& path = *kPaths.found[call->path];
-  const int64_t tiles = divide_up(call->channels, path.lanes), each = call->batch * tiles;
-  const int64_t work = each * path.lanes * call->pixels * call->directions * (call->states + 4) / 4;
-  share(useful_threads(*call, work), call->directions * each, [&](int64_t i, int64_t) {
+  const int64_t tiles = divide_up(call->channels, path.lanes);
+  const int64_t work = call->batch * tiles * path.lanes * call->pixels * call->directions * (call->states + 4) / 4;
+  const int64_t threads = useful_threads(*call, work);
+  // Tiles of one task read B, C and the low rank once for all. Results do not depend on how many there are.
+  const int64_t count = parts(call->batch * tiles / threads, kMostTiles);
+  const int64_t blocks = divide_up(tiles, count), each = call->batch * blocks;
+  share(threads, call->directions * each, [&](int64_t i, int64_t) {
     // Directions are added up in their order. Tasks start in the order of their numbers, so the one before has started.
-    const int64_t direction = i / each, mine = i % each;
+    const int64_t direction = i / each, mine = i % each, first = mine % blocks * count;
     int64_t* const done = call->done + mine;
     while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != direction) sched_yield();
-    path.scan(*call, direction, mine / tiles, mine % tiles);
+    path.scan(*call, direction, mine / blocks, first, std::min(count, tiles - first));
     __atomic_store_n(done, direction + 1, __ATOMIC_RELEASE);
   });
 }

@@ -36,7 +36,7 @@ struct Codes {  // (batch, rows, groups, padded)
   uint8_t* data;
   int32_t* sums;  // of each of them, (batch, rows, groups)
   int64_t padded;
-  int64_t batch, row;  // strides, in groups
+  int64_t batch, row, group;  // strides, in rows of `padded` codes
 };
 
 struct EncodeCall {
@@ -117,6 +117,8 @@ struct DepthwiseCall {
   float* y;  // (batch, height, width, channels)
 };
 
+constexpr int64_t kMostStates = 256;
+constexpr int64_t kMostTiles = 4;  // of channels, that one task of a scan walks through together
 constexpr int64_t kMostSpan = 16, kBlockHeight = 8, kBlockWidth = 64;
 
 // A selective scan over the pixels of an image in several orders, results added up at their pixels:
@@ -134,7 +136,7 @@ struct ScanCall {
   const float *bias, *skip;  // (directions, channels), or null
   int64_t softplus;
   const int32_t* order;  // (directions, pixels)
-  int64_t* done;         // (batch, tiles), zeros
+  int64_t* done;         // (batch, tiles), zeros: directions that are added up
   double* workspace;     // as of MomentsCall
   float* moments;        // of delta before it is quantized
   float* y;              // (batch, pixels, channels)
@@ -153,7 +155,7 @@ struct DeployedPath {
   void (*conv)(const ConvCall&, int64_t sample, int64_t y);
   void (*depthwise)(const DepthwiseCall&, int64_t sample, int64_t y, int64_t x, int64_t tile);
   void (*delta_moments)(const ScanCall&, const Part&, double* moments);
-  void (*scan)(const ScanCall&, int64_t direction, int64_t sample, int64_t tile);
+  void (*scan)(const ScanCall&, int64_t direction, int64_t sample, int64_t tile, int64_t count);
 };
 
 #if defined(__GNUC__)

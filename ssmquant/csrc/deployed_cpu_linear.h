@@ -10,14 +10,14 @@ constexpr int kMostRows = 6;
 #else
 constexpr int kMostRows = 2;
 #endif
-constexpr int kMostTiles = 4;
+constexpr int kTiles = 4;
 
 // Calls f with constants: how many tiles of outputs at once, and the first one.
 template <typename F>
 SSMQUANT_INLINE void for_tiles(int64_t outputs, const F& f) {
   const int64_t tiles = (outputs + W - 1) / W;
   int64_t tile = 0;
-  for (; tile + kMostTiles <= tiles; tile += kMostTiles) f(std::integral_constant<int, kMostTiles>(), tile);
+  for (; tile + kTiles <= tiles; tile += kTiles) f(std::integral_constant<int, kTiles>(), tile);
   for (; tile + 2 <= tiles; tile += 2) f(std::integral_constant<int, 2>(), tile);
   for (; tile < tiles; ++tile) f(std::integral_constant<int, 1>(), tile);
 }

@@ -68,10 +68,11 @@ void encode(const EncodeCall& call, const Part& part) {
     const int64_t at = to + r * call.codes.row;
     if (by_column && call.x.group == 1) {
       for (int64_t g = 0; g < call.groups; g += W) {
-        encode_columns(call, x + g, q, call.groups - g < W ? call.groups - g : W, at + g, 1);
+        const int64_t rows = call.groups - g < W ? call.groups - g : W;
+        encode_columns(call, x + g, q, rows, at + g * call.codes.group, call.codes.group);
       }
     } else {
-      for (int64_t g = 0; g < call.groups; ++g) encode_row(call, x + g * call.x.group, q, at + g);
+      for (int64_t g = 0; g < call.groups; ++g) encode_row(call, x + g * call.x.group, q, at + g * call.codes.group);
     }
   }
 }

@@ -97,10 +97,10 @@ def _grid(module: nn.Module, moments: Callable[[], Tensor], count: int, copies: 
     return grid
 
 
-def _encode(x: Tensor, module: nn.Module, copies: int = 1) -> tuple[Codes, Grid]:
+def _encode(x: Tensor, module: nn.Module, copies: int = 1, *, by_group: bool = False) -> tuple[Codes, Grid]:
     """(batch, rows, groups, columns) as codes."""
     grid = _grid(module, lambda: cpu.moments(x), x.numel() // x.shape[0], copies)
-    return cpu.encode(x, grid), grid
+    return cpu.encode(x, grid, by_group=by_group), grid
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def scan_core(
     weights = _matrix(projection, (directions * rows, channels))
     made = cpu.linear(codes, grid, weights).view(batch, pixels, directions, rows)
     low, b, c = (
-        _encode(made[..., at : at + n], q)
+        _encode(made[..., at : at + n], q, by_group=True)
         for at, n, q in zip(places, (rank, states, states), (of_rank, of_b, of_c), strict=True)
     )
     steps = _matrix(dt_weight, (directions, channels, rank))

@@ -63,7 +63,7 @@ class _Values(ctypes.Structure):
 
 
 class _Codes(ctypes.Structure):
-    _fields_ = [*_pointers("data", "sums"), *_integers("padded", "batch", "row")]
+    _fields_ = [*_pointers("data", "sums"), *_integers("padded", "batch", "row", "group")]
 
 
 class _Weights(ctypes.Structure):
@@ -200,8 +200,7 @@ def _quantizer(grid: Grid) -> _Quantizer:
 
 
 def _codes(codes: Codes) -> _Codes:
-    batch, row, _ = codes.sums.stride()
-    return _Codes(codes.data.data_ptr(), codes.sums.data_ptr(), codes.data.shape[-1], batch, row)
+    return _Codes(codes.data.data_ptr(), codes.sums.data_ptr(), codes.data.shape[-1], *codes.sums.stride())
 
 
 def _weights(weights: Weights) -> _Weights:
@@ -224,14 +223,22 @@ def _room(*shape: int, zero: bool) -> Codes:
     return Codes(new(size + _SLACK, dtype=torch.uint8)[:size].view(shape), new(shape[:-1], dtype=torch.int32))
 
 
-def encode(x: Tensor, grid: Grid, border: tuple[int, int] = (0, 0), path: int = 0) -> Codes:
+def encode(
+    x: Tensor, grid: Grid, border: tuple[int, int] = (0, 0), *, by_group: bool = False, path: int = 0
+) -> Codes:
     """(batch, rows, groups, columns), any strides, as codes.
 
-    ``border``: rows and groups of zeros (codes and sums) on all sides, for ``conv``.
+    Args:
+        border: rows and groups of zeros (codes and sums) on all sides, for ``conv``.
+        by_group: in memory groups come before rows, for ``scan``.
     """
     batch, rows, groups, columns = x.shape
-    down, right = border
-    codes = _room(batch, rows + 2 * down, groups + 2 * right, -(-columns // _PAD) * _PAD, zero=border != (0, 0))
+    padded, (down, right) = -(-columns // _PAD) * _PAD, border
+    if by_group:
+        codes = _room(batch, groups, rows, padded, zero=False)
+        codes = Codes(codes.data.transpose(1, 2), codes.sums.transpose(1, 2))
+    else:
+        codes = _room(batch, rows + 2 * down, groups + 2 * right, padded, zero=border != (0, 0))
     inner = Codes(codes.data[:, down:, right:], codes.sums[:, down:, right:])
     call = _EncodeCall(path, torch.get_num_threads(), batch, rows, groups, columns)
     call.x, call.quantizer, call.codes = _values(x), _quantizer(grid), _codes(inner)
