@@ -154,20 +154,34 @@ SSMQUANT_INLINE I dot(I total, I codes, const Weight* w) {
 #endif
 constexpr int kWeights = W * kUnit;  // of one unit of all lanes
 
-// A unit of codes, in all lanes.
-SSMQUANT_INLINE I unit(const uint8_t* codes) {
-  int32_t both;
-  if constexpr (kUnit == 4) {
-    std::memcpy(&both, codes, 4);
-  } else {
-    both = int32_t(codes[0]) | int32_t(codes[1]) << 16;
-  }
+// A unit of codes.
+SSMQUANT_INLINE int32_t word(const uint8_t* codes) {
+  if constexpr (kUnit == 2) return int32_t(codes[0]) | int32_t(codes[1]) << 16;
+  int32_t all;
+  std::memcpy(&all, codes, 4);
+  return all;
+}
+
+SSMQUANT_INLINE I in_all_lanes(int32_t x) {
 #if defined(__AVX512F__)
-  return (I)_mm512_set1_epi32(both);
+  return (I)_mm512_set1_epi32(x);
 #else
-  return both - I{};
+  return x - I{};
 #endif
 }
+
+SSMQUANT_INLINE I unit(const uint8_t* codes) { return in_all_lanes(word(codes)); }
+
+#if defined(__AVX512F__)
+// Units of codes in the lanes by one of weights.
+SSMQUANT_INLINE I dot_words(I total, I codes, int32_t weights) {
+#if defined(__AVX512VNNI__)
+  return (I)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)in_all_lanes(weights));
+#else
+  return (I)_mm512_add_epi32((__m512i)total, _mm512_madd_epi16((__m512i)codes, (__m512i)in_all_lanes(weights)));
+#endif
+}
+#endif
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
 

@@ -136,6 +136,77 @@ inline int block_of(int64_t states) {
 #endif
 }
 
+// Step sizes of at most 16 levels as tables: of dt, and of exponentials that decays follow from, for each channel and
+// level. Time is in the lanes then, so that one instruction looks up 16 steps of a channel.
+struct Tables {
+#if defined(__AVX512F__)
+  static constexpr int levels = 16, most = 2;
+  int count = 0;  // of exponentials; there are no tables if it is 0
+  float dt[W * levels], decay[most][W * levels];
+  float scale[W], shift[W], constant[W];  // of what becomes codes
+
+  // `rate`: (count, W), over ln 2.
+  void fill(const Delta& delta, const Grid& q, V bias, bool softplus_, const float* rate, int rates) {
+    count = rates;
+    for (int i = 0; i < levels; ++i) {
+      V step[1] = {q.value(float(i) - V{}) + bias};
+      if (softplus_) softplus<false, 1>(step, nullptr);
+      for (int c = 0; c < W; ++c) dt[c * levels + i] = step[0][c];
+      for (int k = 0; k < rates; ++k) {
+        V e[1] = {step[0] * load(rate + k * W)};
+        exp2<1>(e, 0.0f);
+        for (int c = 0; c < W; ++c) decay[k][c * levels + i] = e[0][c];
+      }
+    }
+    store(scale, delta.scale * q.over);
+    store(shift, delta.shift * q.over);
+    store(constant, (delta.total + q.shift) * q.over - q.qmin);
+  }
+
+  // Of a piece; false if there is a NaN in it.
+  bool look_up(const Delta& delta, const Grid& q, Piece& p, int steps, int64_t channels) const {
+    constexpr int kMostUnits = 8;
+    const int64_t units = delta.call.weights.units;
+    if (units > kMostUnits) return false;
+    alignas(64) int32_t words[kMostUnits][kSteps] = {};
+    alignas(64) float sums[kSteps] = {};
+    for (int t = 0; t < steps; ++t) {
+      const int64_t row = p.pixel[t] * delta.call.rank.row;
+      if (delta.sums[row] == kNotANumber) return false;
+      sums[t] = float(delta.sums[row]);
+      const uint8_t* from = delta.codes + row * delta.call.rank.padded;
+      for (int64_t k = 0; k < units; ++k) words[k][t] = word(from + k * kUnit);
+    }
+    const int32_t* weights = reinterpret_cast<const int32_t*>(delta.weights);
+    for (int t = 0; t < steps; t += W) {
+      V rows[1 + most][W] = {};
+      for (int64_t c = 0; c < W && c < channels; ++c) {
+        I product{};
+        for (int64_t k = 0; k < units; ++k) {
+          product = dot_words(product, *reinterpret_cast<const I*>(words[k] + t), weights[k * W + c]);
+        }
+        V u = floats(product) * scale[c] + constant[c];
+        if (delta.shifted) u = u - load(sums + t) * shift[c];
+        u = at_most(q.qmax - q.qmin, at_least(0.0f, u));
+        const __m512i level = _mm512_cvtps_epi32(u);
+        rows[0][c] = _mm512_permutexvar_ps(level, load(dt + c * levels));
+        for (int k = 0; k < count; ++k) rows[1 + k][c] = _mm512_permutexvar_ps(level, load(decay[k] + c * levels));
+      }
+      for (int k = 0; k <= count; ++k) {
+        transpose_rows<float>(rows[k]);
+        float* to = (k == 0 ? p.dt : p.decays[k - 1]) + t * W;
+        for (int i = 0; i < W; ++i) store(to + i * W, rows[k][i]);
+      }
+    }
+    return true;
+  }
+#else
+  static constexpr int levels = 0, most = 0, count = 0;
+  void fill(const Delta&, const Grid&, V, bool, const float*, int) {}
+  bool look_up(const Delta&, const Grid&, Piece&, int, int64_t) const { return false; }
+#endif
+};
+
 // One tile of a scan, with its states.
 struct Tile {
   const ScanCall& call;
@@ -147,6 +218,8 @@ struct Tile {
   float* y;
   V bias, skip;
   bool quantized, shared;
+  bool looked_up = false;  // the exponentials of the piece are there
+  Tables tables;
   float h[kMostStates * W], rates[kMostStates * W];
 
   Tile(const ScanCall& call, int64_t direction, int64_t sample, int64_t tile)
@@ -172,10 +245,29 @@ struct Tile {
         rates[n * W + i] = i < left ? a[i * N + n] * float(kLog2e) : 0.0f;
       }
     }
+    if (!quantized || of_delta.qmax - of_delta.qmin >= float(Tables::levels) || block_of(N) != N) return;
+    const Shared plan(a, int(N));
+    if (N <= Tables::most) {
+      tables.fill(delta, of_delta, bias, call.softplus != 0, rates, int(N));
+    } else if (shared && plan.ladder) {
+      float two[2 * W];
+      for (int i = 0; i < 2 * W; ++i) two[i] = plan.rate[i / W];
+      tables.fill(delta, of_delta, bias, call.softplus != 0, two, 2);
+    }
   }
 
   // dt, dt * u and skip * u of a piece.
-  void read(Piece& p, int steps) const {
+  void read(Piece& p, int steps) {
+    looked_up = tables.count > 0 && tables.look_up(delta, of_delta, p, steps, left);
+    if (!looked_up) compute_steps(p, steps);
+    for (int t = 0; t < steps; ++t) {
+      const V value = of_u.value(load_codes(u + p.pixel[t] * call.u.padded));
+      store(p.x + t * W, load(p.dt + t * W) * value);
+      store(p.y + t * W, skip * value);
+    }
+  }
+
+  void compute_steps(Piece& p, int steps) const {
     for (int t = 0; t < steps; ++t) {
       V step = delta.at(p.pixel[t]);
       if (quantized) step = of_delta.value_of_level(of_delta.level(step));
@@ -188,11 +280,6 @@ struct Tile {
       store(p.dt + t * W, pair[0]);
       store(p.dt + (t + 1) * W, pair[1]);
     }
-    for (int t = 0; t < steps; ++t) {
-      const V value = of_u.value(load_codes(u + p.pixel[t] * call.u.padded));
-      store(p.x + t * W, load(p.dt + t * W) * value);
-      store(p.y + t * W, skip * value);
-    }
   }
 
   void walk(Piece& p, int steps) {
@@ -200,8 +287,12 @@ struct Tile {
     for (int64_t n = 0; n < call.states;) {
       const int block = block_of(call.states - n);
       const Shared plan(a + n, block);
-      const Decays form = !shared ? Decays::kOwn : plan.ladder ? Decays::kLadder : Decays::kShared;
-      for (int k = 0; shared && k < plan.rates; ++k) {
+      const bool each = looked_up && call.states <= Tables::most;  // an exponential of each state is there
+      const Decays form = each                     ? Decays::kShared
+                          : !shared                ? Decays::kOwn
+                          : plan.ladder            ? Decays::kLadder
+                                                   : Decays::kShared;
+      for (int k = 0; !looked_up && shared && k < plan.rates; ++k) {
         for (int t = 0; t < steps; t += 2) {
           V pair[2] = {load(p.dt + t * W) * plan.rate[k], load(p.dt + (t + 1) * W) * plan.rate[k]};
           exp2<2>(pair, 0.0f);
