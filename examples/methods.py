@@ -96,6 +96,7 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
             _ours("lsq-weights", "LSQ weights for RFA", changes={"weight": "lsq"}),
             _ours("lsq-scan", "LSQ for DLS in the scan", changes={"scan": "lsq"}),
             _ours("dls-decay", "A by DLS, not shared", changes={"decay": "inherit"}),
+            _ours("shared-decay", "A shared, but not evenly spaced", changes={"decay": "shared"}),
             _ours(
                 "live-scale", "gradient past DLS's ceiling", changes={"scan_options": {"dead_scale": "pass"}}
             ),

@@ -146,7 +146,7 @@ class QConfig:
         activation: Quantizer of the inputs of projections and convolutions.
         scan: Quantizer of the scan's operands and of the projection that reads the scan's output.
         decay: Quantizer of the scan's A; defaults to ``scan``. ``"shared"`` keeps one value for each state, shared over
-            channels (where A has more than one state; else ``scan`` it is).
+            channels, ``"ladder"`` evenly spaced ones (where A has more than one state; else ``scan`` it is).
         granularity: Scales of a weight: ``"tensor"`` (one, as published), ``"direction"`` (one for each direction of a
             stack of weights, as of x_proj and dt_proj) or ``"channel"`` (one an output channel, of each direction;
             channels whose codes take fewer than 16 bits share theirs with the direction or the tensor).
@@ -225,12 +225,12 @@ class QConfig:
         """What does best in docs/accuracy.md: Q-MambaIR's quantizers, from a least-squares start.
 
         Against the published placement: a scale for each output channel of a weight, with levels that are symmetric
-        about 0; the decay A shared over channels; ranges initialised by squared error.
+        about 0; the decay A shared over channels and evenly spaced; ranges initialised by squared error.
         """
         base: dict[str, Any] = {
             "w_bits": w_bits,
             "a_bits": a_bits,
-            "decay": "shared",
+            "decay": "ladder",
             "granularity": "channel",
             "weight_options": {"shift": "half"},
         }

@@ -133,7 +133,11 @@ class _Deployer:
 
     def module(self, node: Any, prefix: str) -> nn.Module:
         """The quantizer or packed tensor that a node calls."""
-        if not isinstance(node, fx.Node) or node.op != "call_module" or not str(node.target).startswith(f"{prefix}."):
+        if (
+            not isinstance(node, fx.Node)
+            or node.op != "call_module"
+            or not str(node.target).startswith(f"{prefix}.")
+        ):
             raise _NoMatch
         return self.model.get_submodule(str(node.target))
 

@@ -38,7 +38,13 @@ def _linear(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | Non
 
 
 def _conv2d(
-    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, dilation: tuple[int, int], act: Any, last: bool
+    x: Tensor,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    dilation: tuple[int, int],
+    act: Any,
+    last: bool,
 ) -> Tensor:
     _check(x)
     y = deployed.conv2d(x, of_x, weight, bias, dilation, act)
@@ -57,7 +63,11 @@ class _Layers:
 
     def called(self, node: Any, prefix: str) -> nn.Module | None:
         """The quantizer or packed tensor that a node calls."""
-        if isinstance(node, fx.Node) and node.op == "call_module" and str(node.target).startswith(f"{prefix}."):
+        if (
+            isinstance(node, fx.Node)
+            and node.op == "call_module"
+            and str(node.target).startswith(f"{prefix}.")
+        ):
             return self.model.get_submodule(str(node.target))
         return None
 
@@ -71,7 +81,9 @@ class _Layers:
         assert isinstance(x, fx.Node)
         if node.target is F.linear:
             takes = len(packed.shape) == 2 and len(shape_of(node) or ()) >= 2
-            takes = takes and (deployed.static(of_x) or (deployed.dynamic(of_x) and packed.shape[1] <= cpu.MOST_INPUTS))
+            takes = takes and (
+                deployed.static(of_x) or (deployed.dynamic(of_x) and packed.shape[1] <= cpu.MOST_INPUTS)
+            )
             rest: tuple[Any, ...] = ()
         else:
             options = node.args[3:] if len(node.args) == 7 else None
@@ -109,7 +121,9 @@ class _Layers:
         kernel = weight.shape[2:]
         if len(kernel) != 2 or stride != (1, 1) or not isinstance(padding, tuple):
             return False
-        if any(k % 2 == 0 or p != (k - 1) * d // 2 for k, p, d in zip(kernel, padding, dilation, strict=True)):
+        if any(
+            k % 2 == 0 or p != (k - 1) * d // 2 for k, p, d in zip(kernel, padding, dilation, strict=True)
+        ):
             return False
         if groups > 1:
             span = max((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
@@ -134,7 +148,10 @@ class _Layers:
         return all(self._takes_any_strides(user) for user in node.users)
 
     def _takes_any_strides(self, user: fx.Node) -> bool:
-        if user.target in (_linear, _conv2d) or getattr(user.target, "__name__", "") in ("scan_core", "paths_of"):
+        if user.target in (_linear, _conv2d) or getattr(user.target, "__name__", "") in (
+            "scan_core",
+            "paths_of",
+        ):
             return True
         if user.op == "call_module":
             if self.called(user, ACTIVATIONS) is not None:

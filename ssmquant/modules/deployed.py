@@ -162,7 +162,12 @@ def linear(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None
 
 
 def conv2d(
-    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, dilation: tuple[int, int], act: Any = None
+    x: Tensor,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    dilation: tuple[int, int],
+    act: Any = None,
 ) -> Tensor:
     """A convolution of the quantized x, (B, C, H, W) with any strides, that keeps its size.
 

@@ -47,7 +47,10 @@ _PATHS = {
 # own.
 _KERNELS = {
     "selective_scan": (("portable", "avx2", "avx512"), ()),
-    "quantize": (("portable", "avx2", "avx512"), ("-ffp-contract=off",)),  # codes have to equal those of plain PyTorch
+    "quantize": (
+        ("portable", "avx2", "avx512"),
+        ("-ffp-contract=off",),
+    ),  # codes have to equal those of plain PyTorch
     "deployed": (("portable", "avx2", "avx512", "vnni"), ()),
 }
 _LONGEST = 600  # seconds for one run of the compiler

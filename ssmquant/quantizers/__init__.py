@@ -15,7 +15,7 @@ from ssmquant.quantizers.n2uq import N2UQ
 from ssmquant.quantizers.pact import PACT
 from ssmquant.quantizers.rfa import RFA
 from ssmquant.quantizers.rlq import RLQ
-from ssmquant.quantizers.shared import Shared
+from ssmquant.quantizers.shared import Ladder, Shared
 
 __all__ = [
     "DLS",
@@ -27,6 +27,7 @@ __all__ = [
     "RFA",
     "RLQ",
     "DoReFa",
+    "Ladder",
     "MinMax",
     "QTensor",
     "Quantizer",
@@ -47,7 +48,7 @@ QUANTIZERS: Mapping[str, type[Quantizer]] = MappingProxyType(
     }
 )
 """Quantizers of single elements, by the names that :class:`ssmquant.QConfig` uses."""
-OPERANDS: Mapping[str, type[Quantizer]] = MappingProxyType({"shared": Shared})
+OPERANDS: Mapping[str, type[Quantizer]] = MappingProxyType({"ladder": Ladder, "shared": Shared})
 """Those that look at a whole operand of a scan."""
 
 

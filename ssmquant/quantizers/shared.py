@@ -1,24 +1,27 @@
-"""One value for each index of the last axis, shared over all other axes: for the decay A of a selective scan.
+"""Quantizers that look at a whole operand of a scan: for its decay A, (channels, states), one value for each state.
 
-    y[.., n] = mean of x[.., n]
+``"shared"``     y[.., n] = mean of x[.., n]                        over all other axes
+``"ladder"``     y[.., n] = first + n * gap                         the least-squares line through these means
 
-A is (channels, states). Training hardly moves it from its start -1, -2, .., -N of all channels (in MambaIR-light by
-0.04 to 0.3), while b bits a channel round it to 2**b of these N values at best: at 2 bits DLS costs 0.12 dB where the
-shared value costs 0.005 (docs/accuracy.md). A mean of negative values is negative, so the scan stays stable, every
-state keeps its own time constant, slow ones included, and a kernel needs N decays a step and no codes.
+Training hardly moves A from its start -1, -2, .., -N of all channels (in MambaIR-light by 0.04 to 0.3), while b bits a
+channel round it to 2**b of these N values at best: at 2 bits DLS costs 0.12 dB where a shared value, or a ladder, costs
+0.005 (docs/accuracy.md). A mean of negative values is negative, so the scan stays stable, and every state keeps its own
+time constant, slow ones included. A kernel needs N exponentials a step and no codes, and for a ladder only two: decays
+are exp(step * first) times powers of exp(step * gap).
 
-The gradient is that of the mean: channels move together.
+The gradient is that of the mean or the line: channels move together.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.quantizers.affine import Affine, compute_dtype, group_dims, in_dtype
 from ssmquant.quantizers.base import Quantizer
 
-__all__ = ["Shared"]
+__all__ = ["Ladder", "Shared"]
 
 
 class Shared(Quantizer):
@@ -46,23 +49,42 @@ class Shared(Quantizer):
     def _reset_state(self) -> None:
         """There is none."""
 
+    def _values(self, x: Tensor) -> Tensor:
+        """One for each index of the last axis, other axes of size 1."""
+        return self._mean(x)
+
     def _mean(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise InputError(
-                f"'shared' keeps one value for each index of the last axis of a (channels, states) tensor, got shape "
+                f"{type(self).__name__} keeps one value for each index of the last axis of a (channels, states) tensor, got shape "
                 f"{tuple(x.shape)}"
             )
         return x.to(compute_dtype(x)).mean(group_dims(x.dim(), -1), keepdim=True)
 
     def _affine(self, x: Tensor) -> Affine:
-        mean = self._mean(x)
-        return Affine(mean.new_ones(mean.shape), -mean)
+        values = self._values(x)
+        return Affine(values.new_ones(values.shape), -values)
 
     def _index(self, x: Tensor, affine: Affine) -> Tensor:
         return (x + affine.shift) * 0.0  # the product keeps a NaN a NaN
 
     def _quantize(self, x: Tensor) -> Tensor:
-        return in_dtype(self._mean(x).expand(x.shape), x.dtype)
+        return in_dtype(self._values(x).expand(x.shape), x.dtype)
 
     def _fit(self, batches: list[Tensor], stats: object) -> None:
         """Nothing to search."""
+
+
+class Ladder(Shared):
+    """The line through the means of :class:`Shared`: evenly spaced values, none above the largest mean."""
+
+    def _values(self, x: Tensor) -> Tensor:
+        mean = self._mean(x)
+        states = mean.shape[-1]
+        if states < 3:
+            return mean
+        place = torch.arange(states, dtype=mean.dtype, device=mean.device) - (states - 1) / 2
+        gap = (mean * place).sum(-1, keepdim=True) / (place * place).sum()
+        line = mean.mean(-1, keepdim=True) + place * gap
+        # The line through negative values may end above 0.
+        return torch.minimum(line, mean.amax(-1, keepdim=True))

@@ -13,7 +13,7 @@ from ssmquant.errors import ConfigError, InputError
 from ssmquant.modules import PackedTensor
 from ssmquant.quantizers import LSQ, QUANTIZERS, RFA, get_quantizer
 from ssmquant.quantizers.bank import quantize_weights
-from ssmquant.quantizers.shared import Shared
+from ssmquant.quantizers.shared import Ladder, Shared
 from tests.strategies import BITS, sqnr
 
 STEPPED: list[type[LSQ] | type[RFA]] = [LSQ, RFA]
@@ -124,9 +124,36 @@ def test_one_value_a_state(channels: int, states: int, seed: int) -> None:
     torch.testing.assert_close(a.grad, upstream.mean(0, keepdim=True).expand_as(a))
 
 
-def test_shared_wants_states() -> None:
-    assert get_quantizer("shared") is Shared
-    q = Shared(4)
+@given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 100))
+def test_a_ladder_of_values(channels: int, states: int, seed: int) -> None:
+    a = -(torch.rand(channels, states, generator=torch.Generator().manual_seed(seed)) + 0.1).double()
+    a.requires_grad_()
+    q = Ladder(2)
+    y = q(a)
+    assert (y < 0).all()
+    assert (y == y[:1]).all()
+    encoded = q.eval().encode(a.detach())
+    assert torch.equal(encoded.decode(), y.detach())
+    mean, values = a.detach().mean(0), y.detach()[0]
+    if states < 3:
+        torch.testing.assert_close(values, mean)
+        return
+    x = torch.stack((torch.ones(states), torch.arange(states)), 1).double()
+    line = x @ torch.linalg.lstsq(x, mean[:, None]).solution
+    torch.testing.assert_close(values, line[:, 0].minimum(mean.max()))
+    if bool((line < mean.max()).all()):
+        upstream = torch.randn(channels, states, dtype=torch.float64)
+        (y * upstream).sum().backward()
+        through = x @ torch.linalg.pinv(x) @ upstream.sum(0) / channels
+        torch.testing.assert_close(a.grad, through.expand_as(a))
+        again = q(values.expand_as(a))  # it keeps what is one
+        torch.testing.assert_close(again[0], values)
+
+
+@pytest.mark.parametrize("name", ["shared", "ladder"])
+def test_shared_wants_states(name: str) -> None:
+    assert issubclass(get_quantizer(name), Shared)
+    q = get_quantizer(name)(4)
     assert q.ready
     with pytest.raises(InputError, match="channels, states"):
         q(torch.randn(5))

@@ -196,7 +196,9 @@ def paths() -> tuple[str, ...]:
 def _quantizer(grid: Grid) -> _Quantizer:
     low, high = (None if t is None else t.data_ptr() for t in (grid.low, grid.high))
     by_sample = grid.scale.numel() > 1
-    return _Quantizer(grid.scale.data_ptr(), grid.shift.data_ptr(), low, high, by_sample, grid.qmin, grid.qmax)
+    return _Quantizer(
+        grid.scale.data_ptr(), grid.shift.data_ptr(), low, high, by_sample, grid.qmin, grid.qmax
+    )
 
 
 def _codes(codes: Codes) -> _Codes:
@@ -205,7 +207,9 @@ def _codes(codes: Codes) -> _Codes:
 
 def _weights(weights: Weights) -> _Weights:
     tensors = weights.codes, weights.scale, weights.shift, weights.total
-    return _Weights(*(t.data_ptr() for t in tensors), weights.codes.shape[-3] if weights.codes.dim() > 3 else 0)
+    return _Weights(
+        *(t.data_ptr() for t in tensors), weights.codes.shape[-3] if weights.codes.dim() > 3 else 0
+    )
 
 
 def _values(x: Tensor) -> _Values:
@@ -261,7 +265,9 @@ def ranges(
 ) -> tuple[Tensor, ...]:
     """Scale, shift, low and high of DLS for samples of ``count`` elements, from their moments, (samples, 4)."""
     out = torch.empty(4, len(moments))
-    call = _RangesCall(moments.data_ptr(), len(moments), count, copies, w.data_ptr(), v.data_ptr(), levels, eps)
+    call = _RangesCall(
+        moments.data_ptr(), len(moments), count, copies, w.data_ptr(), v.data_ptr(), levels, eps
+    )
     call.ranges = out.data_ptr()
     _library().ssmquant_deployed_ranges(call)
     return out.unbind(0)

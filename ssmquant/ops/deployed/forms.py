@@ -54,7 +54,9 @@ class Weights:
     outputs: int
 
 
-def signed_codes(codes: Tensor, bits: int, code_min: int, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def signed_codes(
+    codes: Tensor, bits: int, code_min: int, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """``codes`` (uint8, from 0) as int8 around 0, and the shift that belongs to them.
 
     Raises:
