@@ -88,7 +88,7 @@ class _Core:
 
     def _fits(self, shape: tuple[int, ...], order: Tensor, sizes: tuple[tuple[int, ...], ...]) -> bool:
         directions, length = order.shape
-        rows, rank, states, _ = self.ranks
+        _, rank, states, _ = self.ranks
         for r, given, place in zip(self.rows, sizes, (*self.places, 0), strict=False):
             size = dict(zip(r.sizes, given, strict=True)).__getitem__
             flat = len(_shape(r.source)) == 3

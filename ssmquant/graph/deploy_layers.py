@@ -21,12 +21,12 @@ __all__ = ["deploy_layers"]
 
 # What does not care for strides: all, or all but those of its own readers.
 _MOVERS = {
-    "contiguous", "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "size", "mean", "sum",
-    "getitem", "conv2d", "linear", "adaptive_avg_pool2d", "pixel_shuffle",
+    "contiguous", "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "size", "mean",
+    "sum", "getitem", "conv2d", "linear", "adaptive_avg_pool2d", "pixel_shuffle",
 }  # fmt: skip
 _ELEMENTWISE = {
-    "add", "sub", "mul", "div", "truediv", "iadd", "imul", "silu", "gelu", "relu", "sigmoid", "leaky_relu", "float", "to",
-    "neg", "clamp", "tanh", "softplus",
+    "add", "sub", "mul", "div", "truediv", "iadd", "imul", "silu", "gelu", "relu", "sigmoid", "leaky_relu", "float",
+    "to", "neg", "clamp", "tanh", "softplus",
 }  # fmt: skip
 _LAYERS = (nn.Conv2d, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
 _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)

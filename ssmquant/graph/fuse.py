@@ -45,6 +45,7 @@ class _CrossScan:
 
 
 def is_quantizer(node: Any) -> bool:
+    """Whether a node is a call of an activation's quantizer."""
     return (
         isinstance(node, fx.Node)
         and node.op == "call_module"
@@ -111,6 +112,7 @@ def _sequences(x: Tensor, paths: Paths) -> Tensor:
 
 
 def flat_sequences(x: Tensor, paths: Paths) -> Tensor:
+    """(B, C, L) -> (B, K * C, L): the pixels of each path in its order."""
     return cross_scan(x, paths).flatten(1, 2)
 
 

@@ -56,8 +56,8 @@ class Shared(Quantizer):
     def _mean(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise InputError(
-                f"{type(self).__name__} keeps one value for each index of the last axis of a (channels, states) tensor, got shape "
-                f"{tuple(x.shape)}"
+                f"{type(self).__name__} keeps one value for each index of the last axis of a (channels, states) "
+                f"tensor, got shape {tuple(x.shape)}"
             )
         return x.to(compute_dtype(x)).mean(group_dims(x.dim(), -1), keepdim=True)
 
@@ -76,15 +76,18 @@ class Shared(Quantizer):
 
 
 class Ladder(Shared):
-    """The line through the means of :class:`Shared`: evenly spaced values, none above the largest mean."""
+    """Evenly spaced values: the line through the means of :class:`Shared`.
+
+    Where all means are negative, so are they: the line is made flatter if it would end above half of the largest mean.
+    """
 
     def _values(self, x: Tensor) -> Tensor:
         mean = self._mean(x)
-        states = mean.shape[-1]
-        if states < 3:
+        half = (mean.shape[-1] - 1) / 2
+        if half < 1:
             return mean
-        place = torch.arange(states, dtype=mean.dtype, device=mean.device) - (states - 1) / 2
+        place = torch.arange(mean.shape[-1], dtype=mean.dtype, device=mean.device) - half
+        centre, most = mean.mean(-1, keepdim=True), mean.amax(-1, keepdim=True)
         gap = (mean * place).sum(-1, keepdim=True) / (place * place).sum()
-        line = mean.mean(-1, keepdim=True) + place * gap
-        # The line through negative values may end above 0.
-        return torch.minimum(line, mean.amax(-1, keepdim=True))
+        steepest = torch.where(most < 0, (most / 2 - centre) / half, torch.inf)
+        return centre + place * torch.clamp(gap, -steepest, steepest)

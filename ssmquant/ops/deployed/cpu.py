@@ -351,7 +351,7 @@ def depthwise(
     silu: bool = False,
     path: int = 0,
 ) -> Tensor:
-    """A convolution of each channel as ``conv`` has it, of quantized values, and SiLU: (batch, height, width, channels).
+    """A convolution of each channel as ``conv`` has it, of quantized values, and SiLU: of the shape of x.
 
     Args:
         x: (batch, height, width, channels), any strides.
