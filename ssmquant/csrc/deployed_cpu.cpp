@@ -85,6 +85,15 @@ SSMQUANT_EXPORT void ssmquant_deployed_moments(const MomentsCall* call) {
   join(call->workspace, call->batch, divide_up(call->rows, kRows), call->moments);
 }
 
+SSMQUANT_EXPORT void ssmquant_deployed_gate(const GateCall* call) {
+  const auto run = kPaths.found[call->path]->gate;
+  const int64_t work = call->batch * call->rows * call->columns * 4;
+  share(useful_threads(*call, work), tasks_of(call->batch, call->rows), [&](int64_t i, int64_t) {
+    run(*call, part_of(call->rows, i), call->workspace + i * kMoments);
+  });
+  if (call->moments != nullptr) join(call->workspace, call->batch, divide_up(call->rows, kRows), call->moments);
+}
+
 SSMQUANT_EXPORT void ssmquant_deployed_ranges(const RangesCall* call) {
   const double n = double(call->count), all = n * double(call->copies);
   const float wider = float(std::sqrt(std::max(n - 1, 1.0) * double(call->copies) / std::max(all - 1, 1.0)));

@@ -39,13 +39,34 @@ struct Codes {  // (batch, rows, groups, padded)
   int64_t batch, row, group;  // strides, in rows of `padded` codes
 };
 
+// A layer norm over the columns of a row: (x - mean) / sqrt(variance + eps) * weight + bias.
+struct Norm {
+  int64_t on;
+  const float *weight, *bias;  // (columns), or null
+  double eps;
+};
+
 struct EncodeCall {
   int64_t path, threads;
   int64_t batch, rows, groups, columns;
   Values x;
+  Norm norm;  // comes first
   Quantizer quantizer;
   Codes codes;
 };
+
+// norm(x) * silu(z), and its moments as of MomentsCall.
+struct GateCall {
+  int64_t path, threads;
+  int64_t batch, rows, columns;  // at most kMostColumns
+  Values x, z;                   // of one group, next to each other in a row
+  Norm norm;
+  float* y;  // (batch, rows, columns)
+  double* workspace;
+  float* moments;  // or null
+};
+
+constexpr int64_t kMostColumns = 4096;
 
 // Mean, unbiased standard deviation, minimum and maximum of each sample.
 struct MomentsCall {
@@ -151,6 +172,7 @@ struct DeployedPath {
   int64_t lanes, unit;  // codes of a weight's row that are multiplied at once: 4 of int8, 2 of int16
   void (*encode)(const EncodeCall&, const Part&);
   void (*moments)(const MomentsCall&, const Part&, double* moments);
+  void (*gate)(const GateCall&, const Part&, double* moments);
   void (*linear)(const LinearCall&, const Part&);
   void (*conv)(const ConvCall&, int64_t sample, int64_t y);
   void (*depthwise)(const DepthwiseCall&, int64_t sample, int64_t y, int64_t x, int64_t tile);

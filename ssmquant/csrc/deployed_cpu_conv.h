@@ -77,12 +77,6 @@ void conv(const ConvCall& call, int64_t sample, int64_t y) {
 
 // ---- depthwise -----------------------------------------------------------------------------------------------------
 
-SSMQUANT_INLINE V silu(V x) {
-  V e[1] = {x * float(-kLog2e)};
-  exp2<1>(e, 0.0f);
-  return x / (e[0] + 1.0f);
-}
-
 // A block of pixels with what its windows reach beyond it, as values: (rows, columns, W).
 struct Block {
   static constexpr int64_t columns = kBlockWidth + kMostSpan;

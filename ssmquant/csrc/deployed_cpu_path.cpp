@@ -35,13 +35,14 @@ void encode_columns(const EncodeCall& call, const float* x, const Grid& q, int64
 
 void encode_row(const EncodeCall& call, const float* x, const Grid& q, int64_t at) {
   uint8_t* codes = call.codes.data + at * call.codes.padded;
+  const Normal normal(call.norm, x, call.columns);
   V sum{};
   int64_t c = 0;
   for (; c < call.columns; c += W) {
     const int64_t some = call.columns - c;
     V value{};
     if (call.x.column == 1) {
-      value = load_some(x + c, some);
+      value = normal.at(load_some(x + c, some), c, some);
     } else {
       for (int i = 0; i < W && i < some; ++i) value[i] = x[(c + i) * call.x.column];
     }
@@ -112,9 +113,25 @@ void moments(const MomentsCall& call, const Part& part, double* to) {
   add_moments(values, count, to);
 }
 
+void gate(const GateCall& call, const Part& part, double* to) {
+  no_moments(to);
+  float* const out = call.y + (part.sample * call.rows + part.first) * call.columns;
+  for (int64_t r = 0; r < part.count; ++r) {
+    const float* x = call.x.data + part.sample * call.x.batch + (part.first + r) * call.x.row;
+    const float* z = call.z.data + part.sample * call.z.batch + (part.first + r) * call.z.row;
+    const Normal normal(call.norm, x, call.columns);
+    for (int64_t c = 0; c < call.columns; c += W) {
+      const int64_t some = call.columns - c;
+      const V y = normal.at(load_some(x + c, some), c, some) * silu(load_some(z + c, some));
+      store_some(out + r * call.columns + c, y, some);
+    }
+  }
+  if (call.moments != nullptr) add_moments(out, part.count * call.columns, to);
+}
+
 }  // namespace
 
 extern const DeployedPath SSMQUANT_JOIN(ssmquant_deployed_, SSMQUANT_PATH);
 const DeployedPath SSMQUANT_JOIN(ssmquant_deployed_, SSMQUANT_PATH) = {
-    SSMQUANT_TEXT(SSMQUANT_PATH), W, kUnit, encode, moments, linear, conv, depthwise, delta_moments, scan,
+    SSMQUANT_TEXT(SSMQUANT_PATH), W, kUnit, encode, moments, gate, linear, conv, depthwise, delta_moments, scan,
 };

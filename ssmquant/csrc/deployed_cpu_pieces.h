@@ -233,4 +233,39 @@ inline void no_moments(double* to) {
   to[3] = INFINITY, to[4] = -INFINITY;
 }
 
+// ---- rows ----------------------------------------------------------------------------------------------------------
+
+// A layer norm of one row.
+struct Normal {
+  const Norm& norm;
+  float mean, over;
+
+  Normal(const Norm& norm, const float* x, int64_t count) : norm(norm), mean(0), over(1) {
+    if (!norm.on) return;
+    V sum{};
+    for (int64_t i = 0; i < count; i += W) sum = sum + load_some(x + i, count - i);
+    mean = lane_sum(sum) / float(count);
+    V squares{};
+    for (int64_t i = 0; i < count; i += W) {
+      const V d = first_of(load_some(x + i, count - i) - mean, count - i);
+      squares = squares + d * d;
+    }
+    over = 1.0f / std::sqrt(lane_sum(squares) / float(count) + float(norm.eps));
+  }
+
+  // Columns from i on, of which `left` are there.
+  SSMQUANT_INLINE V at(V x, int64_t i, int64_t left) const {
+    if (!norm.on) return x;
+    V y = (x - mean) * over;
+    if (norm.weight != nullptr) y = y * load_some(norm.weight + i, left);
+    return norm.bias != nullptr ? y + load_some(norm.bias + i, left) : y;
+  }
+};
+
+SSMQUANT_INLINE V silu(V x) {
+  V e[1] = {x * float(-kLog2e)};
+  exp2<1>(e, 0.0f);
+  return x / (e[0] + 1.0f);
+}
+
 }  // namespace

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ssmquant.graph.moves import is_move
 from ssmquant.graph.orders import Unfit, shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import PackedTensor, deployed
 from ssmquant.ops.deployed import cpu
+from ssmquant.quantizers.bank import hooks_of
 
 __all__ = ["deploy_layers"]
 
@@ -32,9 +34,24 @@ _LAYERS = (nn.Conv2d, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
 _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)
 
 
-def _linear(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+def _linear(
+    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: nn.LayerNorm | None
+) -> Tensor:
     _check(x)
-    return deployed.linear(x, of_x, weight, bias)
+    return deployed.linear(x, of_x, weight, bias, norm)
+
+
+def _gated_linear(
+    x: Tensor,
+    z: Tensor,
+    norm: nn.LayerNorm | None,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+) -> Tensor:
+    _check(x)
+    _check(z)
+    return deployed.gated_linear(x, z, norm, of_x, weight, bias)
 
 
 def _conv2d(
@@ -79,41 +96,126 @@ class _Layers:
         if of_x is None or not isinstance(packed, PackedTensor) or not deployed.takes_weight(packed):
             return False
         assert isinstance(x, fx.Node)
+        assert isinstance(weight, fx.Node)
         if node.target is F.linear:
-            takes = len(packed.shape) == 2 and len(shape_of(node) or ()) >= 2
-            takes = takes and (
-                deployed.static(of_x) or (deployed.dynamic(of_x) and packed.shape[1] <= cpu.MOST_INPUTS)
-            )
-            rest: tuple[Any, ...] = ()
+            new = self._linear(node, x, of_x, weight, packed, bias)
         else:
-            options = node.args[3:] if len(node.args) == 7 else None
-            takes = options is not None and not node.kwargs and self._takes_conv(of_x, packed, *options)
-            rest = (options[2], None, self._any_strides(node)) if options else ()  # dilation
-        if not takes:
+            options = node.args[3:] if len(node.args) == 7 and not node.kwargs else None
+            if options is None or not self._takes_conv(of_x, packed, *options):
+                return False
+            new = self._conv(node, x, of_x, weight, packed, bias, options[2])
+        if new is None:
             return False
-        value: Any = x.args[0]
-        between: list[fx.Node] = []
-        while op_name(value) == "contiguous" and len(value.args) == 1:  # any strides do
-            between.append(value)
-            value = value.args[0]
-        like, act = node, None
-        if rest and packed.shape[1] == 1 and (act := self._silu(node)) is not None:
-            like = act
-            rest = (rest[0], None, self._any_strides(act))
-        with self.graph.inserting_before(node):
-            owners = [self.graph.get_attr(str(n.target)) for n in (x, weight)]  # type: ignore[union-attr]
-            if act is not None and act.op == "call_module":
-                rest = (rest[0], self.graph.get_attr(str(act.target)), rest[2])
-            elif act is not None:
-                rest = (rest[0], _SILU, rest[2])
-            target: Any = _linear if node.target is F.linear else _conv2d
-            new = self.graph.call_function(target, (value, *owners, bias, *rest))
-        new.meta.update(like.meta)
-        like.replace_all_uses_with(new)
-        for n in dict.fromkeys((like, node, weight, x, *between)):
-            if not n.users:  # type: ignore[union-attr]
-                self.graph.erase_node(n)  # type: ignore[arg-type]
+        self._erase(node, x, weight)
         return True
+
+    def _linear(
+        self, node: fx.Node, x: fx.Node, of_x: nn.Module, weight: fx.Node, packed: PackedTensor, bias: Any
+    ) -> fx.Node | None:
+        if len(packed.shape) != 2 or len(shape_of(node) or ()) < 2 or not self._takes_input(of_x, packed):
+            return None
+        value = _any_layout(x.args[0])
+        gate = self._gate(value, x)
+        with self.graph.inserting_before(node):
+            owners = self._owner(x), self._owner(weight)
+            if gate is not None and packed.shape[1] <= cpu.MOST_INPUTS:
+                y, z = gate
+                norm = self._norm(y)
+                args: tuple[Any, ...] = (
+                    y if norm is None else y.args[0],
+                    z,
+                    norm and self._owner(norm),
+                    *owners,
+                    bias,
+                )
+                new = self.graph.call_function(_gated_linear, args)
+            else:
+                norm = self._norm(value) if deployed.static(of_x) else None
+                start = value if norm is None else value.args[0]
+                new = self.graph.call_function(_linear, (start, *owners, bias, norm and self._owner(norm)))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        return new
+
+    def _conv(
+        self,
+        node: fx.Node,
+        x: fx.Node,
+        of_x: nn.Module,
+        weight: fx.Node,
+        packed: PackedTensor,
+        bias: Any,
+        dilation: tuple[int, int],
+    ) -> fx.Node:
+        value = _any_layout(x.args[0])
+        last, act = node, None
+        with self.graph.inserting_before(node):
+            owners = self._owner(x), self._owner(weight)
+            norm = None
+            if packed.shape[2:] == (1, 1) and deployed.static(of_x) and _is_channels_first(value):
+                norm = self._norm(_any_layout(value.args[0]))
+            if norm is not None:  # a product of rows, which then are channels first
+                rows = self.graph.call_function(_linear, (norm.args[0], *owners, bias, self._owner(norm)))
+                new = self.graph.call_method("permute", (rows, 0, 3, 1, 2))
+                if not self._any_strides(node):
+                    new = self.graph.call_method("contiguous", (new,))
+            else:
+                if packed.shape[1] == 1 and (act := self._silu(node)) is not None:
+                    last = act
+                module = None if act is None else self._owner(act)
+                args = (value, *owners, bias, dilation, module, self._any_strides(last))
+                new = self.graph.call_function(_conv2d, args)
+        new.meta.update(last.meta)
+        last.replace_all_uses_with(new)
+        if act is not None:
+            self.graph.erase_node(act)
+        return new
+
+    def _owner(self, node: fx.Node) -> fx.Node:
+        """The module that a node calls."""
+        return self.graph.get_attr(str(node.target))
+
+    def _erase(self, *nodes: fx.Node) -> None:
+        """Nodes that nothing reads any more, and what led to them alone."""
+        for node in nodes:
+            if node.users or node.op in ("placeholder", "get_attr") or node.meta.get("mutates"):
+                continue
+            before = node.all_input_nodes
+            self.graph.erase_node(node)
+            self._erase(*(n for n in before if is_move(n) or self._is_plain(n)))
+
+    def _is_plain(self, node: fx.Node) -> bool:
+        """A module or function that kernels stand for."""
+        if node.op == "call_module":
+            return type(self.model.get_submodule(str(node.target))) in (nn.LayerNorm, nn.SiLU)
+        return node.op != "placeholder" and op_name(node) in ("silu", "mul")
+
+    def _norm(self, node: Any) -> fx.Node | None:
+        """``node`` if it is a layer norm over the last axis that one node alone reads."""
+        if (
+            not isinstance(node, fx.Node)
+            or node.op != "call_module"
+            or len(node.users) != 1
+            or len(node.args) != 1
+        ):
+            return None
+        module = self.model.get_submodule(str(node.target))
+        return node if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 else None
+
+    def _gate(self, value: Any, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """(y, z) if ``value``, which only ``x`` reads, is y * silu(z)."""
+        if not isinstance(value, fx.Node) or op_name(value) != "mul" or list(value.users) != [x]:
+            return None
+        if len(value.args) != 2 or value.kwargs or not all(isinstance(a, fx.Node) for a in value.args):
+            return None
+        for y, gate in (value.args, value.args[::-1]):
+            assert isinstance(gate, fx.Node)
+            if not self._is_silu(gate) or len(gate.users) != 1:
+                continue
+            z = gate.args[0]
+            if isinstance(z, fx.Node) and shape_of(y) == shape_of(z) and shape_of(z) is not None:  # type: ignore[arg-type]
+                return y, z  # type: ignore[return-value]
+        return None
 
     def _takes_conv(
         self, of_x: nn.Module, weight: PackedTensor, stride: Any, padding: Any, dilation: Any, groups: Any
@@ -130,25 +232,30 @@ class _Layers:
             return weight.shape[:2] == (groups, 1) and span <= cpu.MOST_SPAN and deployed.coded(of_x)
         if weight.shape[1] == 1:
             return False  # it would pass for a depthwise one
-        if kernel == (1, 1):
-            return deployed.static(of_x) or (deployed.dynamic(of_x) and weight.shape[1] <= cpu.MOST_INPUTS)
-        return deployed.static(of_x)
+        return self._takes_input(of_x, weight) if kernel == (1, 1) else deployed.static(of_x)
+
+    def _takes_input(self, of_x: nn.Module, weight: PackedTensor) -> bool:
+        return deployed.static(of_x) or (deployed.dynamic(of_x) and weight.shape[1] <= cpu.MOST_INPUTS)
+
+    def _is_silu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.model.get_submodule(str(node.target))
+            return type(module) is nn.SiLU and not hooks_of(module)
+        return node.target is F.silu
 
     def _silu(self, node: fx.Node) -> fx.Node | None:
-        """SiLU of a layer's result, if nothing else reads that."""
+        """A SiLU module of a layer's result, if nothing else reads that."""
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        if user is None or user.args[:1] != (node,):
+        if user is None or user.op != "call_module" or user.args != (node,):
             return None
-        if user.op == "call_module" and type(self.model.get_submodule(str(user.target))) is nn.SiLU:
-            return user
-        return user if user.target is F.silu else None
+        return user if type(self.model.get_submodule(str(user.target))) is nn.SiLU else None
 
     def _any_strides(self, node: fx.Node) -> bool:
         """Whether all that reads ``node`` takes it in any layout."""
         return all(self._takes_any_strides(user) for user in node.users)
 
     def _takes_any_strides(self, user: fx.Node) -> bool:
-        if user.target in (_linear, _conv2d) or getattr(user.target, "__name__", "") in (
+        if user.target in (_linear, _gated_linear, _conv2d) or getattr(user.target, "__name__", "") in (
             "scan_core",
             "paths_of",
         ):
@@ -164,7 +271,17 @@ class _Layers:
         return name in _MOVERS or (name in _ELEMENTWISE and self._any_strides(user))
 
 
-_SILU = nn.SiLU()
+def _any_layout(value: Any) -> Any:
+    """What a value was before it was made contiguous."""
+    while isinstance(value, fx.Node) and op_name(value) == "contiguous" and len(value.args) == 1:
+        value = value.args[0]
+    return value
+
+
+def _is_channels_first(value: Any) -> bool:
+    return (
+        isinstance(value, fx.Node) and op_name(value) == "permute" and tuple(value.args[1:]) == (0, 3, 1, 2)
+    )
 
 
 def deploy_layers(graph: fx.Graph, model: nn.Module) -> bool:

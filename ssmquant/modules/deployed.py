@@ -15,12 +15,22 @@ from torch import Tensor, nn
 
 from ssmquant.modules.activation import ActivationQuantizer, FrozenRange
 from ssmquant.modules.packed import PackedTensor
-from ssmquant.ops.deployed import Codes, Grid, Weights, cpu
+from ssmquant.ops.deployed import Codes, Grid, Norm, Weights, cpu
 from ssmquant.ops.deployed.forms import signed_codes
 from ssmquant.quantizers import DLS, Quantizer
 from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["coded", "conv2d", "dynamic", "linear", "plain", "scan_core", "static", "takes_weight"]
+__all__ = [
+    "coded",
+    "conv2d",
+    "dynamic",
+    "gated_linear",
+    "linear",
+    "plain",
+    "scan_core",
+    "static",
+    "takes_weight",
+]
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Any]]] = WeakKeyDictionary()
 
@@ -97,10 +107,19 @@ def _grid(module: nn.Module, moments: Callable[[], Tensor], count: int, copies: 
     return grid
 
 
-def _encode(x: Tensor, module: nn.Module, copies: int = 1, *, by_group: bool = False) -> tuple[Codes, Grid]:
-    """(batch, rows, groups, columns) as codes."""
-    grid = _grid(module, lambda: cpu.moments(x), x.numel() // x.shape[0], copies)
-    return cpu.encode(x, grid, by_group=by_group), grid
+def _encode(
+    x: Tensor,
+    module: nn.Module,
+    copies: int = 1,
+    *,
+    moments: Tensor | None = None,
+    norm: Norm | None = None,
+    by_group: bool = False,
+) -> tuple[Codes, Grid]:
+    """(batch, rows, groups, columns) as codes. With a ``norm`` the quantizer is static."""
+    known = (lambda: cpu.moments(x)) if moments is None else (lambda: moments)
+    grid = _grid(module, known, x.numel() // x.shape[0], copies)
+    return cpu.encode(x, grid, norm=norm, by_group=by_group), grid
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -146,19 +165,60 @@ def _bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else cpu.by_lanes(bias)
 
 
-def _product(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+def _product(
+    x: Tensor,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    norm: Norm | None = None,
+    moments: Tensor | None = None,
+) -> Tensor:
     """(batch, rows, inputs), any strides, by a weight of (outputs, inputs) and any number of ones: (.., outputs)."""
-    codes, grid = _encode(x.unsqueeze(2), of_x)
+    codes, grid = _encode(x.unsqueeze(2), of_x, norm=norm, moments=moments)
     weights = _matrix(weight, (weight.shape[0], x.shape[2]), values=grid.low is not None)
     return cpu.linear(codes, grid, weights, _bias(bias))
 
 
-def linear(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of the quantized x, whose first axis numbers the samples."""
-    rows = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+def _rows(x: Tensor) -> Tensor:
+    """(samples, .., columns) -> (samples, rows, columns)."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _fused_norm(norm: nn.LayerNorm | None, x: Tensor) -> tuple[Tensor, Norm | None]:
+    """The norm for a kernel, and ``x`` with columns next to each other; or no norm any more, and its result."""
+    if norm is None:
+        return x, None
+    parts = [None if t is None else t.detach() for t in (norm.weight, norm.bias)]
+    if hooks_of(norm) or any(t is not None and t.dtype != torch.float32 for t in parts):
+        return norm(x), None
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, Norm(*(None if t is None else t.contiguous() for t in parts), norm.eps)
+
+
+def linear(
+    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: nn.LayerNorm | None = None
+) -> Tensor:
+    """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x."""
+    x, fused = _fused_norm(norm, x)
+    rows = _rows(x)
     if static(of_x):  # samples do not matter
         rows = rows.flatten(0, 1)[None]
-    return _product(rows, of_x, weight, bias).view(*x.shape[:-1], -1)
+    return _product(rows, of_x, weight, bias, fused).view(*x.shape[:-1], -1)
+
+
+def gated_linear(
+    x: Tensor,
+    z: Tensor,
+    norm: nn.LayerNorm | None,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """``linear`` of ``norm(x) * silu(z)``, all (samples, .., columns)."""
+    x, fused = _fused_norm(norm, x)
+    both = [_rows(t if t.stride(-1) == 1 else t.contiguous()).unsqueeze(2) for t in (x, z)]
+    y, moments = cpu.gate(*both, fused, with_moments=dynamic(of_x))
+    return _product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1)
 
 
 def conv2d(
@@ -188,8 +248,7 @@ def conv2d(
         y = y.permute(0, 3, 1, 2)
         return y if act is None or silu else act(y)
     if kernel == [1, 1]:
-        y = _product(x.flatten(2).transpose(1, 2), of_x, weight, bias)
-        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+        return linear(x.permute(0, 2, 3, 1), of_x, weight, bias).permute(0, 3, 1, 2)
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = _grid(of_x, _no_moments, 0)
     border = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.ops import native
-from ssmquant.ops.deployed.forms import Codes, Grid, Weights
+from ssmquant.ops.deployed.forms import Codes, Grid, Norm, Weights
 
 __all__ = [
     "MOST_INPUTS",
@@ -28,6 +28,7 @@ __all__ = [
     "delta_moments",
     "depthwise",
     "encode",
+    "gate",
     "linear",
     "moments",
     "pack",
@@ -70,10 +71,15 @@ class _Weights(ctypes.Structure):
     _fields_ = [*_pointers("codes", "scale", "shift", "total"), *_integers("units")]
 
 
+class _Norm(ctypes.Structure):
+    _fields_ = [*_integers("on"), *_pointers("weight", "bias"), ("eps", ctypes.c_double)]
+
+
 class _EncodeCall(ctypes.Structure):
     _fields_ = [
         *_integers("path", "threads", "batch", "rows", "groups", "columns"),
         ("x", _Values),
+        ("norm", _Norm),
         ("quantizer", _Quantizer),
         ("codes", _Codes),
     ]
@@ -84,6 +90,16 @@ class _MomentsCall(ctypes.Structure):
         *_integers("path", "threads", "batch", "rows", "groups", "columns"),
         ("x", _Values),
         *_pointers("workspace", "moments"),
+    ]
+
+
+class _GateCall(ctypes.Structure):
+    _fields_ = [
+        *_integers("path", "threads", "batch", "rows", "columns"),
+        ("x", _Values),
+        ("z", _Values),
+        ("norm", _Norm),
+        *_pointers("y", "workspace", "moments"),
     ]
 
 
@@ -155,6 +171,7 @@ def _found() -> ctypes.CDLL | str:
     calls = {
         "encode": _EncodeCall,
         "moments": _MomentsCall,
+        "gate": _GateCall,
         "ranges": _RangesCall,
         "linear": _LinearCall,
         "conv": _ConvCall,
@@ -227,12 +244,25 @@ def _room(*shape: int, zero: bool) -> Codes:
     return Codes(new(size + _SLACK, dtype=torch.uint8)[:size].view(shape), new(shape[:-1], dtype=torch.int32))
 
 
+def _norm(norm: Norm | None) -> _Norm:
+    if norm is None:
+        return _Norm()
+    return _Norm(True, *(None if t is None else t.data_ptr() for t in (norm.weight, norm.bias)), norm.eps)
+
+
 def encode(
-    x: Tensor, grid: Grid, border: tuple[int, int] = (0, 0), *, by_group: bool = False, path: int = 0
+    x: Tensor,
+    grid: Grid,
+    border: tuple[int, int] = (0, 0),
+    *,
+    norm: Norm | None = None,
+    by_group: bool = False,
+    path: int = 0,
 ) -> Codes:
     """(batch, rows, groups, columns), any strides, as codes.
 
     Args:
+        norm: a layer norm that comes first; x has columns next to each other then.
         border: rows and groups of zeros (codes and sums) on all sides, for ``conv``.
         by_group: in memory groups come before rows, for ``scan``.
     """
@@ -245,7 +275,7 @@ def encode(
         codes = _room(batch, rows + 2 * down, groups + 2 * right, padded, zero=border != (0, 0))
     inner = Codes(codes.data[:, down:, right:], codes.sums[:, down:, right:])
     call = _EncodeCall(path, torch.get_num_threads(), batch, rows, groups, columns)
-    call.x, call.quantizer, call.codes = _values(x), _quantizer(grid), _codes(inner)
+    call.x, call.norm, call.quantizer, call.codes = _values(x), _norm(norm), _quantizer(grid), _codes(inner)
     _library().ssmquant_deployed_encode(call)
     return codes
 
@@ -258,6 +288,26 @@ def moments(x: Tensor, path: int = 0) -> Tensor:
     call.x, call.workspace, call.moments = _values(x), workspace.data_ptr(), out.data_ptr()
     _library().ssmquant_deployed_moments(call)
     return out
+
+
+def gate(
+    x: Tensor, z: Tensor, norm: Norm | None, *, with_moments: bool = False, path: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """``norm(x) * silu(z)``, (batch, rows, columns), and its moments.
+
+    x and z: (batch, rows, 1, columns), columns next to each other, at most ``MOST_INPUTS``.
+    """
+    batch, rows, _, columns = x.shape
+    y, workspace = torch.empty(batch, rows, columns), _workspace(batch, rows)
+    out = torch.empty(batch, 4) if with_moments else None
+    call = _GateCall(path, torch.get_num_threads(), batch, rows, columns, _values(x), _values(z), _norm(norm))
+    call.y, call.workspace, call.moments = (
+        y.data_ptr(),
+        workspace.data_ptr(),
+        None if out is None else out.data_ptr(),
+    )
+    _library().ssmquant_deployed_gate(call)
+    return y, out
 
 
 def ranges(

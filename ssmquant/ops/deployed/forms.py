@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 
-__all__ = ["Codes", "Grid", "Weights", "signed_codes"]
+__all__ = ["Codes", "Grid", "Norm", "Weights", "signed_codes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,15 @@ class Codes:
 
     data: Tensor
     sums: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A layer norm over the last axis; ``weight`` and ``bias`` contiguous float32 or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
 
 @dataclass(frozen=True, eq=False)
