@@ -29,7 +29,6 @@ __all__ = ["deploy"]
 
 _SCAN = torch.ops.ssmquant.selective_scan.default
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"}
-_KEPT = {"transpose", "permute", "movedim", "moveaxis", "swapaxes"}  # do not care for strides
 _MOST_SHAPES = 64
 
 
@@ -80,7 +79,6 @@ class _Core:
     rows: list[_Rows]  # low rank, B, C; then the step sizes, of another projection
     places: tuple[int, int, int]
     ranks: tuple[int, int, int, int]
-    keeps: bool  # readers take any strides
     softplus: bool
 
     def __post_init__(self) -> None:
@@ -115,8 +113,7 @@ class _Core:
         y = deployed.scan_core(
             x.flatten(2).transpose(1, 2), paths.order, self.ranks, self.places, *modules, self.softplus
         ).transpose(1, 2)
-        y = y.unflatten(2, x.shape[2:]) if self.merges.like_image else y
-        return y if self.keeps else y.contiguous()
+        return y.unflatten(2, x.shape[2:]) if self.merges.like_image else y
 
 
 class _Deployer:
@@ -231,14 +228,11 @@ class _Deployer:
         if states != same or last[1:] != (0, _shape(image)[1]):
             raise _NoMatch
         places = tuple(f[1] for f in found)
-        users = list(merges.users)
-        keeps = all(n.op != "call_module" and op_name(n) in _KEPT for n in users)
         core = _Core(
             merges.target,
             [*(f[0] for f in found), last[0]],
             places,  # type: ignore[arg-type]
             (found[0][0].rows, rank, states, states),
-            keeps,
             softplus,
         )
         weights = self.weight(x_weight, 2), self.weight(dt_weight, 2)
@@ -248,8 +242,9 @@ class _Deployer:
             sizes = (*(tuple(self.copy[n] for n in r.sizes) for r in core.rows), there.args[3:])
             args = (self.copy[image], self.copy[paths], sizes, tuple(self.owner(m) for m in modules))
             node = self.graph.call_function(core, args)
+            whole = self.graph.call_method("contiguous", (node,))  # dropped again where nothing needs it
         node.meta.update(merges.meta)
-        there.replace_all_uses_with(node)
+        there.replace_all_uses_with(whole)
         self.dead |= {merges, scan, outputs[0], steps, rows_node, u}
         self.dead |= {n for n in (a, skip, bias) if isinstance(n, fx.Node) and n.op == "call_module"}
         self.dead |= {q.args[0] for q in (of_u, of_x)}  # type: ignore[misc]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.moves import is_move
+from ssmquant.graph.moves import is_cast, is_move, is_number
 from ssmquant.graph.orders import Unfit, shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
@@ -24,19 +24,20 @@ __all__ = ["deploy_layers"]
 # What does not care for strides: all, or all but those of its own readers.
 _MOVERS = {
     "contiguous", "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "size", "mean",
-    "sum", "getitem", "conv2d", "linear", "adaptive_avg_pool2d", "pixel_shuffle",
+    "sum", "getitem", "conv2d", "linear", "adaptive_avg_pool2d", "pixel_shuffle", "layer_norm",
 }  # fmt: skip
 _ELEMENTWISE = {
     "add", "sub", "mul", "div", "truediv", "iadd", "imul", "silu", "gelu", "relu", "sigmoid", "leaky_relu", "float",
     "to", "neg", "clamp", "tanh", "softplus",
 }  # fmt: skip
-_LAYERS = (nn.Conv2d, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
+_LAYERS = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
 _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)
 
 
-def _linear(
-    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: nn.LayerNorm | None
-) -> Tensor:
+Norm = tuple[Any, ...] | None  # see modules.deployed
+
+
+def _linear(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: Norm) -> Tensor:
     _check(x)
     return deployed.linear(x, of_x, weight, bias, norm)
 
@@ -44,7 +45,7 @@ def _linear(
 def _gated_linear(
     x: Tensor,
     z: Tensor,
-    norm: nn.LayerNorm | None,
+    norm: Norm,
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
@@ -74,6 +75,13 @@ def _check(x: Tensor) -> None:
         raise Unfit
 
 
+_OURS = (_linear, _gated_linear, _conv2d)
+
+
+def _is_core(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "scan_core"
+
+
 class _Layers:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self.graph, self.model = graph, model
@@ -92,6 +100,8 @@ class _Layers:
         """Replaces a layer, if kernels know it."""
         arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
         x, weight, bias = (arguments.get(k) for k in ("input", "weight", "bias"))
+        if isinstance(weight, fx.Node):
+            weight = _without_ones(weight)
         of_x, packed = self.called(x, ACTIVATIONS), self.called(weight, WEIGHTS)
         if of_x is None or not isinstance(packed, PackedTensor) or not deployed.takes_weight(packed):
             return False
@@ -100,8 +110,8 @@ class _Layers:
         if node.target is F.linear:
             new = self._linear(node, x, of_x, weight, packed, bias)
         else:
-            options = node.args[3:] if len(node.args) == 7 and not node.kwargs else None
-            if options is None or not self._takes_conv(of_x, packed, *options):
+            options = _conv_options(node)
+            if not self._takes_conv(of_x, packed, *options):
                 return False
             new = self._conv(node, x, of_x, weight, packed, bias, options[2])
         if new is None:
@@ -121,18 +131,12 @@ class _Layers:
             if gate is not None and packed.shape[1] <= cpu.MOST_INPUTS:
                 y, z = gate
                 norm = self._norm(y)
-                args: tuple[Any, ...] = (
-                    y if norm is None else y.args[0],
-                    z,
-                    norm and self._owner(norm),
-                    *owners,
-                    bias,
-                )
+                args: tuple[Any, ...] = (_before(norm, y), z, self._norm_of(norm), *owners, bias)
                 new = self.graph.call_function(_gated_linear, args)
             else:
                 norm = self._norm(value) if deployed.static(of_x) else None
-                start = value if norm is None else value.args[0]
-                new = self.graph.call_function(_linear, (start, *owners, bias, norm and self._owner(norm)))
+                args = (_before(norm, value), *owners, bias, self._norm_of(norm))
+                new = self.graph.call_function(_linear, args)
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         return new
@@ -152,10 +156,11 @@ class _Layers:
         with self.graph.inserting_before(node):
             owners = self._owner(x), self._owner(weight)
             norm = None
-            if packed.shape[2:] == (1, 1) and deployed.static(of_x) and _is_channels_first(value):
+            if packed.shape[2:] in ((), (1, 1)) and deployed.static(of_x) and _is_channels_first(value):
                 norm = self._norm(_any_layout(value.args[0]))
             if norm is not None:  # a product of rows, which then are channels first
-                rows = self.graph.call_function(_linear, (norm.args[0], *owners, bias, self._owner(norm)))
+                args: tuple[Any, ...] = (norm.args[0], *owners, bias, self._norm_of(norm))
+                rows = self.graph.call_function(_linear, args)
                 new = self.graph.call_method("permute", (rows, 0, 3, 1, 2))
                 if not self._any_strides(node):
                     new = self.graph.call_method("contiguous", (new,))
@@ -188,19 +193,27 @@ class _Layers:
         """A module or function that kernels stand for."""
         if node.op == "call_module":
             return type(self.model.get_submodule(str(node.target))) in (nn.LayerNorm, nn.SiLU)
-        return node.op != "placeholder" and op_name(node) in ("silu", "mul")
+        return node.op != "placeholder" and op_name(node) in ("silu", "mul", "layer_norm")
 
     def _norm(self, node: Any) -> fx.Node | None:
         """``node`` if it is a layer norm over the last axis that one node alone reads."""
-        if (
-            not isinstance(node, fx.Node)
-            or node.op != "call_module"
-            or len(node.users) != 1
-            or len(node.args) != 1
-        ):
+        if not isinstance(node, fx.Node) or len(node.users) != 1:
+            return None
+        if node.target is F.layer_norm:
+            known = not set(node.kwargs) - {"weight", "bias", "eps"}
+            return node if len(node.args) == 2 and known and len(node.args[1]) == 1 else None  # type: ignore[arg-type]
+        if node.op != "call_module" or len(node.args) != 1:
             return None
         module = self.model.get_submodule(str(node.target))
         return node if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 else None
+
+    def _norm_of(self, node: fx.Node | None) -> tuple[Any, ...] | None:
+        """What ``modules.deployed`` takes for it."""
+        if node is None:
+            return None
+        if node.op == "call_module":
+            return (self._owner(node),)
+        return node.kwargs.get("weight"), node.kwargs.get("bias"), node.kwargs.get("eps", 1e-5)
 
     def _gate(self, value: Any, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """(y, z) if ``value``, which only ``x`` reads, is y * silu(z)."""
@@ -220,7 +233,7 @@ class _Layers:
     def _takes_conv(
         self, of_x: nn.Module, weight: PackedTensor, stride: Any, padding: Any, dilation: Any, groups: Any
     ) -> bool:
-        kernel = weight.shape[2:]
+        kernel = weight.shape[2:] or (1, 1)
         if len(kernel) != 2 or stride != (1, 1) or not isinstance(padding, tuple):
             return False
         if any(
@@ -250,15 +263,26 @@ class _Layers:
             return None
         return user if type(self.model.get_submodule(str(user.target))) is nn.SiLU else None
 
+    def drop_copy(self, node: fx.Node) -> None:
+        """Leaves out what makes a result of kernels contiguous for readers that take any strides."""
+        if node.op != "call_method" or node.target != "contiguous" or len(node.args) != 1:
+            return
+        source: Any = node.args[0]
+        while isinstance(source, fx.Node) and (
+            is_cast(source) or op_name(source) in ("permute", "transpose")
+        ):
+            source = source.args[0]
+        ours = isinstance(source, fx.Node) and (source.target in _OURS or _is_core(source))
+        if ours and not node.meta.get("mutates") and self._any_strides(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            self.graph.erase_node(node)
+
     def _any_strides(self, node: fx.Node) -> bool:
         """Whether all that reads ``node`` takes it in any layout."""
         return all(self._takes_any_strides(user) for user in node.users)
 
     def _takes_any_strides(self, user: fx.Node) -> bool:
-        if user.target in (_linear, _gated_linear, _conv2d) or getattr(user.target, "__name__", "") in (
-            "scan_core",
-            "paths_of",
-        ):
+        if user.target in _OURS or _is_core(user) or getattr(user.target, "__name__", "") == "paths_of":
             return True
         if user.op == "call_module":
             if self.called(user, ACTIVATIONS) is not None:
@@ -272,10 +296,45 @@ class _Layers:
 
 
 def _any_layout(value: Any) -> Any:
-    """What a value was before it was made contiguous."""
-    while isinstance(value, fx.Node) and op_name(value) == "contiguous" and len(value.args) == 1:
+    """What a value was before it was made contiguous, or cast to float32, as all is that kernels take."""
+    while isinstance(value, fx.Node) and (
+        is_cast(value) or (op_name(value) == "contiguous" and len(value.args) == 1)
+    ):
         value = value.args[0]
     return value
+
+
+def _before(norm: fx.Node | None, value: fx.Node) -> Any:
+    return value if norm is None else norm.args[0]
+
+
+def _conv_options(node: fx.Node) -> tuple[Any, Any, Any, Any]:
+    """Stride, padding and dilation, a pair each (or what else was given), and groups."""
+    names = ("stride", "padding", "dilation", "groups")
+    given: dict[str, Any] = dict(zip(names, (1, 0, 1, 1), strict=True))
+    given |= {**dict(zip(names, node.args[3:], strict=False)), **node.kwargs}
+    stride, padding, dilation = ((v, v) if isinstance(v := given[k], int) else v for k in names[:3])
+    return stride, padding, dilation, given["groups"]
+
+
+def _without_ones(weight: fx.Node) -> fx.Node:
+    """A matrix that was given axes of size 1 behind it, to be the weight of a convolution."""
+    shape = shape_of(weight)
+    node: Any = weight
+    while (
+        shape is not None
+        and node.op != "call_module"
+        and op_name(node) in ("view", "reshape", "unsqueeze", "getitem")
+    ):
+        if len([i for i in node.all_input_nodes if not is_number(i)]) != 1:
+            return weight
+        node = node.args[0]
+    same = (
+        node.op == "call_module"
+        and len(shape_of(node) or ()) == 2
+        and shape == (*(shape_of(node) or ()), 1, 1)
+    )
+    return node if same else weight
 
 
 def _is_channels_first(value: Any) -> bool:
@@ -291,4 +350,6 @@ def deploy_layers(graph: fx.Graph, model: nn.Module) -> bool:
     for node in list(graph.nodes):
         if node.target in (F.linear, F.conv2d):
             changed |= layers.layer(node)
+    for node in list(graph.nodes):
+        layers.drop_copy(node)
     return changed

@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmquant.modules.activation import ActivationQuantizer, FrozenRange
@@ -184,19 +185,26 @@ def _rows(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
-def _fused_norm(norm: nn.LayerNorm | None, x: Tensor) -> tuple[Tensor, Norm | None]:
+LayerNorm = tuple[Any, ...] | None
+"""None, ``(module,)``, or ``(weight, bias, eps)``: a layer norm over the last axis."""
+
+
+def _fused_norm(norm: LayerNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
     """The norm for a kernel, and ``x`` with columns next to each other; or no norm any more, and its result."""
     if norm is None:
         return x, None
-    parts = [None if t is None else t.detach() for t in (norm.weight, norm.bias)]
-    if hooks_of(norm) or any(t is not None and t.dtype != torch.float32 for t in parts):
-        return norm(x), None
+    module = norm[0] if len(norm) == 1 else None
+    weight, bias, eps = norm if module is None else (module.weight, module.bias, module.eps)
+    if (module is not None and hooks_of(module)) or any(
+        t is not None and t.dtype != x.dtype for t in (weight, bias)
+    ):
+        return (F.layer_norm(x, x.shape[-1:], weight, bias, eps) if module is None else module(x)), None
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, Norm(*(None if t is None else t.contiguous() for t in parts), norm.eps)
+    return x, Norm(*(None if t is None else t.detach().contiguous() for t in (weight, bias)), eps)
 
 
 def linear(
-    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: nn.LayerNorm | None = None
+    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: LayerNorm = None
 ) -> Tensor:
     """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x."""
     x, fused = _fused_norm(norm, x)
@@ -209,7 +217,7 @@ def linear(
 def gated_linear(
     x: Tensor,
     z: Tensor,
-    norm: nn.LayerNorm | None,
+    norm: LayerNorm,
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
@@ -236,7 +244,7 @@ def conv2d(
     Returns:
         (B, outputs, H, W), channels last.
     """
-    outputs, inputs, *kernel = weight.shape
+    outputs, inputs, *kernel = weight.shape if len(weight.shape) > 2 else (*weight.shape, 1, 1)
     if inputs == 1 and outputs == x.shape[1]:
         image = x.permute(0, 2, 3, 1)
         batch = x.shape[0]
