@@ -1,7 +1,9 @@
 """One cell of the comparison: a method at a bit width with a seed, trained, converted, saved, loaded back and scored.
 
-A cell has a folder of its own. It is finished when ``result.json`` is there; until then ``checkpoint.pt`` says how far
-it got, and another run goes on from it if all settings are those of ``key.json``.
+A cell has a folder of its own. It is trained when ``result.json`` is there; until then ``checkpoint.pt`` says
+how far it got, and another run goes on from it if all settings are those of ``key.json``. Scores are added to
+``result.json`` set by set, from the saved models: what training depends on does not hold what is scored on.
+``failed.json`` says why a cell cannot be finished.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ import common
 import methods
 import numpy as np
 import torch
+from evalsets import EvalSet
 from patches import PatchData
 from PIL import Image
 from torch import Tensor, nn
-from training import Recipe, Result, fit
+from training import Recipe, fit
 
 import ssmquant
 from ssmquant import QConfig
@@ -30,12 +33,26 @@ from ssmquant.io import load_float, save_float
 from ssmquant.quantizers import DLS
 from ssmquant.restore import Task, to_image
 
-__all__ = ["Cell", "Settings", "detail", "read_result", "run_cell"]
+__all__ = [
+    "Cell",
+    "Settings",
+    "detail",
+    "failure",
+    "forget_failure",
+    "has_models",
+    "load_result",
+    "mark_failed",
+    "read_result",
+    "run_cell",
+    "score_cell",
+    "scores_on",
+    "shown_crops",
+]
 
-Images = Sequence[tuple[str, Image.Image]]
 CROP = 96
 """Side of the crops of the figure, in pixels of the restored picture."""
 _CHECKPOINTS = ("checkpoint.pt", "weights.pt")
+_MODEL, _FROZEN = "model.safetensors", "frozen.safetensors"
 SHOWN = 2  # pictures a set in the figure
 
 
@@ -54,6 +71,8 @@ class Settings:
     bf16: bool = False
     side: int = 64
     """Input side that BitOPs are counted at."""
+    data: str | None = None
+    """Fingerprint of the training pictures; None: results of any count, nothing can be trained."""
 
     def describe(self) -> dict[str, Any]:
         weights = hashlib.sha256(self.init.read_bytes()).hexdigest()
@@ -78,25 +97,101 @@ class Cell:
 
 
 def _key(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """All that decides a cell's outcome."""
+    """All that decides what a cell is trained to, as JSON has it."""
     method = methods.find(cell.method)
     training = {k: getattr(method, k) for k in ("distill", "quantizer_lr", "ema", "weights_first")}
-    return {
+    key = {
         **settings.describe(),
         "cell": asdict(cell),
         "config": cell.config().to_dict(),
         "training": training,
     }
+    known: dict[str, Any] = json.loads(json.dumps(key))
+    return known
 
 
-def read_result(cell: Cell, settings: Settings, out: Path) -> dict[str, Any] | None:
-    """What a finished cell found; None for one that is not finished, or was run with other settings."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file."""
     try:
-        result = json.loads((out / cell.name / "result.json").read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _keyed(path: Path, cell: Cell, settings: Settings) -> dict[str, Any] | None:
+    """The file's content if it is of these settings."""
+    found, wanted = _read_json(path), _key(cell, settings)
+    key = found.get("key")
+    if settings.data is None and isinstance(key, dict):
+        wanted["data"] = key.get("data")
+    return found if key == wanted else None
+
+
+def load_result(cell: Cell, settings: Settings, out: Path) -> dict[str, Any] | None:
+    """What is known of a trained cell; None for one that is not trained with these settings."""
+    return _keyed(out / cell.name / "result.json", cell, settings)
+
+
+def scores_on(result: Mapping[str, Any], sets: Mapping[str, str]) -> dict[str, Any] | None:
+    """``result`` with the scores of these fingerprints, by name; None if one of them is missing."""
+    known = {one["sha256"]: one for one in result["sets"]}
+    if not known.keys() >= set(sets.values()):
         return None
-    wanted = json.loads(json.dumps(_key(cell, settings)))
-    return result if isinstance(result, dict) and result.get("key") == wanted else None
+    chosen = {name: known[sha] for name, sha in sets.items()}
+    found = {k: {n: one[k] for n, one in chosen.items() if k in one} for k in ("images", "frozen", "crops")}
+    return {**result, **{k: v for k, v in found.items() if v or k != "frozen"}}
+
+
+def read_result(cell: Cell, settings: Settings, out: Path, sets: Sequence[EvalSet]) -> dict[str, Any] | None:
+    """What a cell found that is trained with these settings and scored on all ``sets``; None for others."""
+    result = load_result(cell, settings, out)
+    return None if result is None else scores_on(result, {one.name: one.sha256 for one in sets})
+
+
+def has_models(cell: Cell, result: Mapping[str, Any], out: Path) -> bool:
+    """Whether the models that ``result`` speaks of are in the cell's folder."""
+    paths = {out / cell.name / name: sha for name, sha in result["files"].items()}
+    return all(path.is_file() and common.sha256(path) == sha for path, sha in paths.items())
+
+
+def shown_crops(cell: Cell, result: Mapping[str, Any], out: Path) -> dict[tuple[str, str], tuple[Path, Path]]:
+    """Files of original and restored crop by set and picture; only those that ``result`` speaks of."""
+    found = {}
+    for name, pictures in result["crops"].items():
+        for picture, hashes in pictures.items():
+            paths = {out / cell.name / "crops" / file: sha for file, sha in hashes.items()}
+            if all(path.is_file() and common.sha256(path) == sha for path, sha in paths.items()):
+                original, restored = paths
+                found[name, picture] = original, restored
+    return found
+
+
+def mark_failed(cell: Cell, settings: Settings, out: Path, sets: Sequence[EvalSet], error: Exception) -> None:
+    """Note why training failed or, of a trained cell, scoring on the first set that is missing."""
+    result = load_result(cell, settings, out)
+    known = [] if result is None else [one["sha256"] for one in result["sets"]]
+    missing = next((one.sha256 for one in sets if one.sha256 not in known), None)
+    common.write_json(
+        {"key": _key(cell, settings), "set": None if result is None else missing, "error": str(error)},
+        out / cell.name / "failed.json",
+    )
+
+
+def failure(cell: Cell, settings: Settings, out: Path, sets: Mapping[str, str] | None) -> str | None:
+    """Why training with these settings, or scoring on one of ``sets`` (None: on any), failed; None if not."""
+    found = _keyed(out / cell.name / "failed.json", cell, settings)
+    if found is None or (sets is not None and found["set"] not in (None, *sets.values())):
+        return None
+    return str(found["error"])
+
+
+def forget_failure(cell: Cell, out: Path) -> None:
+    """Let a cell be tried again; a training that failed starts anew."""
+    path = out / cell.name / "failed.json"
+    if path.exists() and _read_json(path).get("set") is None:
+        _remove_checkpoints(out / cell.name)
+    path.unlink(missing_ok=True)
 
 
 def detail(image: Image.Image, side: int = CROP) -> tuple[int, int, int, int]:
@@ -111,25 +206,67 @@ def detail(image: Image.Image, side: int = CROP) -> tuple[int, int, int, int]:
 
 
 def _score(
-    model: nn.Module, sets: Mapping[str, Images], task: Task, title: str, crops: Path | None
-) -> dict[str, Any]:
-    """PSNR and SSIM of every picture; the most detailed part of the first pictures as files in ``crops``."""
-    scores: dict[str, Any] = {}
-    for name, images in sets.items():
-        known = dict(images)
-        shown = list(known)[:SHOWN]
+    model: nn.Module,
+    one: EvalSet,
+    task: Task,
+    title: str,
+    each: Callable[[str, Tensor], None] | None = None,
+) -> list[dict[str, Any]]:
+    """PSNR and SSIM of every picture of a set."""
+    return common.score(model, one.images, task, f"{title}, {one.name}", each=each)[1]
+
+
+def _keep_crops(original: Image.Image, restored: Tensor, start: Path) -> dict[str, str]:
+    """Write the most detailed part of both, paths beginning with ``start``: hashes by file name."""
+    box = detail(original)
+    hashes = {}
+    start.parent.mkdir(parents=True, exist_ok=True)
+    for kind, image in (("original", original), ("restored", to_image(restored))):
+        path = start.with_name(f"{start.name}_{kind}.png")
+        image.crop(box).save(path)
+        hashes[path.name] = common.sha256(path)
+    return hashes
+
+
+def score_cell(
+    cell: Cell, settings: Settings, sets: Sequence[EvalSet], out: Path, device: str | torch.device
+) -> None:
+    """Score a trained cell's saved models on those of ``sets`` that are missing in its ``result.json``.
+
+    The most detailed part of a set's first pictures is kept in ``crops``. The result has the files' hashes,
+    as it has the models': a later run with other settings writes files of the same names.
+    """
+    folder = out / cell.name
+    result = load_result(cell, settings, out)
+    assert result is not None
+    known = [one["sha256"] for one in result["sets"]]
+    missing = [one for one in sets if one.sha256 not in known]
+    if not missing:
+        return
+    load = load_float if cell.bits is None else ssmquant.load
+    model: nn.Module = load(folder / _MODEL).to(device)
+    frozen: nn.Module | None = load(folder / _FROZEN).to(device) if _FROZEN in result["files"] else None
+    for one in missing:
+        began = time.monotonic()
+        clean = dict(one.images)
+        crops: dict[str, dict[str, str]] = {}
 
         def keep(
-            image: str, restored: Tensor, name: str = name, known: Any = known, shown: Any = shown
+            name: str, restored: Tensor, one: EvalSet = one, clean: Any = clean, crops: Any = crops
         ) -> None:
-            if crops is not None and image in shown:
-                crops.mkdir(parents=True, exist_ok=True)
-                box = detail(task.target(known[image]))
-                to_image(restored).crop(box).save(crops / f"{name}_{Path(image).stem}.png")
+            if len(crops) < SHOWN:
+                start = folder / "crops" / f"{one.sha256[:12]}_{len(crops)}"
+                crops[name] = _keep_crops(settings.task.target(clean[name]), restored, start)
 
-        _, rows = common.score(model, images, task, f"{title}, {name}", each=keep)
-        scores[name] = rows
-    return scores
+        rows = {"images": _score(model, one, settings.task, cell.name, keep)}
+        if frozen is not None:
+            rows["frozen"] = _score(frozen, one, settings.task, f"{cell.name} frozen")
+        seconds = time.monotonic() - began
+        result["sets"].append(
+            {"name": one.name, "sha256": one.sha256, **rows, "crops": crops, "seconds": seconds}
+        )
+        common.write_json(result, folder / "result.json")
+    (folder / "failed.json").unlink(missing_ok=True)
 
 
 def _teacher(model: nn.Module, example: Tensor) -> nn.Module:
@@ -148,17 +285,16 @@ def run_cell(
     cell: Cell,
     settings: Settings,
     data: PatchData,
-    sets: Mapping[str, Images],
     out: Path,
     deadline: float | None = None,
 ) -> bool:
-    """Run a cell, or go on with one; False if it stopped at ``deadline`` (a time of ``time.monotonic``).
+    """Train a cell, or go on with one, convert it and save the models and a ``result.json`` without scores.
 
-    All methods see the same patches in the same order: ``data`` starts anew from the cell's seed.
+    False if it stopped at ``deadline`` (a time of ``time.monotonic``). All methods see the same patches in
+    the same order: ``data`` starts anew from the cell's seed.
     """
     method, folder, device = methods.find(cell.method), out / cell.name, data.device
     torch.manual_seed(cell.seed)
-    began = time.monotonic()
     _forget_others(folder, _key(cell, settings))
     model: nn.Module = load_float(settings.init).to(device)
     example = torch.zeros(1, 3, settings.patch, settings.patch, device=device)
@@ -183,48 +319,45 @@ def run_cell(
     )  # fmt: skip
     if not done.finished:
         return False
-    ready = time.monotonic()
-    path = folder / "model.safetensors"
+    path = folder / _MODEL
     facts: dict[str, Any] = {}
+    files = [_MODEL]
     if cell.bits is None:
         model.load_state_dict(prepared.state_dict())
         save_float(model, path)
-        loaded: nn.Module = load_float(path).to(device)
         facts["bitops"] = common.float_bitops(model.cpu(), settings.side)
     else:
         ssmquant.calibrate(prepared, _batches(data, settings, cell.seed), fit=False, progress=False)
         loaded, facts["verify_max_rel"] = common.deploy(prepared, data.sample(2)[0], path)
         facts["bitops"] = ssmquant.summary(prepared).bitops
         if any(isinstance(m, DLS) for m in loaded.modules()):
-            frozen = folder / "frozen.safetensors"
-            ssmquant.save(ssmquant.convert(prepared, dls="frozen"), frozen)
-            deployed = ssmquant.load(frozen).to(device)
-            facts["frozen"] = _score(deployed, sets, settings.task, f"{cell.name} frozen", None)
-    facts["images"] = _score(loaded, sets, settings.task, cell.name, folder / "crops")
+            ssmquant.save(ssmquant.convert(prepared, dls="frozen"), folder / _FROZEN)
+            files.append(_FROZEN)
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     common.write_json(
         {
             "key": _key(cell, settings), "label": method.label, "file_bytes": path.stat().st_size,
-            "train_seconds": seconds + _seconds(done), "seconds": time.monotonic() - began,
-            "score_seconds": time.monotonic() - ready, "losses": done.losses, "device": device_name,
-            "torch": torch.__version__, "ssmquant": ssmquant.__version__, **facts,
+            "files": {name: common.sha256(folder / name) for name in files},
+            "train_seconds": seconds + done.earlier + done.seconds, "losses": done.losses,
+            "device": device_name, "torch": torch.__version__, "ssmquant": ssmquant.__version__,
+            **facts, "sets": [],
         },
         folder / "result.json",
     )  # fmt: skip
-    for name in _CHECKPOINTS:
-        (folder / name).unlink(missing_ok=True)
+    _remove_checkpoints(folder)
     return True
 
 
+def _remove_checkpoints(folder: Path) -> None:
+    for name in _CHECKPOINTS:
+        (folder / name).unlink(missing_ok=True)
+
+
 def _forget_others(folder: Path, key: dict[str, Any]) -> None:
-    """Remove the checkpoints of a run with other settings."""
-    try:
-        same = json.loads((folder / "key.json").read_text(encoding="utf-8")) == json.loads(json.dumps(key))
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        for name in _CHECKPOINTS:
-            (folder / name).unlink(missing_ok=True)
+    """Remove the checkpoints and the failure of a run with other settings."""
+    if _read_json(folder / "key.json") != key:
+        _remove_checkpoints(folder)
+        (folder / "failed.json").unlink(missing_ok=True)
         common.write_json(key, folder / "key.json")
 
 
@@ -257,9 +390,4 @@ def _train_weights(
     )
     names = model.state_dict()
     model.load_state_dict({k: v for k, v in prepared.state_dict().items() if k in names})
-    return done.finished, _seconds(done)
-
-
-def _seconds(done: Result) -> float:
-    """Of all steps, at the speed of those of this run: an interrupted cell has earlier ones."""
-    return done.seconds * done.step / max(1, done.step - done.begun)
+    return done.finished, done.earlier + done.seconds

@@ -8,9 +8,16 @@ A grid is BITS:METHODS:SEEDS (seeds default to 0; methods may be patterns; --lis
 fine-tuned, converted to packed codes, saved, loaded back from the file and scored on clean pictures. The float model,
 trained for the same number of steps more, is always among them: losses are measured from it.
 
-A cell that was interrupted goes on where it stopped, one that is finished is not run again; --jobs N runs N processes
-at once, which fills a GPU better. --time-limit stops after so many seconds, for another run to go on. It writes
-OUT/compare.md, OUT/compare.json and OUT/compare.png from all cells that are finished; with --report it does only that.
+A cell that was interrupted goes on where it stopped, one that is trained is not trained again: sets that it
+has no scores of are scored from its saved models. Other settings or training pictures make it another cell;
+which folder the pictures are in does not matter. One that fails is noted and left out, until --retry or other
+settings. --jobs N runs N processes at once, which fills a GPU better. --time-limit stops after so many
+seconds, for another run to go on. It writes OUT/compare.md, OUT/compare.json and OUT/compare.png from all
+cells that are finished; with --report it does only that, and needs nothing but their result.json: without
+--eval for the sets that all of them have, without --data for whatever pictures all of them were trained on.
+
+It ends with 0 if all cells are finished, 1 if some are not, 3 if all others are but some failed, 2 on an
+error.
 """
 
 from __future__ import annotations
@@ -25,21 +32,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import common
 import methods
 import report
 import torch
-from cells import Cell, Settings, read_result, run_cell
+from cells import (
+    Cell,
+    Settings,
+    failure,
+    forget_failure,
+    has_models,
+    load_result,
+    mark_failed,
+    read_result,
+    run_cell,
+    score_cell,
+)
+from evalsets import EvalSet, eval_sets, fingerprint
 from patches import PatchData
 
 from ssmquant.errors import ConfigError, SsmquantError
 from ssmquant.io import load_float
-from ssmquant.restore import Task, model_scale
+from ssmquant.restore import Task, evaluate, model_scale
 
 ROOT = Path(__file__).parent
-SPARE = (
-    30.0  # seconds before the time limit when no further cell is begun: conversion and scores take that long
-)
+SPARE = 30.0
+"""Seconds before the time limit when no further cell is begun: conversion and scores take that long."""
 
 
 def grid(specs: Sequence[str]) -> list[Cell]:
@@ -86,26 +103,53 @@ def claimed(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def work(cells: Sequence[Cell], settings: Settings, args: argparse.Namespace, deadline: float | None) -> None:
-    """Run what is not finished."""
-    sets = {Path(f).name: common.read_folder(f) for f in args.eval}
+def work(
+    cells: Sequence[Cell],
+    settings: Settings,
+    sets: Sequence[EvalSet],
+    args: argparse.Namespace,
+    deadline: float | None,
+) -> None:
+    """Run what is neither finished nor failed."""
+    out: Path = args.out / "cells"
+    end = None if deadline is None else deadline - SPARE
+
+    def done(cell: Cell) -> bool:
+        if read_result(cell, settings, out, sets) is not None:
+            return True
+        return failure(cell, settings, out, {one.name: one.sha256 for one in sets}) is not None
+
+    for one in sets:  # pictures that cannot be read or scored show before any training
+        evaluate(None, [min(one.images, key=lambda named: min(named[1].size))], settings.task)
     data = None
     for cell in cells:
-        if deadline is not None and time.monotonic() > deadline - SPARE:
+        if end is not None and time.monotonic() > end:
             return
-        if read_result(cell, settings, args.out / "cells") is not None:
+        if done(cell):
             continue
-        with claimed(args.out / "cells" / cell.name) as mine:
-            if not mine or read_result(cell, settings, args.out / "cells") is not None:
+        with claimed(out / cell.name) as mine:
+            if not mine or done(cell):
                 continue
-            if data is None:
+            result = load_result(cell, settings, out)
+            if result is not None and not has_models(cell, result, out):
+                continue  # the report says so
+            if result is None and data is None:
                 data = PatchData.load(args.data, settings.task, device=args.device, patch=settings.patch)
-            end = None if deadline is None else deadline - SPARE
-            if run_cell(cell, settings, data, sets, args.out / "cells", end):
-                result = read_result(cell, settings, args.out / "cells")
-                assert result is not None
-                psnr = report.mean_psnr(result["images"])
-                print(f"{cell.name}: {psnr:.3f} dB, {result['seconds']:.0f} s", file=sys.stderr, flush=True)
+            began = time.monotonic()
+            try:
+                if result is None:
+                    assert data is not None
+                    if not run_cell(cell, settings, data, out, end):
+                        continue
+                score_cell(cell, settings, sets, out, args.device)
+            except SsmquantError as error:
+                mark_failed(cell, settings, out, sets, error)
+                print(f"{cell.name} failed: {error}", file=sys.stderr, flush=True)
+                continue
+            found = read_result(cell, settings, out, sets)
+            assert found is not None
+            psnr, seconds = report.mean_psnr(found["images"]), time.monotonic() - began
+            print(f"{cell.name}: {psnr:.3f} dB, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -132,20 +176,32 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=int, default=50, help="steps of linear warm-up")
     add("--calibration", type=int, default=4, metavar="BATCHES")
-    add("--eval", nargs="+", default=[str(ROOT / "photos")], metavar="FOLDER", help="clean test pictures")
+    add("--eval", nargs="+", metavar="FOLDER", help="clean test pictures (default: the photographs here)")
     add("--out", type=Path, default=Path("runs/compare"))
     add("--jobs", type=int, default=1, help="processes at once")
     add("--time-limit", type=float, metavar="SECONDS")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads of a process")
     add("--bf16", action="store_true", help="train under bfloat16 autocast")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of --jobs: the first one reports
+    add("--retry", action="store_true", help="try the cells that failed again, from the start")
+    # One of --jobs, and when (time.time) the first one, which reports, began.
+    add("--worker", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def deadline_of(args: argparse.Namespace) -> float | None:
+    """The time limit as a time of ``time.monotonic``; that of a helper is the first process's."""
+    if args.time_limit is None:
+        return None
+    late = 0.0 if args.worker is None else time.time() - args.worker
+    limit: float = args.time_limit
+    return time.monotonic() + limit - late
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    deadline = None if args.time_limit is None else time.monotonic() + args.time_limit
+    deadline = deadline_of(args)
+    began = time.time()
     if args.list:
         for m in (*methods.METHODS.values(), *methods.ABLATIONS.values()):
             print(f"{m.name:22} {m.label}")
@@ -156,32 +212,45 @@ def main(argv: list[str] | None = None) -> int:
     try:
         scale = model_scale(load_float(args.init))
         task = Task(args.task, scale, args.sigma, args.quality)
-        settings = Settings(
-            task, args.init, args.steps, args.batch, args.patch, args.lr, args.warmup, args.calibration, args.bf16
-        )  # fmt: skip
         cells = grid(args.grid)
+        settings = Settings(
+            task, args.init, args.steps, args.batch, args.patch, args.lr, args.warmup, args.calibration,
+            args.bf16, data=None if args.data is None else fingerprint(args.data),
+        )  # fmt: skip
+        sets = None
+        if args.eval or not args.report:
+            sets = eval_sets(args.eval or [ROOT / "photos"])
         if not args.report:
+            assert sets is not None
             if args.data is None:
                 raise ConfigError("--data: training pictures are needed, a folder or an .npz pack")
-            helpers = _start(argv, args) if args.jobs > 1 else []
-            work(cells, settings, args, deadline)
-            for process in helpers:
-                process.wait()
-            if args.worker:
+            if args.retry and args.worker is None:
+                for cell in cells:
+                    forget_failure(cell, args.out / "cells")
+            helpers = _start(argv, args, began) if args.jobs > 1 else []
+            try:
+                work(cells, settings, sets, args, deadline)
+            finally:
+                for process in helpers:
+                    process.wait()
+            if args.worker is not None:
                 return 0
-        left = report.write(cells, settings, args.out, args.eval)
+        left, failed = report.write(cells, settings, args.out, sets)
     except (SsmquantError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if failed:
+        print(f"{failed} of {len(cells)} cells failed; --retry tries them again", file=sys.stderr)
     if left:
         print(f"{left} of {len(cells)} cells are not finished; run the same command again", file=sys.stderr)
-    return 1 if left else 0
+    return 1 if left else 3 if failed else 0
 
 
-def _start(argv: list[str] | None, args: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
+def _start(argv: list[str] | None, args: argparse.Namespace, began: float) -> list[subprocess.Popen[bytes]]:
     """Further processes for the same cells."""
     own = list(sys.argv[1:] if argv is None else argv)
-    command = [sys.executable, os.fspath(Path(__file__).resolve()), *own, "--jobs", "1", "--worker"]
+    own += ["--jobs", "1", "--worker", str(began)]
+    command = [sys.executable, os.fspath(Path(__file__).resolve()), *own]
     return [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(args.jobs - 1)]
 
 

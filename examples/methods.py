@@ -75,8 +75,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 """The methods by name. "lsq" is the original (arXiv 1902.08153): no shift, its published start; "lsq+" (2004.09576) has
-learnt shifts of activations and a least-squares start; "pact" (1805.06085) and "dorefa" (1606.06160) share DoReFa's
-weights; "official" is Q-MambaIR (2503.21970) as its code has it, "dls" and "rfa" its two halves with LSQ elsewhere."""
+learnt shifts of activations and a least-squares start, which "n2uq", "quantsr" and "ours" have too; "pact"
+(1805.06085) and "dorefa" (1606.06160) share DoReFa's weights; "official" is Q-MambaIR (2503.21970) as its
+code has it, its published start included, "dls" and "rfa" its two halves with LSQ elsewhere."""
 
 
 def _ours(name: str, label: str, **training: Any) -> Method:

@@ -30,6 +30,7 @@ from typing import Any
 
 import common
 import torch
+from evalsets import set_names
 from patches import PatchData
 from torch import nn
 from training import Recipe, Result, fit
@@ -144,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     clock = common.Clock()
     try:
         task = Task(args.task, args.scale, args.sigma, args.quality)
-        folders = [(Path(folder).name, common.read_folder(folder)) for folder in args.eval]
+        names = set_names(args.eval)
+        folders = [(name, common.read_folder(folder)) for name, folder in zip(names, args.eval, strict=True)]
         args.out.mkdir(parents=True, exist_ok=True)
         model, worst, result, facts = train(args, task)
         rows: list[dict[str, Any]] = []
@@ -170,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     common.write_json(
         {
             "options": options, "device": device, "torch": torch.__version__, "ssmquant": ssmquant.__version__,
-            "steps": result.step, "finished": result.finished, "train_seconds": result.seconds, "losses": result.losses,
+            "steps": result.step, "finished": result.finished, "losses": result.losses,
+            "train_seconds": result.earlier + result.seconds,
             "file_bytes": size, "verify_max_rel": worst, **facts, "sets": rows, "images": details, "seconds": clock(),
         },
         args.out / "metrics.json",

@@ -72,13 +72,14 @@ class Recipe:
 
 @dataclass
 class Result:
-    """What :func:`fit` did: steps in all, seconds of this call, steps before it, (step, mean loss) log, whether all
-    steps are done.
+    """What :func:`fit` did: steps in all, seconds of this call, steps and seconds of those that it goes on
+    from, (step, mean loss) log of all of them, whether all steps are done.
     """
 
     step: int
     seconds: float
     begun: int = 0
+    earlier: float = 0.0
     losses: list[tuple[int, float]] = field(default_factory=list)
     finished: bool = True
 
@@ -229,9 +230,9 @@ def fit(
 
     ``groups``: optimiser parameter groups with their own peak ``lr`` (``ssmquant.param_groups(prepared,
     ...)``); all parameters by default. ``resume`` goes on from ``recipe.checkpoint`` if that exists: on a
-    CPU (and, with deterministic kernels, on a GPU) 3 + 3 steps equal 6 bit by bit. Reaching ``time_limit``
-    stops after a whole step with a checkpoint written. Raises :class:`SsmquantError` as soon as a loss that
-    is not finite is seen.
+    CPU (and, with deterministic kernels, on a GPU) 3 + 3 steps equal 6 bit by bit, and so do the losses.
+    Reaching ``time_limit`` stops after a whole step with a checkpoint written. Raises :class:`SsmquantError`
+    as soon as a loss that is not finite is seen.
     """
     model.train()
     device = next(model.parameters()).device
@@ -239,12 +240,12 @@ def fit(
         raise ConfigError("distill needs a teacher, the float model")
     own = groups or [{"params": [p for p in model.parameters() if p.requires_grad]}]
     step = Step(model, own, recipe, device, teacher)
-    done = 0
+    result = Result(0, 0.0)
+    logged = 0
     if resume and recipe.checkpoint is not None and recipe.checkpoint.exists():
-        done = _load(recipe.checkpoint, model, step, data)
+        result, logged = _load(recipe.checkpoint, model, step, data)
+    done = saved = result.step
     started = time.monotonic()
-    result = Result(done, 0.0, begun=done)
-    logged, saved = done, done
     running: deque[torch.cuda.Event] = deque()
     gpu = device.type == "cuda"
     if recipe.cuda_graph and not gpu:
@@ -276,11 +277,12 @@ def fit(
                 speed = (done - result.begun) / (time.monotonic() - started)
                 note = f"step {done}  loss {result.losses[-1][1]:.5f}  {speed:.2f} steps/s"
                 report(done if recipe.steps else elapsed, note)
+            result.step, result.seconds = done, time.monotonic() - started
             if recipe.checkpoint is not None and done - saved >= recipe.checkpoint_every:
-                _save(recipe.checkpoint, model, step, data, done)
+                _save(recipe.checkpoint, model, step, data, result, logged)
                 saved = done
     if recipe.checkpoint is not None and saved != done:
-        _save(recipe.checkpoint, model, step, data, done)
+        _save(recipe.checkpoint, model, step, data, result, logged)
     if done > logged:
         result.losses.append((done, _read(step, done - logged)))
     with torch.no_grad():
@@ -288,7 +290,7 @@ def fit(
             p.copy_(average)
     model.zero_grad(set_to_none=True)
     model.eval()
-    result.step, result.seconds = done, time.monotonic() - started
+    result.seconds = time.monotonic() - started
     return result
 
 
@@ -310,10 +312,17 @@ def _read(step: Step, count: int) -> float:
     return mean
 
 
-def _save(path: Path, model: nn.Module, step: Step, data: Data, done: int) -> None:
+def _save(path: Path, model: nn.Module, step: Step, data: Data, result: Result, logged: int) -> None:
+    """``logged``: the step up to which ``result.losses`` goes; later ones are in ``step.loss_sum``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {
-        "step": done,
+        "step": result.step,
+        "log": {
+            "seconds": result.earlier + result.seconds,
+            "losses": result.losses,
+            "logged": logged,
+            "sum": step.loss_sum,
+        },
         "model": model.state_dict(),
         "optimizer": step.optimizer.state_dict(),
         "ema": step.ema,
@@ -326,7 +335,8 @@ def _save(path: Path, model: nn.Module, step: Step, data: Data, done: int) -> No
     os.replace(temporary, path)
 
 
-def _load(path: Path, model: nn.Module, step: Step, data: Data) -> int:
+def _load(path: Path, model: nn.Module, step: Step, data: Data) -> tuple[Result, int]:
+    """What was done so far, and up to which step its losses go."""
     try:
         state = torch.load(path, map_location=step.device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -343,6 +353,13 @@ def _load(path: Path, model: nn.Module, step: Step, data: Data) -> int:
         torch.set_rng_state(state["rng"].cpu())
         if step.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), step.device)
-        return int(state["step"])
+        done = int(state["step"])
+        result = Result(done, 0.0, begun=done)
+        log = state.get("log")
+        if log is None:  # of an earlier version
+            return result, done
+        step.loss_sum.copy_(log["sum"])
+        result.earlier, result.losses = float(log["seconds"]), [(int(n), float(v)) for n, v in log["losses"]]
+        return result, int(log["logged"])
     except (KeyError, TypeError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
         raise FormatError(f"cannot resume from {path}: {str(error).splitlines()[0]}") from error

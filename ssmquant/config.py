@@ -24,6 +24,8 @@ Options = tuple[tuple[str, Any], ...]
 _VERSION = 1
 _KINDS = ("linear", "conv", "matmul", "scan")
 _GRANULARITIES = ("tensor", "direction", "channel")
+DECAYS = ("ladder", "shared")
+"""Quantizers of a scan's A alone."""
 _OWN_OPTIONS = ("bits", "official", "axis", "num_groups", "is_weight")  # follow from the site
 
 
@@ -51,6 +53,19 @@ def _check_method(name: str, value: object) -> None:
         raise ConfigError(f"{name}={value!r}: expected the name of a quantizer, for example 'lsq'")
 
 
+def _check_elements(name: str, value: str) -> None:
+    if value in DECAYS:
+        raise ConfigError(f"{name}={value!r}: {decay_only(value)}")
+
+
+def decay_only(method: str) -> str:
+    """What to do with a quantizer of a whole decay instead of giving it to something else."""
+    return (
+        f"this quantizer looks at the whole decay A of a scan and serves nothing else; use decay={method!r}, or a Rule "
+        f"that names an A of (channels, states), such as Rule('*.scan.A', activation={method!r})"
+    )
+
+
 def _options(name: str, value: object) -> Options:
     """A mapping of plain values, or what this function made of one, as sorted pairs."""
     pairs = tuple(value.items()) if isinstance(value, Mapping) else value
@@ -58,6 +73,8 @@ def _options(name: str, value: object) -> Options:
         isinstance(p, (list, tuple)) and len(p) == 2 and isinstance(p[0], str) for p in pairs
     ):
         raise ConfigError(f"{name}={value!r}: expected a dict of a quantizer's arguments")
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ConfigError(f"{name}={value!r}: an argument is there twice")
     for key, v in pairs:
         if key in _OWN_OPTIONS or not (v is None or isinstance(v, (bool, int, float, str))):
             raise ConfigError(f"{name}: {key}={v!r} cannot be set here")
@@ -89,7 +106,8 @@ class Rule:
     Args:
         match: The pattern.
         w_bits, a_bits: Bit widths 2..8, or None for float.
-        weight, activation: Names of quantizers (see ``ssmquant.quantizers``), with their default options.
+        weight, activation: Names of quantizers (see ``ssmquant.quantizers``), with their default options. Those of a
+            whole decay (see ``QConfig.decay``) only as the ``activation`` of a rule that names an A.
         granularity: Of weights, see :class:`QConfig`.
         keep_float: Leave the matching sites wholly in float.
 
@@ -117,6 +135,7 @@ class Rule:
         _check_bits("Rule.a_bits", self.a_bits, inherit=True)
         _check_method("Rule.weight", self.weight)
         _check_method("Rule.activation", self.activation)
+        _check_elements("Rule.weight", self.weight)
         _check_choice("Rule.granularity", self.granularity, ("inherit", *_GRANULARITIES))
         _check_flag("Rule.keep_float", self.keep_float)
 
@@ -192,6 +211,8 @@ class QConfig:
         _check_bits("scan_bits", self.scan_bits, inherit=True)
         for name in ("weight", "activation", "scan", "decay"):
             _check_method(name, getattr(self, name))
+        for name in ("weight", "activation", "scan"):
+            _check_elements(name, getattr(self, name))
         for name in ("weight_options", "activation_options", "scan_options"):
             object.__setattr__(self, name, _options(name, getattr(self, name)))
         _check_choice("granularity", self.granularity, _GRANULARITIES)

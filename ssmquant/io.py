@@ -3,7 +3,8 @@
 Layout (format version 1). So that the header stays small, tensors of a kind are one flat tensor:
 
 - ``meta``: zlib-compressed JSON (uint8): configuration, example input, tables of what follows, a hash of the site list;
-- ``codes``: the packed codes (``ssmquant.pack``) of all weights and static operands, one after the other (uint8);
+- ``codes``: the packed codes (``ssmquant.pack``) of all weights and static operands, one after the other (uint8); of
+  an operand whose entry says ``alike`` a single one, which all its elements have;
 - ``scales``: for each of them ``scale``, ``shift`` and, if clamped, ``lo``, ``hi`` (float32);
 - ``quantizers``: the state of the activation quantizers (float32; flags as 0 or 1);
 - ``float32``, ``float16`` ...: the parameters and buffers that stay in float, by stored dtype.
@@ -19,7 +20,7 @@ import json
 import math
 import os
 import zlib
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,8 @@ from ssmquant.graph.plan import Point
 from ssmquant.graph.prepared import attach, forget_baked, refuse_elsewhere
 from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
-from ssmquant.pack import packed_size
 from ssmquant.quantizers.affine_fit import Shift
+from ssmquant.quantizers.lsq import LearnedScale
 from ssmquant.workflow import drop_parameters, ensure_traced, make_quantizer, trace_example
 
 __all__ = ["load", "load_checkpoint", "load_float", "peek", "save", "save_float"]
@@ -131,7 +132,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
         operands.append({
             "name": p.name, "shape": list(packed.shape), "bits": packed.bits, "code_min": packed.code_min,
             "dtype": NAMES[packed.dtype], "groups": list(packed.scale.shape), "clamped": packed.lo is not None,
-            "shift": packed.rule,
+            "shift": packed.rule, **({"alike": True} if packed.alike else {}),
         })  # fmt: skip
     floats: dict[str, list[Tensor]] = {}
     float_table = []
@@ -229,7 +230,8 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
                 f"{path} holds a {meta['class']}, which is no zoo model: pass an instance, load(path, model)"
             )
         codes = reader.tensors["codes"].numel()
-        model = build_zoo(meta["zoo"], 4 * codes + sum(t.numel() for t in reader.tensors.values()))
+        # Up to 4 codes a byte, and a scan's A that has none is less than half of its projections.
+        model = build_zoo(meta["zoo"], 8 * codes + sum(t.numel() for t in reader.tensors.values()))
     config = QConfig.from_dict(meta["config"])
     adapter = get_adapter(meta["adapter"]) if isinstance(meta.get("adapter"), str) else find_adapter(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -300,12 +302,20 @@ def _fill_points(model: nn.Module, points: list[Point], meta: dict[str, Any], re
             raise reader.fail(f"'{p.name}' is malformed")
         if not read_dtype(e["dtype"]).is_floating_point:
             raise reader.fail(f"'{p.name}' has dtype {e['dtype']}")
-        rule = e.get("shift", "learned")
-        if rule not in get_args(Shift):
-            raise reader.fail(f"'{p.name}' has an unknown shift {rule!r}")
-        clamped = bool(e["clamped"])
-        out = PackedTensor(shape, bits, e["code_min"], dtype, groups=groups, clamped=clamped, rule=rule)
-        out.codes = reader.take("codes", packed_size(math.prod(shape), bits), torch.uint8, p.name)
+        rule: Shift = "learned"  # older files have every shift
+        if "shift" in e:
+            quantizer = make_quantizer(p, runtime.config)
+            rule = quantizer.shift if isinstance(quantizer, LearnedScale) else "learned"
+            if e["shift"] != rule:
+                raise reader.fail(f"'{p.name}' has the shift {e['shift']!r}, its quantizer {rule!r}")
+        alike = e.get("alike", False)
+        if not isinstance(alike, bool):
+            raise reader.fail(f"'{p.name}' is malformed")
+        out = PackedTensor(
+            shape, bits, e["code_min"], dtype,
+            groups=groups, clamped=bool(e["clamped"]), rule=rule, alike=alike,
+        )  # fmt: skip
+        out.codes = reader.take("codes", out.codes.numel(), torch.uint8, p.name)
         for name in ("scale", "shift", "lo", "hi"):
             if getattr(out, name) is None:
                 continue

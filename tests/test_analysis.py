@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import ssmquant
@@ -197,6 +198,44 @@ def test_bytes_are_those_of_the_file(granularity: str, dtype: Any, tmp_path: Pat
         if dtype is None:
             assert ssmquant.summary(prepared).bytes == ssmquant.summary(deployed).bytes
         assert ssmquant.summary(deployed).parameters == ssmquant.summary(prepared).parameters
+
+
+SCHEMES = {
+    "recommended": QConfig.recommended(2, 2),
+    "shared": QConfig.recommended(8, 5, decay="shared"),
+    "minmax": QConfig.minmax(4, 4),
+    "dorefa, pact": QConfig(w_bits=4, a_bits=4, weight="dorefa", activation="pact", scan="pact"),
+    "n2uq": QConfig(w_bits=2, a_bits=2, weight="n2uq", activation="n2uq", scan="n2uq", granularity="channel"),
+    "rlq": QConfig(w_bits=2, a_bits=2, weight="rlq", activation="rlq", scan="rlq"),
+    "dls": QConfig(w_bits=4, a_bits=8, weight="dls", granularity="channel"),
+    "official": QConfig(w_bits=4, a_bits=8, weight="dls", granularity="channel", official=True),
+    "pruned": QConfig.recommended(3, 3),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_quantizer_stores_what_summary_says(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Scanner(24, 8)
+    if name == "pruned":
+        nn.init.zeros_(model.out_proj.weight)
+        nn.init.zeros_(model.D)
+    prepared = prepared_and_calibrated(model, SCHEMES[name], X)
+    deployed = ssmquant.convert(prepared)
+    ssmquant.save(deployed, tmp_path / "m")
+    with safe_open(str(tmp_path / "m"), framework="pt") as f:
+        tensors = [f.get_tensor(k) for k in f.keys() if k != "meta"]
+    stored = sum(t.numel() * t.element_size() for t in tensors)
+    for m in (prepared, deployed, ssmquant.load(tmp_path / "m", Scanner(24, 8))):
+        assert ssmquant.summary(m).bytes == stored
+    assert [r.bytes for r in ssmquant.summary(prepared).rows] == [
+        r.bytes for r in ssmquant.summary(deployed).rows
+    ]
+    frozen = ssmquant.convert(prepared, dls="frozen")
+    ssmquant.save(frozen, tmp_path / "f")
+    with safe_open(str(tmp_path / "f"), framework="pt") as f:
+        tensors = [f.get_tensor(k) for k in f.keys() if k != "meta"]
+    assert ssmquant.summary(frozen).bytes == sum(t.numel() * t.element_size() for t in tensors)
 
 
 def test_summary_of_the_light_model() -> None:

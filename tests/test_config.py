@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssmquant import ConfigError, QConfig, Rule, SsmquantError
-from ssmquant.config import Scheme
+from ssmquant.config import DECAYS, Scheme
+from ssmquant.quantizers import OPERANDS
 
 METHODS = st.sampled_from(["rfa", "lsq", "dls", "minmax"])
 BITS = st.one_of(st.none(), st.integers(2, 8))
@@ -80,6 +81,7 @@ def test_inherit_is_for_rules_and_the_scan() -> None:
         {"keep_float": [3]},
         {"initialization": "random"}, {"weight_options": {"bits": 3}}, {"scan_options": {"axis": 0}}, {"decay": ""},
         {"weight_options": "shift"}, {"weight_options": {"shift": ["half"]}}, {"weight_options": {3: 1}},
+        {"weight_options": [["shift", "half"], ["shift", 3]]}, {"scan_options": [["a", 1], ["a", 1]]},
         {"rules": ["head"]}, {"rules": [{"match": "head"}]}, {"version": 2}, {"version": "1"},
     ],
     ids=str,
@@ -90,6 +92,18 @@ def test_bad_values(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r".+"):
         QConfig(**bad)
     assert issubclass(ConfigError, SsmquantError)
+
+
+@pytest.mark.parametrize("method", ["shared", "ladder"])
+def test_quantizers_of_a_whole_operand_are_for_the_decay(method: str) -> None:
+    assert set(OPERANDS) == set(DECAYS)
+    assert QConfig(decay=method).decay == method
+    assert Rule("*.scan.A", activation=method).activation == method
+    for name in ("weight", "activation", "scan"):
+        with pytest.raises(ConfigError, match=rf"{name}='{method}'.*decay='{method}'.*'\*\.scan\.A'"):
+            QConfig(**{name: method})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"Rule.weight='{method}'.*decay='{method}'"):
+        Rule("x", weight=method)
 
 
 @pytest.mark.parametrize("match", ["", None, 3, "re:(", "re:[", "re:*"])

@@ -299,6 +299,44 @@ def test_pruned_empty_and_zero_weights() -> None:
     assert row(health(model), "zero:weight").levels_used is None
 
 
+def test_values_of_states_have_no_codes_to_judge() -> None:
+    torch.manual_seed(0)
+    for bits in (2, 8):
+        config = QConfig.recommended(bits, bits)
+        model = prepared_and_calibrated(Scanner(80, 4).eval(), config, X)
+        deployed = ssmquant.convert(model)
+        for m in (model, deployed):
+            report = health(m)
+            assert report.warnings == []
+            r = row(report, "scan.A")
+            assert (r.elements, r.levels_used, r.dead_levels, r.zero_ratio, r.clipped, r.scale, r.drift) == (
+                320, *[None] * 6,
+            )  # fmt: skip
+            assert (r.sqnr_db is None) == (m is deployed)
+        assert "scan.A " in str(health(model))
+        assert row(health(model), "scan.A").sqnr_db > 10  # type: ignore[operator]
+    monitor = HealthMonitor(model, every=1)
+    with torch.no_grad():
+        model.A_log[0, 0] = math.nan
+    with pytest.warns(HealthWarning, match="'scan.A'"):
+        monitor.step()
+    assert kinds(health(model)) == {"scan.A": ["nan"]}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_collapse_where_no_level_is_zero(granularity: str) -> None:
+    config = QConfig.recommended(2, 2, granularity=granularity)
+    model = wide(config)
+    assert health(model).warnings == []
+    with torch.no_grad():
+        quantizer(model, "in_proj:weight").alpha.mul_(7.0)
+    report = health(model)
+    assert kinds(report) == {"in_proj:weight": ["zero"]}
+    assert re.match(
+        r"SQNR -\d+\.\d dB of 'in_proj:weight' \(2 bits\): .*; .*quantizer_lr", report.warnings[0]
+    )
+
+
 def test_every_warning_names_a_quantizer_and_a_remedy() -> None:
     seen = set()
     for bits in (2, 3, 4, 8):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import os
 import pickle
 import tempfile
@@ -26,6 +27,7 @@ import ssmquant.io as files
 from ssmquant import ConfigError, FormatError, QConfig, SsmquantError, zoo
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules import PackedTensor
+from ssmquant.pack import packed_size
 from tests.small import Scanner, images, light, prepared_and_calibrated, scanner, tiny_mambair
 
 X = images(2, 3, 6, 5)
@@ -170,6 +172,69 @@ def check_round_trip(deployed: Any, config: QConfig) -> None:
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     assert runtime_of(again).config == config
     assert ssmquant.summary(again).bytes == ssmquant.summary(deployed).bytes
+
+
+@functools.cache
+def recommended() -> Any:
+    torch.manual_seed(0)
+    prepared = prepared_and_calibrated(Scanner(16, 8), QConfig.recommended(2, 2), X)
+    return ssmquant.convert(prepared)
+
+
+def test_a_decay_of_one_value_a_state_has_no_codes_in_the_file() -> None:
+    deployed = recommended()
+    content = written(deployed)
+    again = loaded(content, Scanner(16, 8))
+    assert torch.equal(again(X), deployed(X))
+    assert_same_content(written(again), content)
+    operands = meta_of(content)["operands"]
+    assert [(e["name"], e["shape"], e["alike"]) for e in operands if "alike" in e] == [
+        ("scan.A", [16, 8], True)
+    ]
+    for wrong in (False, 1, None, "no"):
+        meta = meta_of(content)
+        next(e for e in meta["operands"] if e["name"] == "scan.A")["alike"] = wrong
+        with pytest.raises(FormatError):
+            loaded(with_meta(content, meta), Scanner(16, 8))
+    # As written before: a code for every element.
+    meta, at = meta_of(content), 0
+    for e in meta["operands"]:
+        if e.pop("alike", False):
+            break
+        at += packed_size(math.prod(e["shape"]), e["bits"])
+
+    def with_codes(t: Tensor) -> Tensor:
+        return torch.cat((t[:at], torch.zeros(packed_size(16 * 8, 2), dtype=torch.uint8), t[at + 1 :]))
+
+    old = loaded(with_tensor(with_meta(content, meta), "codes", with_codes), Scanner(16, 8))
+    assert torch.equal(old(X), deployed(X))
+    assert ssmquant.summary(old).bytes > ssmquant.summary(deployed).bytes
+
+
+def test_zoo_models_with_one_decay_a_state_need_no_model() -> None:
+    torch.manual_seed(0)
+    for config in (QConfig.recommended(2, 2), QConfig.recommended(2, 2, keep_first_last=False)):
+        model = tiny_mambair(d_state=16)
+        deployed = ssmquant.convert(prepared_and_calibrated(model, config, images(2, 3, 6, 8)))
+        again = loaded(written(deployed))
+        assert torch.equal(again(images(1, 3, 6, 8)), deployed(images(1, 3, 6, 8)))
+
+
+@pytest.mark.parametrize("rule", ["none", "learned"])
+def test_another_shift_than_the_configurations(rule: str) -> None:
+    meta = meta_of(written(recommended()))
+    entry = next(e for e in meta["operands"] if e["shift"] == "half")
+    entry["shift"] = rule
+    with pytest.raises(FormatError, match=f"'{entry['name']}' has the shift '{rule}'.*'half'"):
+        loaded(with_meta(written(recommended()), meta), Scanner(16, 8))
+
+
+def test_files_from_before_shifts_were_left_out() -> None:
+    meta = meta_of(small_file())
+    assert [e.pop("shift") for e in meta["operands"]] == ["learned"]
+    assert torch.equal(
+        loaded(with_meta(small_file(), meta), Small())(POINTS), loaded(small_file(), Small())(POINTS)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -145,6 +145,51 @@ def test_resuming_is_exact(tmp_path: Path, kind: str) -> None:
     assert not torch.equal(next(whole.parameters()), next(start.parameters()))
 
 
+def test_resuming_keeps_losses_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import training
+
+    now = 0.0
+    call = Step.__call__
+
+    def count(step: Step, x: Tensor, y: Tensor) -> None:
+        nonlocal now
+        now += 8
+        call(step, x, y)
+
+    monkeypatch.setattr(Step, "__call__", count)
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+    data = PatchData([("a", noise(40, 40))], Task("sr", 2), patch=8)
+
+    def run(**options: Any) -> Any:
+        data.seed(0)
+        own = Recipe(steps=7, batch=2, log_every=4, checkpoint=tmp_path / "c.pt", **options)
+        return fit(plain(), data, own, resume=True)
+
+    first = run(time_limit=20)  # three steps of 8 seconds
+    assert [step for step, _ in first.losses] == [3]
+    second = run(time_limit=15)
+    assert (second.begun, second.step, second.earlier, second.seconds) == (3, 5, 24, 16)
+    last = run()
+    assert (last.earlier, last.seconds) == (40, 16)
+    (tmp_path / "c.pt").unlink()
+    whole = run()
+    assert whole.losses == last.losses
+    assert [step for step, _ in whole.losses] == [4, 7]
+    assert (whole.earlier, whole.seconds) == (0, 56)
+    again = run()  # nothing is left to do
+    assert (again.losses, again.earlier, again.seconds) == (whole.losses, 56, 0)
+
+
+def test_checkpoints_without_a_log_are_gone_on_from(tmp_path: Path) -> None:
+    data = PatchData([("a", noise(40, 40))], Task("sr", 2), patch=8)
+    fit(plain(), data, Recipe(steps=2, batch=2, checkpoint=tmp_path / "c.pt"))
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    del state["log"]
+    torch.save(state, tmp_path / "c.pt")
+    result = fit(plain(), data, Recipe(steps=3, batch=2, checkpoint=tmp_path / "c.pt"), resume=True)
+    assert ([step for step, _ in result.losses], result.earlier) == ([3], 0)
+
+
 def test_resuming_keeps_the_kind_of_adam_of_this_device(tmp_path: Path) -> None:
     data = PatchData([("a", noise(40, 40))], Task("sr", 2), patch=8)
     recipe = Recipe(steps=2, batch=2, checkpoint=tmp_path / "c.pt")

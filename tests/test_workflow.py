@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from ssmquant import (
 )
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules import ActivationQuantizer, PackedTensor
+from ssmquant.ops import use_backend
 from ssmquant.quantizers import LSQ, RFA
 from tests.small import Chain, Scanner, images, points, prepared_and_calibrated, scanner, tiny_mambair
 
@@ -52,6 +54,13 @@ def codes_of(model: nn.Module) -> dict[str, Tensor]:
 
 def packed(model: nn.Module) -> dict[str, PackedTensor]:
     return {k: m for k, m in runtime_of(model).weights.items() if isinstance(m, PackedTensor)}
+
+
+@pytest.fixture(autouse=True)
+def plain_graphs() -> Iterator[None]:
+    """What is compared bit for bit here are graphs as they were traced; tests/graph/test_deploy.py has fused ones."""
+    with use_backend("chunked", op="fuse"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -494,6 +503,37 @@ def test_conversion_computes_the_same(name: str) -> None:
     assert_same_state(state_of(prepared), before)
     prepared.train()
     prepared(x).sum().backward()
+
+
+WEIGHTS = {
+    **{f"{w}, {s}": {"weight": w, "weight_options": {"shift": s}}
+       for w in ("lsq", "rfa") for s in ("learned", "half", "none")},
+    **{w: {"weight": w} for w in ("dls", "dorefa", "minmax", "n2uq", "pact", "rlq")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_zeros(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Scanner(16)
+    nn.init.zeros_(model.out_proj.weight)
+    nn.init.zeros_(model.D)
+    with torch.no_grad():
+        model.x_proj[:3] = 0
+    for granularity in ("tensor", "channel"):
+        config = QConfig(w_bits=2, a_bits=8, granularity=granularity, **WEIGHTS[name])
+        prepared = ssmquant.prepare(model, config, example_inputs=(X,)).eval()
+        ssmquant.calibrate(prepared, [X])
+        deployed = ssmquant.convert(prepared)
+        ssmquant.save(deployed, tmp_path / "m")
+        again = ssmquant.load(tmp_path / "m", Scanner(16))
+        for m in (deployed, again):
+            assert not packed(m)["out_proj:weight"]().any()
+            assert not packed(m)["scan/D"]().any()
+            assert torch.equal(m(X), prepared(X))
+            rest = packed(m)["x_proj:weight"]()
+            if granularity == "channel":
+                assert rest[:3].abs().max() < 1e-3 * rest[3:].abs().mean()
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])

@@ -40,7 +40,9 @@ __all__ = ["HealthMonitor", "HealthReport", "HealthRow", "HealthWarning", "healt
 ZERO_RATIO = 0.9
 """A weight has collapsed where a larger share of its elements takes the level nearest to zero, though not zero ..."""
 ZERO_BITS = 3
-"""... at no more bits than these."""
+"""... at no more bits than these. Or, where no level is zero, ..."""
+LOUD = -0.5
+"""... where its SQNR is lower than this: a weight of nothing but zeros would do better."""
 UNUSED = 0.5
 """Share of the levels that may lie idle, in a tensor of ``PER_LEVEL`` elements a level and as many distinct values."""
 CLIPPED = 0.25
@@ -65,8 +67,9 @@ class HealthWarning(UserWarning):
 class HealthRow:
     """One quantizer. Where something cannot be known it is None.
 
-    That is everything of a tensor that is empty or of a quantizer that has no range yet, and, of the packed weights of
-    a deployed model, what compares with the float values: ``clipped`` and ``sqnr_db``.
+    That is everything of a tensor that is empty or of a quantizer that has no range yet, of the packed weights of a
+    deployed model what compares with the float values, ``clipped`` and ``sqnr_db``, and of values that take no codes,
+    one for each state, all but ``sqnr_db``.
     """
 
     name: str
@@ -108,7 +111,7 @@ class HealthReport:
         return [sentence for r in self.rows for _, sentence in r.problems]
 
     def __str__(self) -> str:
-        known = [r for r in self.rows if r.levels_used is not None]
+        known = [r for r in self.rows if (r.levels_used, r.sqnr_db) != (None, None)]
         shown = sorted(known, key=_badness)[:_SHOWN]
         width = max([len(r.name) for r in shown] or [9])
         columns = f"{'what':<10}  bits  {'levels':>7}  {'zero':>6}  {'clip':>6}  {'scale':>8}  {'drift':>6}  SQNR dB"
@@ -116,7 +119,7 @@ class HealthReport:
         lines.append("-" * len(lines[0]))
         for r in shown:
             lines.append(
-                f"{r.name:<{width}}  {r.what:<10}  {r.bits:>4}  {f'{r.levels_used}/{2**r.bits}':>7}  "
+                f"{r.name:<{width}}  {r.what:<10}  {r.bits:>4}  {_used(r):>7}  "
                 f"{_percent(r.zero_ratio):>6}  {_percent(r.clipped):>6}  {_number(r.scale, '.2e'):>8}  "
                 f"{_number(r.drift, '.2f'):>6}  {_number(r.sqnr_db, '.1f'):>7}"
             )
@@ -136,6 +139,10 @@ def _badness(r: HealthRow) -> tuple[int, float]:
     worst = min((_KINDS.index(kind) for kind, _ in r.problems), default=len(_KINDS))
     sqnr = math.inf if r.sqnr_db is None else -math.inf if math.isnan(r.sqnr_db) else r.sqnr_db
     return worst, sqnr
+
+
+def _used(r: HealthRow) -> str:
+    return "" if r.levels_used is None else f"{r.levels_used}/{2**r.bits}"
 
 
 def _percent(share: float | None) -> str:
@@ -168,15 +175,20 @@ def _row(item: Item, found: _Numbers | None, first: dict[str, float]) -> HealthR
     n = item.elements
     if found is None:
         return HealthRow(item.name, item.what, item.bits, n, None, None, None, None, None, None)
+    floats = not math.isnan(found["clipped"])  # NaN: codes only
+    sqnr = _sqnr(found["signal"], found["noise"]) if floats else None
+    if not item.coded:
+        row = HealthRow(item.name, item.what, item.bits, n, None, None, None, None, None, sqnr)
+        problems = tuple(_broken(row, found))
+        return replace(row, problems=problems) if problems else row
     scale = found["scale"]
     if math.isfinite(scale) and scale > 0:
         first.setdefault(item.name, scale)
     start = first.get(item.name)
-    clipped = None if math.isnan(found["clipped"]) else found["clipped"] / n  # NaN: codes only
+    clipped = found["clipped"] / n if floats else None
     row = HealthRow(
         item.name, item.what, item.bits, n, int(found["used"]), found["zero"] / n, clipped, scale,
-        None if start is None else scale / start,
-        None if clipped is None else _sqnr(found["signal"], found["noise"]),
+        None if start is None else scale / start, sqnr,
     )  # fmt: skip
     problems = tuple(_problems(item, row, found))
     return replace(row, problems=problems) if problems else row
@@ -210,19 +222,29 @@ def _other_range(item: Item) -> str:
     return f"calibrate with such data, {_SLOWER}, or {_wider(item)}"
 
 
+def _who(row: HealthRow) -> str:
+    return f"of '{row.name}' ({row.bits} bits)"
+
+
+def _broken(row: HealthRow, found: _Numbers) -> Iterator[tuple[str, str]]:
+    noise = 0.0 if row.sqnr_db is None else found["signal"] + found["noise"]
+    if not math.isfinite(noise + found["scale"]):
+        yield (
+            "nan",
+            f"values or scale {_who(row)} are NaN or inf; go back to a checkpoint from before, lower the learning "
+            "rate, or clip gradients",
+        )
+
+
 def _problems(item: Item, row: HealthRow, found: _Numbers) -> Iterator[tuple[str, str]]:
     assert row.levels_used is not None
     assert row.zero_ratio is not None
-    n, who = 2**row.bits, f"of '{row.name}' ({row.bits} bits)"
-    floats, dynamic = row.clipped is not None, isinstance(item.holder, DLS)
-    broken = floats and not math.isfinite(found["signal"] + found["noise"])
-    if broken or not math.isfinite(found["scale"]):
-        yield (
-            "nan",
-            f"values or scale {who} are NaN or inf; go back to a checkpoint from before, lower the learning rate, "
-            "or clip gradients",
-        )
+    broken = tuple(_broken(row, found))
+    if broken:
+        yield from broken
         return
+    n, who = 2**row.bits, _who(row)
+    floats, dynamic = row.clipped is not None, isinstance(item.holder, DLS)
     floor = bool(found["floor"]) and not dynamic  # a constant is no trouble for DLS
     if floor:
         yield (
@@ -231,12 +253,19 @@ def _problems(item: Item, row: HealthRow, found: _Numbers) -> Iterator[tuple[str
             f"{_SLOWER}, keep it out of weight decay (as param_groups does), or {_wider(item)}",
         )
     blank = floats and found["blank"] > ZERO_RATIO * row.elements  # pruned, or zero from the start
-    collapsed = row.what == "weight" and row.bits <= ZERO_BITS and row.zero_ratio > ZERO_RATIO
-    collapsed = collapsed and row.elements >= FEW and not blank
-    if collapsed:
+    judged = row.what == "weight" and row.bits <= ZERO_BITS and row.elements >= FEW and not blank
+    to_zero = row.zero_ratio > ZERO_RATIO
+    collapsed = judged and (to_zero or (row.sqnr_db is not None and row.sqnr_db < LOUD))
+    if collapsed and to_zero:
         yield (
             "zero",
             f"zero ratio {row.zero_ratio:.2f} {who}: zero-ratio collapse; {_other_range(item)}",
+        )
+    elif collapsed:
+        yield (
+            "zero",
+            f"SQNR {row.sqnr_db:.1f} dB {who}: even the levels nearest to zero are too large for its values; "
+            f"{_other_range(item)}",
         )
     # Of a deployed model only codes are known: what is static there may well be constant.
     varied = found["distinct"] >= n if floats else row.what == "weight"

@@ -18,8 +18,9 @@ from ssmquant.graph.plan import Point
 from ssmquant.graph.prepared import Values
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.modules import PackedTensor
-from ssmquant.quantizers import DLS, LSQ, RFA, QTensor, Quantizer
+from ssmquant.quantizers import DLS, LSQ, OPERANDS, RFA, QTensor, Quantizer
 from ssmquant.quantizers.affine import Affine, affine_decode, affine_index, compute_dtype
+from ssmquant.quantizers.affine_fit import shift_of
 from ssmquant.quantizers.lsq import floored
 from ssmquant.quantizers.observers import group_rows
 from ssmquant.quantizers.rfa import grid_thresholds, ordered_grid
@@ -60,6 +61,8 @@ class Item:
     """A Quantizer or a PackedTensor."""
     value: Tensor | None = None
     encoded: tuple[QTensor, Tensor] | None = None
+    coded: bool = True
+    """Whether codes and levels say anything: not of values that are there without codes, one for each state."""
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +105,8 @@ def item_of(point: Point, holder: nn.Module) -> Item:
     site, operand = point.uses[0]
     assert point.scheme.bits is not None
     match = f"{site.name}.{operand.name}" if site.kind == "scan" else site.name
-    return Item(point.name, point.what, match, point.scheme.bits, holder)
+    coded = point.scheme.method not in OPERANDS
+    return Item(point.name, point.what, match, point.scheme.bits, holder, coded=coded)
 
 
 def parameters_of(model: nn.Module, kinds: Iterable[str] = ("weight", "static")) -> list[Item]:
@@ -220,9 +224,12 @@ def _index_together(quantizers: Sequence[Any], x: Tensor) -> tuple[Tensor, Affin
         affine = Affine(*table[..., None, None])
         index = affine_index(x.to(table.dtype), affine.scale, affine.shift, first.qmin, first.qmax)
         return index.nan_to_num(0.0), affine
-    alpha, beta = (torch.stack(t).unsqueeze(-1) for t in zip(*(q.scalars() for q in quantizers), strict=True))
-    cd = compute_dtype(x, alpha, beta)
-    affine = Affine(floored(alpha.to(cd), first.eps), beta.to(cd))
+    alpha = torch.stack([q.alpha for q in quantizers])
+    cd = compute_dtype(x, alpha)
+    alpha = floored(alpha.to(cd), first.eps)
+    shifts = zip(quantizers, alpha, strict=True)
+    beta = torch.stack([q.beta.to(cd) if q.shift == "learned" else shift_of(a, q.shift) for q, a in shifts])
+    affine = Affine(alpha.unsqueeze(-1), beta.unsqueeze(-1))
     if not isinstance(first, RFA):
         index = affine_index(x.to(cd), affine.scale, affine.shift, first.qmin, first.qmax)
         return index.nan_to_num(0.0), affine

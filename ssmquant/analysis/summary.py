@@ -12,7 +12,9 @@ from ssmquant.analysis.health import weight_rows
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.graph.sites import Site, ancestors, op_name
+from ssmquant.modules import ActivationQuantizer, PackedTensor
 from ssmquant.pack import packed_size
+from ssmquant.quantizers import Quantizer
 from ssmquant.workflow import ensure_traced
 
 __all__ = ["Summary", "SummaryRow", "summary"]
@@ -144,21 +146,21 @@ def _weight_shape(model: nn.Module, site: Site) -> tuple[int, ...]:
     return tuple(model.get_parameter(str(site.parameter)).shape)
 
 
-def _point_bytes(point: Point, model: nn.Module, runtime: Runtime) -> int:
-    """Bytes of the stored operand (weights, static operands) and of the quantizer's scalars after convert."""
+def _point_bytes(point: Point, runtime: Runtime) -> int:
+    """Bytes of a file: the codes of weights and static operands, their map and the state of others in float32."""
     if point.what == "activation":
-        return sum(4 * p.numel() for p in runtime.activations[point.key].parameters())
-    name = point.parameter
-    if point.what == "weight" and name:
-        shape = (
-            runtime.dropped[name][0] if name in runtime.dropped else tuple(model.get_parameter(name).shape)
-        )
-    else:
-        shape = tuple(point.node.meta["val"].shape)
+        wrapper = runtime.activations[point.key]
+        assert isinstance(wrapper, ActivationQuantizer)
+        return sum(4 * t.numel() for t in wrapper.quantizer.state_dict().values())
+    holder = runtime.weights[point.key]
+    if isinstance(holder, PackedTensor):
+        codes = holder.codes.numel()
+        return codes + sum(4 * t.numel() for name, t in holder.named_buffers() if name != "codes")
+    assert isinstance(holder, Quantizer)
     assert point.scheme.bits is not None
-    stored = 1 if dict(point.scheme.options).get("shift", "learned") != "learned" else 2
-    scalars = 4 if point.scheme.method == "dls" else stored * point.groups
-    return packed_size(math.prod(shape), point.scheme.bits) + 4 * scalars
+    called = point.what == "weight" and point.node.op == "call_module"
+    codes, scalars = holder.stored(point.weight_shape if called else point.node.meta["val"].shape)
+    return packed_size(codes, point.scheme.bits) + 4 * scalars
 
 
 def summary(model: nn.Module) -> Summary:
@@ -177,7 +179,7 @@ def summary(model: nn.Module) -> Summary:
         for k, (site, operand) in enumerate(p.uses):
             by_site.setdefault(site.name, {})[operand.name if p.what != "weight" else "weight"] = p
             if k == 0:
-                owned[site.name] = owned.get(site.name, 0) + _point_bytes(p, model, runtime)
+                owned[site.name] = owned.get(site.name, 0) + _point_bytes(p, runtime)
     rows = []
     health = weight_rows(model)
     for site in record.plan.sites:
@@ -220,7 +222,7 @@ def summary(model: nn.Module) -> Summary:
     sited = {s.parameter for s in record.plan.sites if s.parameter}
     for s in record.plan.sites:
         sited |= {str(n.target) for o in s.inputs for n in _parameters_of(record, o.node)}
-    packed = sum(_point_bytes(p, model, runtime) for p in record.plan.points)
+    packed = sum(_point_bytes(p, runtime) for p in record.plan.points)
     covered = _covered(record)
     ours = {id(p) for p in runtime.parameters()} | {id(b) for b in runtime.buffers()}
     rest = 0

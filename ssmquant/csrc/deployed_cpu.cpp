@@ -22,8 +22,12 @@ const Paths<DeployedPath> kPaths(&ssmquant_deployed_vnni, SSMQUANT_PATHS(ssmquan
 const Paths<DeployedPath> kPaths(nullptr, SSMQUANT_PATHS(ssmquant_deployed_));
 #endif
 
-// Elements (multiplications of a product, in eights) that are worth the start of a thread.
-constexpr int64_t kThreadWork = 1 << 16;
+// What is worth another thread, and what an element takes, in tenths of a nanosecond.
+constexpr int64_t kThreadWork = 500000;
+namespace cost {
+constexpr int64_t encode = 4, moments = 4, gate = 10, tap = 1, delta = 6, state = 2;
+}
+constexpr int64_t kProducts = 16;  // multiplications of codes in that time
 
 template <typename Call>
 int64_t useful_threads(const Call& call, int64_t work) {
@@ -71,14 +75,14 @@ SSMQUANT_EXPORT int64_t ssmquant_deployed_tasks(int64_t rows) { return divide_up
 
 SSMQUANT_EXPORT void ssmquant_deployed_encode(const EncodeCall* call) {
   const auto run = kPaths.found[call->path]->encode;
-  const int64_t work = call->batch * call->rows * call->groups * call->columns;
+  const int64_t work = call->batch * call->rows * call->groups * call->columns * cost::encode;
   share(useful_threads(*call, work), tasks_of(call->batch, call->rows),
         [&](int64_t i, int64_t) { run(*call, part_of(call->rows, i)); });
 }
 
 SSMQUANT_EXPORT void ssmquant_deployed_moments(const MomentsCall* call) {
   const auto run = kPaths.found[call->path]->moments;
-  const int64_t work = call->batch * call->rows * call->groups * call->columns;
+  const int64_t work = call->batch * call->rows * call->groups * call->columns * cost::moments;
   share(useful_threads(*call, work), tasks_of(call->batch, call->rows), [&](int64_t i, int64_t) {
     run(*call, part_of(call->rows, i), call->workspace + i * kMoments);
   });
@@ -87,7 +91,7 @@ SSMQUANT_EXPORT void ssmquant_deployed_moments(const MomentsCall* call) {
 
 SSMQUANT_EXPORT void ssmquant_deployed_gate(const GateCall* call) {
   const auto run = kPaths.found[call->path]->gate;
-  const int64_t work = call->batch * call->rows * call->columns * 4;
+  const int64_t work = call->batch * call->rows * call->columns * cost::gate;
   share(useful_threads(*call, work), tasks_of(call->batch, call->rows), [&](int64_t i, int64_t) {
     run(*call, part_of(call->rows, i), call->workspace + i * kMoments);
   });
@@ -115,7 +119,7 @@ SSMQUANT_EXPORT void ssmquant_deployed_ranges(const RangesCall* call) {
 
 SSMQUANT_EXPORT void ssmquant_deployed_linear(const LinearCall* call) {
   const auto run = kPaths.found[call->path]->linear;
-  const int64_t work = call->batch * call->rows * call->outputs * (call->x.padded / 8 + 1);
+  const int64_t work = call->batch * call->rows * call->outputs * (call->x.padded / kProducts + 1);
   share(useful_threads(*call, work), tasks_of(call->batch, call->rows),
         [&](int64_t i, int64_t) { run(*call, part_of(call->rows, i)); });
 }
@@ -123,7 +127,7 @@ SSMQUANT_EXPORT void ssmquant_deployed_linear(const LinearCall* call) {
 SSMQUANT_EXPORT void ssmquant_deployed_conv(const ConvCall* call) {
   const auto run = kPaths.found[call->path]->conv;
   const int64_t rows = call->batch * call->height, taps = call->window.height * call->window.width;
-  const int64_t work = rows * call->width * call->outputs * taps * (call->x.padded / 8 + 1);
+  const int64_t work = rows * call->width * call->outputs * taps * (call->x.padded / kProducts + 1);
   share(useful_threads(*call, work), rows, [&](int64_t i, int64_t) { run(*call, i / call->height, i % call->height); });
 }
 
@@ -131,7 +135,8 @@ SSMQUANT_EXPORT void ssmquant_deployed_depthwise(const DepthwiseCall* call) {
   const DeployedPath& path = *kPaths.found[call->path];
   const int64_t tiles = divide_up(call->channels, path.lanes);
   const int64_t down = divide_up(call->height, kBlockHeight), right = divide_up(call->width, kBlockWidth);
-  const int64_t work = call->batch * call->height * call->width * call->channels * 2;
+  const int64_t taps = call->window.height * call->window.width;
+  const int64_t work = call->batch * call->height * call->width * call->channels * (cost::encode + taps * cost::tap);
   share(useful_threads(*call, work), call->batch * down * right * tiles, [&](int64_t i, int64_t) {
     const int64_t block = i / tiles;
     path.depthwise(*call, block / right / down, block / right % down * kBlockHeight, block % right * kBlockWidth,
@@ -141,7 +146,7 @@ SSMQUANT_EXPORT void ssmquant_deployed_depthwise(const DepthwiseCall* call) {
 
 SSMQUANT_EXPORT void ssmquant_deployed_delta_moments(const ScanCall* call) {
   const auto run = kPaths.found[call->path]->delta_moments;
-  const int64_t work = call->batch * call->pixels * call->directions * call->channels;
+  const int64_t work = call->batch * call->pixels * call->directions * call->channels * cost::delta;
   share(useful_threads(*call, work), tasks_of(call->batch, call->pixels), [&](int64_t i, int64_t) {
     run(*call, part_of(call->pixels, i), call->workspace + i * kMoments);
   });
@@ -151,7 +156,7 @@ SSMQUANT_EXPORT void ssmquant_deployed_delta_moments(const ScanCall* call) {
 SSMQUANT_EXPORT void ssmquant_deployed_scan(const ScanCall* call) {
   const DeployedPath& path = *kPaths.found[call->path];
   const int64_t tiles = divide_up(call->channels, path.lanes);
-  const int64_t work = call->batch * tiles * path.lanes * call->pixels * call->directions * (call->states + 4) / 4;
+  const int64_t work = call->batch * tiles * path.lanes * call->pixels * call->directions * (call->states + 4) * cost::state;
   const int64_t threads = useful_threads(*call, work);
   // Tiles of one task read B, C and the low rank once for all. Results do not depend on how many there are.
   const int64_t count = parts(call->batch * tiles / threads, kMostTiles);

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from ssmquant.graph.deploy_layers import deploy_layers
 from ssmquant.graph.fuse import between, flat_sequences, fuse, is_quantizer, projected, projection
 from ssmquant.graph.moves import evaluate, is_move, is_number, sizes_of, traced_size
-from ssmquant.graph.orders import Merges, Unfit, count, shape_of
+from ssmquant.graph.orders import Merges, PathsOf, Unfit, count, shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
@@ -78,7 +78,7 @@ class _Core:
     merges: Merges
     rows: list[_Rows]  # low rank, B, C; then the step sizes, of another projection
     places: tuple[int, int, int]
-    ranks: tuple[int, int, int, int]
+    ranks: tuple[int, int, int]
     softplus: bool
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class _Core:
 
     def _fits(self, shape: tuple[int, ...], order: Tensor, sizes: tuple[tuple[int, ...], ...]) -> bool:
         directions, length = order.shape
-        _, rank, states, _ = self.ranks
+        _, rank, states = self.ranks
         for r, given, place in zip(self.rows, sizes, (*self.places, 0), strict=False):
             size = dict(zip(r.sizes, given, strict=True)).__getitem__
             flat = len(_shape(r.source)) == 3
@@ -110,10 +110,20 @@ class _Core:
             if len(self.known) >= _MOST_SHAPES:
                 self.known.clear()
             self.known[key] = paths
-        y = deployed.scan_core(
-            x.flatten(2).transpose(1, 2), paths.order, self.ranks, self.places, *modules, self.softplus
-        ).transpose(1, 2)
+        pixels = x.flatten(2).transpose(1, 2)
+        y = deployed.scan_core(pixels, paths.order, self.ranks, self.places, *modules, softplus=self.softplus)
+        y = y.transpose(1, 2)
         return y.unflatten(2, x.shape[2:]) if self.merges.like_image else y
+
+
+def _order(node: fx.Node) -> Tensor | None:
+    """The orders that a node makes, at the sizes of the trace."""
+    made = node.target
+    return made.find(_shape(made.source), traced_size) if isinstance(made, PathsOf) else None
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
 
 
 class _Deployer:
@@ -142,8 +152,9 @@ class _Deployer:
         module = self.module(node, ACTIVATIONS)
         if not (deployed.static(module) if exact else deployed.coded(module)):
             raise _NoMatch
+        assert isinstance(node, fx.Node)
         self.dead.add(node)
-        return node  # type: ignore[no-any-return]
+        return node
 
     def weight(self, node: Any, outputs: int) -> fx.Node:
         """The call of the packed tensor of which ``node`` is another shape, and no other order.
@@ -158,8 +169,9 @@ class _Deployer:
         module = self.module(node, WEIGHTS)
         if not deployed.takes_weight(module, outputs):
             raise _NoMatch
+        assert isinstance(node, fx.Node)
         self.dead.add(node)
-        return node  # type: ignore[no-any-return]
+        return node
 
     def owner(self, node: Any) -> Any:
         """The module behind a node, as an argument; other values as they are."""
@@ -167,8 +179,10 @@ class _Deployer:
             return node
         return self.graph.get_attr(str(node.target)) if node.op == "call_module" else self.copy[node]
 
-    def source(self, node: fx.Node) -> fx.Node:
+    def source(self, node: Any) -> fx.Node:
         """Where the elements of ``node`` come from."""
+        if not isinstance(node, fx.Node):
+            raise _NoMatch
         while is_move(node):
             self.dead.add(node)
             tensors = [i for i in node.all_input_nodes if not is_number(i)]
@@ -177,7 +191,7 @@ class _Deployer:
             node = tensors[0]
         return node
 
-    def rows(self, source: fx.Node, target: fx.Node, directions: int) -> tuple[_Rows, int, int]:
+    def rows(self, source: fx.Node, target: Any, directions: int) -> tuple[_Rows, int, int]:
         shape = _shape(source)
         each = shape[1] if len(shape) == 3 else shape[1] * shape[2]
         rows = _Rows(source, target, each // directions)
@@ -188,12 +202,14 @@ class _Deployer:
 
     def core(self, scan: fx.Node) -> None:
         """One scan with all around it."""
-        u, delta, a, b, c, skip, z, bias, softplus, *_ = scan.args
+        arguments: tuple[Any, ...] = scan.args
+        u, delta, a, b, c, skip, z, bias, softplus, *_ = arguments
         if z is not None or any(scan.kwargs.values()) or not isinstance(u, fx.Node):
             raise _NoMatch
         if u.target is not flat_sequences or not isinstance(softplus, bool):
             raise _NoMatch
         of_u, paths = self.quantizer(u.args[0]), u.args[1]
+        assert isinstance(paths, fx.Node)
         outputs = [n for n in scan.users if n.users]
         merges = next((n for n in outputs[0].users), None) if len(outputs) == 1 else None
         if merges is None or len(outputs[0].users) != 1 or not isinstance(merges.target, Merges):
@@ -210,7 +226,7 @@ class _Deployer:
         dt_weight = projection(steps, of_rank, _shape(of_rank), directions)
         of_b, of_c = self.quantizer(b), self.quantizer(c)
         readers = [q.args[0] for q in (of_rank, of_b, of_c)]
-        made = {self.source(n) for n in readers}  # type: ignore[arg-type]
+        made = {self.source(n) for n in readers}
         if len(made) != 1 or dt_weight is None:
             raise _NoMatch
         rows_node = made.pop()
@@ -219,20 +235,19 @@ class _Deployer:
         value, x_weight, other, _ = rows_node.args
         of_x = self.quantizer(value, exact=True)
         # Both look at the same image, in the same orders.
-        images = {q.args[0].args[0] for q in (of_u, of_x)}  # type: ignore[union-attr]
-        if images != {image} or not {paths, other} <= self._same(paths):
+        pixels: list[Any] = [q.args[0] for q in (of_u, of_x)]
+        if {p.args[0] for p in pixels} != {image} or other not in self._same(paths):
             raise _NoMatch
-        found = [self.rows(rows_node, n, directions) for n in readers]  # type: ignore[arg-type]
+        found = [self.rows(rows_node, n, directions) for n in readers]
         last = self.rows(steps, delta, directions)
         rank, states, same = (f[2] for f in found)
         if states != same or last[1:] != (0, _shape(image)[1]):
             raise _NoMatch
-        places = tuple(f[1] for f in found)
         core = _Core(
             merges.target,
             [*(f[0] for f in found), last[0]],
-            places,  # type: ignore[arg-type]
-            (found[0][0].rows, rank, states, states),
+            (found[0][1], found[1][1], found[2][1]),
+            (found[0][0].rows, rank, states),
             softplus,
         )
         weights = self.weight(x_weight, 2), self.weight(dt_weight, 2)
@@ -247,29 +262,24 @@ class _Deployer:
         there.replace_all_uses_with(whole)
         self.dead |= {merges, scan, outputs[0], steps, rows_node, u}
         self.dead |= {n for n in (a, skip, bias) if isinstance(n, fx.Node) and n.op == "call_module"}
-        self.dead |= {q.args[0] for q in (of_u, of_x)}  # type: ignore[misc]
+        self.dead |= set(pixels)
         self.changed = True
 
-    def _same(self, paths: Any) -> set[fx.Node]:
-        """Nodes that make the orders that ``paths`` makes."""
-        made = paths.target
+    def _same(self, paths: fx.Node) -> set[fx.Node]:
+        """Nodes that make the orders that ``paths`` makes, of the same image."""
+        wanted = _order(paths)
         return {
             n
             for n in self.old.nodes
-            if n is paths
-            or (type(n.target) is type(made) and n.args[:1] == paths.args[:1] and self._orders(n, paths))
+            if n is paths or (n.args[:1] == paths.args[:1] and _equal(_order(n), wanted))
         }
-
-    def _orders(self, a: fx.Node, b: fx.Node) -> bool:
-        one, two = (n.target.find(_shape(n.target.source), traced_size) for n in (a, b))  # type: ignore[union-attr]
-        return one is not None and two is not None and torch.equal(one, two)
 
     def prune(self) -> None:
         dead = {self.copy[n] for n in self.dead}
         for n in reversed(list(self.graph.nodes)):
             unread = not n.users and n.op not in ("placeholder", "output")
             gone = n in dead or is_move(n) or is_number(n) or n.op == "get_attr"
-            gone = gone or getattr(n.target, "__name__", "") == "paths_of"
+            gone = gone or isinstance(n.target, PathsOf)
             if unread and gone and not n.meta.get("mutates"):
                 self.graph.erase_node(n)
 
@@ -287,6 +297,8 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     if not d.changed:  # what is fused for other devices alone is no gain
         d = _Deployer(graph, model)
     d.prune()
+    for n in d.graph.nodes:
+        n.meta.pop("region", None)  # without gradients there is nothing to compute again
     if not deploy_layers(d.graph, model) and not d.changed:
         return graph
     d.graph.lint()

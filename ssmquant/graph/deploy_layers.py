@@ -85,6 +85,11 @@ def _is_core(node: fx.Node) -> bool:
 class _Layers:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self.graph, self.model = graph, model
+        # What is written to in place may be another value where a kernel would read it.
+        self.written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
+
+    def is_fixed(self, *nodes: Any) -> bool:
+        return not any(isinstance(n, fx.Node) and n.meta.get("storage") in self.written for n in nodes)
 
     def called(self, node: Any, prefix: str) -> nn.Module | None:
         """The quantizer or packed tensor that a node calls."""
@@ -124,7 +129,7 @@ class _Layers:
     ) -> fx.Node | None:
         if len(packed.shape) != 2 or len(shape_of(node) or ()) < 2 or not self._takes_input(of_x, packed):
             return None
-        value = _any_layout(x.args[0])
+        value = self._any_layout(x.args[0])
         gate = self._gate(value, x)
         with self.graph.inserting_before(node):
             owners = self._owner(x), self._owner(weight)
@@ -151,13 +156,14 @@ class _Layers:
         bias: Any,
         dilation: tuple[int, int],
     ) -> fx.Node:
-        value = _any_layout(x.args[0])
-        last, act = node, None
+        value = self._any_layout(x.args[0])
+        last: fx.Node = node
+        act: fx.Node | None = None
         with self.graph.inserting_before(node):
             owners = self._owner(x), self._owner(weight)
             norm = None
             if packed.shape[2:] in ((), (1, 1)) and deployed.static(of_x) and _is_channels_first(value):
-                norm = self._norm(_any_layout(value.args[0]))
+                norm = self._norm(self._any_layout(value.args[0]))
             if norm is not None:  # a product of rows, which then are channels first
                 args: tuple[Any, ...] = (norm.args[0], *owners, bias, self._norm_of(norm))
                 rows = self.graph.call_function(_linear, args)
@@ -175,6 +181,14 @@ class _Layers:
         if act is not None:
             self.graph.erase_node(act)
         return new
+
+    def _any_layout(self, value: Any) -> Any:
+        """What a value was before it was made contiguous, or cast to float32, as all is that kernels take."""
+        while isinstance(value, fx.Node) and self.is_fixed(value, *value.args[:1]):
+            if not is_cast(value) and (op_name(value) != "contiguous" or len(value.args) != 1):
+                break
+            value = value.args[0]
+        return value
 
     def _owner(self, node: fx.Node) -> fx.Node:
         """The module that a node calls."""
@@ -197,11 +211,12 @@ class _Layers:
 
     def _norm(self, node: Any) -> fx.Node | None:
         """``node`` if it is a layer norm over the last axis that one node alone reads."""
-        if not isinstance(node, fx.Node) or len(node.users) != 1:
+        if not isinstance(node, fx.Node) or len(node.users) != 1 or not self.is_fixed(node, *node.args[:1]):
             return None
         if node.target is F.layer_norm:
-            known = not set(node.kwargs) - {"weight", "bias", "eps"}
-            return node if len(node.args) == 2 and known and len(node.args[1]) == 1 else None  # type: ignore[arg-type]
+            known = len(node.args) == 2 and not set(node.kwargs) - {"weight", "bias", "eps"}
+            shape: Any = node.args[1] if known else ()
+            return node if known and isinstance(shape, (tuple, list)) and len(shape) == 1 else None
         if node.op != "call_module" or len(node.args) != 1:
             return None
         module = self.model.get_submodule(str(node.target))
@@ -226,8 +241,14 @@ class _Layers:
             if not self._is_silu(gate) or len(gate.users) != 1:
                 continue
             z = gate.args[0]
-            if isinstance(z, fx.Node) and shape_of(y) == shape_of(z) and shape_of(z) is not None:  # type: ignore[arg-type]
-                return y, z  # type: ignore[return-value]
+            if (
+                not isinstance(z, fx.Node)
+                or not isinstance(y, fx.Node)
+                or not self.is_fixed(value, y, gate, z)
+            ):
+                continue
+            if shape_of(y) == shape_of(z) and shape_of(z) is not None:
+                return y, z
         return None
 
     def _takes_conv(
@@ -273,8 +294,9 @@ class _Layers:
         ):
             source = source.args[0]
         ours = isinstance(source, fx.Node) and (source.target in _OURS or _is_core(source))
-        if ours and not node.meta.get("mutates") and self._any_strides(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        before = node.args[0]
+        if ours and isinstance(before, fx.Node) and self.is_fixed(node, before) and self._any_strides(node):
+            node.replace_all_uses_with(before)
             self.graph.erase_node(node)
 
     def _any_strides(self, node: fx.Node) -> bool:
@@ -293,15 +315,6 @@ class _Layers:
             return False
         name = op_name(user)
         return name in _MOVERS or (name in _ELEMENTWISE and self._any_strides(user))
-
-
-def _any_layout(value: Any) -> Any:
-    """What a value was before it was made contiguous, or cast to float32, as all is that kernels take."""
-    while isinstance(value, fx.Node) and (
-        is_cast(value) or (op_name(value) == "contiguous" and len(value.args) == 1)
-    ):
-        value = value.args[0]
-    return value
 
 
 def _before(norm: fx.Node | None, value: fx.Node) -> Any:

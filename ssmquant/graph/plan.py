@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from ssmquant.config import QConfig, Rule, Scheme
-from ssmquant.errors import CoverageError
+from ssmquant.config import DECAYS, QConfig, Rule, Scheme, decay_only
+from ssmquant.errors import ConfigError, CoverageError
 from ssmquant.graph.sites import FloatParameter, Operand, Site, Sites, op_name
 from ssmquant.graph.trace import Trace
 
@@ -133,17 +133,29 @@ def _reason(site: Site, rule: Rule | None, config: QConfig, adapter_float: tuple
     return None
 
 
-def _channel_axis(model: nn.Module, site: Site) -> int:
-    """The axis of a weight that numbers output channels (directions, where it has those in front)."""
+def _einsum_letters(site: Site, operand: Operand) -> tuple[str, str, str]:
+    """Those of an operand's axes, of the other operands' and of the output's; nothing where there is an ellipsis."""
+    left, arrow, out = str(site.node.args[0]).replace(" ", "").partition("->")
+    terms = left.split(",")
+    letters = left.replace(",", "").replace(".", "")
+    term = terms.pop(operand.at[1] if isinstance(operand.at, tuple) else operand.at - 1)
+    if len(term) != operand.node.meta["val"].dim() or "." in term:
+        return "", "", ""
+    return term, "".join(terms), out if arrow else "".join(c for c in letters if letters.count(c) == 1)
+
+
+def _channel_axis(model: nn.Module, site: Site) -> int | None:
+    """The axis of a weight that numbers output channels (directions, where it has those in front), if there is one."""
     if site.weight is None:
         return 1 if isinstance(model.get_submodule(site.module), _ConvTransposeNd) else 0
     if site.weight.node is not site.parameter_node:  # through views
         return 0
-    if (
-        site.kind == "matmul"
-        and op_name(site.node) != "einsum"
-        and site.weight.at != min(site.weight.at, *(o.at for o in site.inputs), key=str)
-    ):
+    if op_name(site.node) == "einsum":
+        term, others, out = _einsum_letters(site, site.weight)
+        kept = [i for i, c in enumerate(term) if c in out]
+        own = [i for i in kept if term[i] not in others]  # a letter that others have, too, numbers a batch
+        return next(iter(own or kept), None)
+    if site.kind == "matmul" and site.weight.at != min(site.weight.at, *(o.at for o in site.inputs), key=str):
         return len(site.weight.node.meta["val"].shape) - 1  # x @ W
     return 1 if "transpose" in op_name(site.node) else 0
 
@@ -152,12 +164,12 @@ def _stacked(site: Site, shape: tuple[int, ...]) -> bool:
     """Whether a weight is a stack (directions, output channels, inputs)."""
     if len(shape) != 3 or site.weight is None:
         return False
-    if op_name(site.node) == "einsum" and isinstance(site.weight.at, int):
-        terms, _, out = str(site.node.args[0]).replace(" ", "").partition("->")
-        term = terms.split(",")[site.weight.at - 1]
-        return len(term) == 3 and term[0] in out and term[1] in out and term[2] not in out
     used = tuple(site.weight.node.meta["val"].shape)
-    return used[:1] == (shape[0] * shape[1],)  # a view for a convolution in groups
+    if op_name(site.node) == "einsum":
+        term, _, out = _einsum_letters(site, site.weight)
+        return used == shape and [c in out for c in term] == [True, True, False]
+    # A view for a convolution in groups; of one output channel a direction, or of a depthwise weight, it is no stack.
+    return shape[1] > 1 and used[:1] == (shape[0] * shape[1],)
 
 
 def _weight_groups(
@@ -168,11 +180,11 @@ def _weight_groups(
     if scheme.granularity == "tensor":
         return None, 1, 1
     axis, stacked = _channel_axis(model, site), _stacked(site, shape)
-    if scheme.granularity == "channel":
+    if scheme.granularity == "channel" and axis is not None:
         groups = shape[0] * shape[1] if stacked else shape[axis]
         # A channel gets a scale of its own where its codes take more room than one.
         if math.prod(shape) // max(groups, 1) * scheme.bits >= _SCALE_BITS:
-            return axis, groups, 2 if stacked else 1
+            return (0, groups, 2) if stacked else (axis, groups, 1)
     return (0, shape[0], 1) if stacked else (None, 1, 1)
 
 
@@ -184,10 +196,10 @@ def _input_channels(model: nn.Module, site: Site, operand: Operand) -> tuple[int
     elif site.kind == "conv":
         weight = site.weight.node.meta["val"] if site.weight else model.get_parameter(str(site.parameter))
         axis = len(shape) - weight.dim() + 1  # in front of the spatial axes
-    elif op_name(site.node) == "einsum" and isinstance(operand.at, int):
-        terms, _, out = str(site.node.args[0]).replace(" ", "").partition("->")
-        summed = [i for i, c in enumerate(terms.split(",")[operand.at - 1]) if c not in out]
-        if len(summed) != 1 or len(terms.split(",")[operand.at - 1]) != len(shape):
+    elif op_name(site.node) == "einsum":
+        term, _, out = _einsum_letters(site, operand)
+        summed = [i for i, c in enumerate(term) if c not in out]
+        if len(summed) != 1:
             return None
         axis = summed[0]
     else:
@@ -267,14 +279,18 @@ def make_plan(
         for o in site.inputs:
             names = (f"{site.name}.{o.name}", site.name) if site.kind == "scan" else (site.name,)
             size = o.node.meta["val"].shape
+            is_a = site.kind == "scan" and o.name == "A" and len(size) == 2
             scheme = config.activation_scheme(
                 pick(names, site),
                 scan=site.kind == "scan",
                 reads_scan=site.reads_scan,
-                decay=site.kind == "scan" and o.name == "A" and len(size) == 2 and size[1] > 1,
+                decay=is_a and size[1] > 1,
             )
             if scheme.bits is None:
                 continue
+            if scheme.method in DECAYS and not is_a:
+                what = f"{names[0]!r} cannot have the quantizer {scheme.method!r}"
+                raise ConfigError(f"{what}: {decay_only(scheme.method)}")
             quantized = True
             static = o.node in found.static
             axis = axis_of(o.node) if config.statistics == "sample" and not static else None

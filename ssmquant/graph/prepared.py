@@ -130,6 +130,10 @@ def _subclass(
         move_plain_tensors(self, fn)
         runtime = runtime_of(self)
         runtime.example = tree_map_only(Tensor, fn, runtime.example)
+        runtime.dropped = {
+            name: (shape, fn(torch.empty(0, dtype=dtype)).dtype)
+            for name, (shape, dtype) in runtime.dropped.items()
+        }
         # Code that asked for a parameter's dtype or device is traced again.
         runtime.records = [r for r in runtime.records if not r.trace.traced.reads_parameter_dtype]
         return self

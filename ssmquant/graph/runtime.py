@@ -90,6 +90,8 @@ class Record:
 
     def _fuse(self, model: nn.Module, form: str) -> Callable[..., Any]:
         if form == "deployed":
+            if self.trace.traced.sets_modes:  # such as autocast for a part
+                return self.run
             graph = deploy(self.graph, model)
             return self.run if graph is self.graph else compile_graph(graph, model)[0]
         graph = rewrite(model, self.trace, self.plan, float_scans=True)
@@ -169,7 +171,8 @@ def _layout(call: Call) -> tuple[bool, ...]:
 
 def _autocast(call: Call) -> Any:
     kind = call.tensors[0].device.type if call.tensors else "cpu"
-    return torch.is_autocast_enabled(kind) and (kind, torch.get_autocast_dtype(kind))
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return on and (kind, torch.get_autocast_dtype(kind))
 
 
 def _compile_guards(trace_: Trace) -> Callable[[Shapes], bool]:
@@ -409,13 +412,17 @@ class _Stand:
 
     def __enter__(self) -> None:
         shared: dict[str, nn.Parameter] = {}
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        device = next((t.device for t in tensors), None)
         for name, (shape, dtype) in self.runtime.dropped.items():
             first = self.runtime.tied.get(name, name)
             owner, _, attr = name.rpartition(".")
             mod = self.model.get_submodule(owner)
             if mod._parameters.get(attr) is None:
                 # One element, expanded: shape and dtype without the memory.
-                p = nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
+                p = nn.Parameter(
+                    torch.zeros((), dtype=dtype, device=device).expand(shape), requires_grad=False
+                )
                 holder, _, held = first.rpartition(".")
                 there = self.model.get_submodule(holder)._parameters.get(held)  # tied to one that stayed
                 mod._parameters[attr] = shared.setdefault(first, p if there is None else there)

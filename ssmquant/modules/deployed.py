@@ -118,7 +118,10 @@ def _encode(
     by_group: bool = False,
 ) -> tuple[Codes, Grid]:
     """(batch, rows, groups, columns) as codes. With a ``norm`` the quantizer is static."""
-    known = (lambda: cpu.moments(x)) if moments is None else (lambda: moments)
+
+    def known() -> Tensor:
+        return cpu.moments(x) if moments is None else moments
+
     grid = _grid(module, known, x.numel() // x.shape[0], copies)
     return cpu.encode(x, grid, norm=norm, by_group=by_group), grid
 
@@ -200,7 +203,8 @@ def _fused_norm(norm: LayerNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
     ):
         return (F.layer_norm(x, x.shape[-1:], weight, bias, eps) if module is None else module(x)), None
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, Norm(*(None if t is None else t.detach().contiguous() for t in (weight, bias)), eps)
+    weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
+    return x, Norm(weight, bias, eps)
 
 
 def linear(
@@ -209,7 +213,8 @@ def linear(
     """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x."""
     x, fused = _fused_norm(norm, x)
     rows = _rows(x)
-    if static(of_x):  # samples do not matter
+    q = _inner(of_x)
+    if not isinstance(q, DLS) or q.stats_axis is None:  # samples do not matter
         rows = rows.flatten(0, 1)[None]
     return _product(rows, of_x, weight, bias, fused).view(*x.shape[:-1], -1)
 
@@ -224,8 +229,8 @@ def gated_linear(
 ) -> Tensor:
     """``linear`` of ``norm(x) * silu(z)``, all (samples, .., columns)."""
     x, fused = _fused_norm(norm, x)
-    both = [_rows(t if t.stride(-1) == 1 else t.contiguous()).unsqueeze(2) for t in (x, z)]
-    y, moments = cpu.gate(*both, fused, with_moments=dynamic(of_x))
+    x4, z4 = (_rows(t if t.stride(-1) == 1 else t.contiguous()).unsqueeze(2) for t in (x, z))
+    y, moments = cpu.gate(x4, z4, fused, with_moments=dynamic(of_x))
     return _product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1)
 
 
@@ -252,16 +257,16 @@ def conv2d(
         taps = _kept(weight, "taps", lambda: cpu.by_lanes(weight().float().reshape(outputs, -1).T))
         zeros = x.new_zeros(outputs) if bias is None else bias
         silu = act is not None and not hooks_of(act)
-        y = cpu.depthwise(image, grid, taps, cpu.by_lanes(zeros), tuple(kernel), dilation, silu)  # type: ignore[arg-type]
+        y = cpu.depthwise(image, grid, taps, cpu.by_lanes(zeros), (kernel[0], kernel[1]), dilation, silu)
         y = y.permute(0, 3, 1, 2)
         return y if act is None or silu else act(y)
     if kernel == [1, 1]:
         return linear(x.permute(0, 2, 3, 1), of_x, weight, bias).permute(0, 3, 1, 2)
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = _grid(of_x, _no_moments, 0)
-    border = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
-    codes = cpu.encode(x.permute(0, 2, 3, 1), grid, tuple(border))  # type: ignore[arg-type]
-    y = cpu.conv(codes, grid, taps, _bias(bias), tuple(kernel), dilation)  # type: ignore[arg-type]
+    down, right = ((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
+    codes = cpu.encode(x.permute(0, 2, 3, 1), grid, (down, right))
+    y = cpu.conv(codes, grid, taps, _bias(bias), (kernel[0], kernel[1]), dilation)
     return y.permute(0, 3, 1, 2)
 
 
@@ -275,7 +280,7 @@ def _no_moments() -> Tensor:
 def scan_core(
     x: Tensor,
     order: Tensor,
-    ranks: tuple[int, int, int, int],
+    ranks: tuple[int, int, int],
     places: tuple[int, int, int],
     of_x: nn.Module,
     projection: PackedTensor,
@@ -288,6 +293,7 @@ def scan_core(
     a: Any,
     skip: Any,
     bias: Any,
+    *,
     softplus: bool,
 ) -> Tensor:
     """Projections of an image, selective scans in K orders of its pixels, and their sum: (B, L, D).
@@ -295,7 +301,7 @@ def scan_core(
     Args:
         x: (B, L, D), any strides.
         order: (K, L).
-        ranks: rows that a direction's projection has, of these step sizes' low rank, states twice.
+        ranks: rows that a direction's projection has; of these the low rank of the step sizes, and states, of B and C.
         places: where the low rank, B and C begin among a direction's rows.
         of_x, of_u, of_rank, of_delta, of_b, of_c: quantizers.
         projection: (K, E, D), to the low rank, B and C.
@@ -303,7 +309,7 @@ def scan_core(
         a: (K * D, N); skip, bias: (K * D,) or None.
     """
     batch, pixels, channels = x.shape
-    directions, (rows, rank, states, _) = len(order), ranks
+    directions, (rows, rank, states) = len(order), ranks
     image = x.unsqueeze(2)
     codes, grid = _encode(image, of_x, directions)
     u = (codes, grid) if of_u is of_x else _encode(image, of_u, directions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,9 +36,9 @@ class PackedTensor(FixedPrecision):
     prepared model's fake-quantized values bit for bit. A cast (``.half()``) changes the dtype that comes out, not the
     map.
 
-    Buffers: ``codes`` (uint8, 1-D, layout of ``ssmquant.pack``), ``scale`` and ``shift`` (float32, one element a
-    group), and ``lo``/``hi``, the end clamp of DLS. Where the quantizer's ``rule`` for the shift is not
-    ``"learned"``, ``shift`` is None and follows from the scale.
+    Buffers: ``codes`` (uint8, 1-D, layout of ``ssmquant.pack``; one code for all elements if they are ``alike``),
+    ``scale`` and ``shift`` (float32, one element a group), and ``lo``/``hi``, the end clamp of DLS. Where the
+    quantizer's ``rule`` for the shift is not ``"learned"``, ``shift`` is None and follows from the scale.
     """
 
     codes: Tensor
@@ -56,28 +57,33 @@ class PackedTensor(FixedPrecision):
         groups: Sequence[int] = (),
         clamped: bool = False,
         rule: Shift = "learned",
+        alike: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.bits, self.code_min, self.dtype = tuple(shape), bits, code_min, dtype
-        self.rule = rule
-        numel = 1
-        for s in self.shape:
-            numel *= s
-        self.register_buffer("codes", torch.zeros(packed_size(numel, bits), dtype=torch.uint8, device=device))
+        self.rule, self.alike = rule, alike
+        size = packed_size(math.prod(self._stored), bits)
+        self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8, device=device))
         for name in ("scale", "shift", "lo", "hi"):
             empty = rule != "learned" if name == "shift" else name in ("lo", "hi") and not clamped
             self.register_buffer(name, None if empty else torch.zeros(tuple(groups), device=device))
 
+    @property
+    def _stored(self) -> tuple[int, ...]:
+        """The shape of the codes that there are."""
+        return (1,) * len(self.shape) if self.alike else self.shape
+
     @classmethod
     def from_qtensor(cls, q: QTensor, rule: Shift = "learned") -> PackedTensor:
-        """Packs an encoded tensor; ``rule``: how its shift follows from its scale."""
+        """Packs an encoded tensor, one element of expanded codes; ``rule``: how its shift follows from its scale."""
+        alike = q.codes.numel() > 1 and not any(q.codes.stride())
         out = cls(
             q.codes.shape, q.bits, q.code_min, q.dtype,
-            groups=q.scale.shape, clamped=q.lo is not None, rule=rule,
+            groups=q.scale.shape, clamped=q.lo is not None, rule=rule, alike=alike,
             device=q.codes.device,
         )  # fmt: skip
-        out.codes = pack(q.codes, q.bits)
+        out.codes = pack(q.codes.reshape(-1)[:1] if alike else q.codes, q.bits)
         for name in ("scale", "shift", "lo", "hi"):
             value = getattr(q, name)
             if value is not None and getattr(out, name) is not None:
@@ -86,7 +92,8 @@ class PackedTensor(FixedPrecision):
 
     def qtensor(self) -> QTensor:
         """The codes, unpacked, with their map."""
-        codes = unpack(self.codes, self.bits, self.shape)
+        codes = unpack(self.codes, self.bits, self._stored)
+        codes = codes.expand(self.shape) if self.alike else codes
         shift = self.shift if self.shift is not None else shift_of(self.scale, self.rule)
         return QTensor(codes, self.bits, self.code_min, self.scale, shift, self.lo, self.hi, self.dtype)
 

@@ -3,6 +3,7 @@
 import torch
 
 from ssmquant.ops import nvrtc, quantize, upstream
+from ssmquant.ops.deployed import cpu as deployed
 from ssmquant.ops.mixers import causal_conv1d, mamba2_split_conv1d_scan, mamba_inner
 from ssmquant.ops.norms import gated_norm, layer_norm
 from ssmquant.ops.selection import selected, use_backend
@@ -51,6 +52,10 @@ def backend_report() -> list[tuple[str, str, str]]:
         if name == "cpu":
             why.insert(0, f"C++ with {cpu.paths()[0]} instructions")
         rows.append((f"selective_scan, {device}", name, "; ".join(why) or "the only one for this device"))
+        if device == "cpu":
+            reason = deployed.unavailable(torch.device(device))
+            served = ("cpu", f"products and scans on codes, C++ with {deployed.paths()[0]} instructions")
+            rows.append(("deployed models, cpu", *(served if reason is None else ("torch", reason))))
         module, reason = quantize.explain(torch.device(device))
         fused = "fused kernels of fake quantization"
         rows.append((f"quantize, {device}", *(("torch", reason) if module is None else (module.NAME, fused))))

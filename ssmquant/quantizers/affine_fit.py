@@ -23,6 +23,8 @@ Shift = Literal["learned", "half", "none"]
 
 _FOLLOWED = 6
 _ROUNDS = 10
+_LEAST = 1e-6
+"""Steps are no smaller than this part of the largest magnitude."""
 
 
 def shift_of(alpha: Tensor, shift: Shift) -> Tensor:
@@ -75,7 +77,10 @@ def least_squares(
         reach = torch.maximum(ends[0].abs(), ends[1].abs()) / max(-qmin, qmax)
         alpha = torch.cat((alpha, *((reach * k / 24)[None] for k in range(2, 27, 2))))
         beta = shift_of(alpha, shift)
-    alpha = alpha.clamp(min=eps)
+    # Of constant data a step of nothing at their value is exact, and never trains: the start has to do.
+    least = (_LEAST * torch.maximum(ends[0].abs(), ends[1].abs())).clamp(min=eps)
+    kept = alpha >= least
+    alpha, beta = torch.where(kept, alpha, start[0]), torch.where(kept, beta, start[1])
     best = error(alpha, beta).topk(min(_FOLLOWED, len(alpha)), dim=0, largest=False).indices
     alpha, beta = alpha.gather(0, best), beta.gather(0, best)
     for _ in range(_ROUNDS):
@@ -93,7 +98,7 @@ def least_squares(
             step = (points * level * weights).sum(-1, keepdim=True)
             step = step / (level.square() * weights).sum(-1, keepdim=True)
             moved = shift_of(step, shift)
-        better = step > eps  # not where all elements share a code: 0 / 0
+        better = step > least  # not where all elements share a code: 0 / 0
         alpha, beta = torch.where(better, step, alpha), torch.where(better, moved, beta)
     alpha, beta = torch.cat((start[0][None], alpha)), torch.cat((start[1][None], beta))
     best = error(alpha, beta).argmin(0, keepdim=True)

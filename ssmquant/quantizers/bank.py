@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ssmquant.ops import quantize
 from ssmquant.ops.quantize import Bank, DLSRule
 from ssmquant.quantizers.affine import once_differentiable
+from ssmquant.quantizers.affine_fit import Shift, shift_of
 from ssmquant.quantizers.dls import DLS
-from ssmquant.quantizers.lsq import LSQ
+from ssmquant.quantizers.lsq import LSQ, floored
 from ssmquant.quantizers.rfa import RFA, grid_thresholds, ordered_grid
 
 __all__ = ["hooks_of", "quantize_weights"]
@@ -41,34 +42,41 @@ def _shaped(x: Tensor, counts: tuple[int, ...], shapes: Sequence[torch.Size]) ->
 
 
 class _BankFunction(torch.autograd.Function):
-    """``tensors``: the weights, their alphas, their betas and, for RFA, their grids."""
+    """``tensors``: the weights, their alphas, their betas (if they are learned) and, for RFA, their grids."""
 
     @staticmethod
     def forward(
-        ctx: Any, kernels: ModuleType, bank: Bank, eps: float, *tensors: Tensor
+        ctx: Any, kernels: ModuleType, bank: Bank, shift: Shift, eps: float, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         count = len(bank.counts)
         x, shapes = _flat(tensors[:count]), [w.shape for w in tensors[:count]]
-        alpha, beta = torch.cat(tensors[count : 2 * count]), torch.cat(tensors[2 * count : 3 * count])
+        alpha, rest = torch.cat(tensors[count : 2 * count]), tensors[2 * count :]
+        if shift == "learned":
+            beta, rest = torch.cat(rest[:count]), rest[count:]
+        else:
+            beta = shift_of(floored(alpha, eps), shift)
         grid = thresholds = alpha
         if bank.levels:
-            grid = ordered_grid(torch.stack(tensors[3 * count :]))
+            grid = ordered_grid(torch.stack(rest))
             thresholds = grid_thresholds(grid)
         y = kernels.bank_forward(x, alpha, beta, thresholds, bank, eps)
         ctx.save_for_backward(x, alpha, beta, grid, thresholds)
-        ctx.static = kernels, bank, eps, shapes
+        ctx.static = kernels, bank, shift, eps, shapes
         return tuple(_shaped(y, bank.counts, shapes))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kernels, bank, eps, shapes = ctx.static
+        kernels, bank, shift, eps, shapes = ctx.static
         dx, alpha, beta, grid = kernels.bank_backward(_flat(grads), *ctx.saved_tensors, bank, eps)
         parts = _shaped(dx, bank.counts, shapes)
-        parts += [*alpha.split(bank.groups), *beta.split(bank.groups)]
+        if shift == "learned":
+            parts += [*alpha.split(bank.groups), *beta.split(bank.groups)]
+        else:
+            parts += (alpha + shift_of(beta, shift)).split(bank.groups)
         if bank.levels:
             parts += grid.unbind(0)
-        return None, None, None, *parts
+        return None, None, None, None, *parts
 
 
 class _DLSBankFunction(torch.autograd.Function):
@@ -98,7 +106,7 @@ def _operands(quantizer: Any) -> tuple[Tensor, ...]:
     """What enters the arithmetic besides the weight."""
     if isinstance(quantizer, DLS):
         return quantizer.w, quantizer.v
-    scalars: tuple[Tensor, ...] = quantizer.scalars()
+    scalars = (quantizer.alpha, quantizer.beta) if quantizer.shift == "learned" else (quantizer.alpha,)
     return (*scalars, quantizer.grid) if isinstance(quantizer, RFA) else scalars
 
 
@@ -120,7 +128,8 @@ def _key(quantizer: Any, weight: Tensor) -> _Key | None:
         return None
     if quantizer.num_groups > 1 and quantizer.axis % weight.dim() != 0:  # groups have to lie end to end
         return None
-    return kind, weight.device, quantizer.bits, quantizer.qmin, quantizer.scale_gradient, quantizer.eps
+    static = quantizer.bits, quantizer.qmin, quantizer.scale_gradient, quantizer.shift, quantizer.eps
+    return kind, weight.device, *static
 
 
 def quantize_weights(quantizers: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -143,11 +152,11 @@ def quantize_weights(quantizers: Sequence[Any], weights: Sequence[Tensor]) -> li
         if kind is DLS:
             values = _DLSBankFunction.apply(kernels, counts, DLSRule(*rest), *some, *state)
         else:
-            bits, qmin, scaled, eps = rest
+            bits, qmin, scaled, shift, eps = rest
             groups = tuple(quantizers[i].num_groups for i in members)
             levels = 2**bits if kind is RFA else 0
             bank = Bank(counts, groups, qmin, qmin + 2**bits - 1, levels, scaled)
-            values = _BankFunction.apply(kernels, bank, eps, *some, *state)
+            values = _BankFunction.apply(kernels, bank, shift, eps, *some, *state)
         for i, value in zip(members, values, strict=True):
             out[i] = value
     return [q(w) if value is None else value for q, w, value in zip(quantizers, weights, out, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -122,6 +123,10 @@ class Quantizer(nn.Module):
         Codes are then ``affine_index`` of the values, and values ``affine_decode`` of the codes.
         """
         return None
+
+    def stored(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Codes and numbers of their map that are kept of a weight or static operand of that shape."""
+        return math.prod(shape), 2 * (self.num_groups if self.ready else 1)
 
     def constants(self) -> tuple[Any, ...]:
         """What decides the arithmetic and is no tensor: graphs that were captured with other values do not fit."""
@@ -274,9 +279,9 @@ class Quantizer(nn.Module):
         cd = compute_dtype(x, *self.parameters(recurse=False))
         ready = self._flags["initialized"] or self._become_ready(x, False)
         if not ready or x.numel() == 0:
-            one = torch.ones((), dtype=cd, device=x.device)
+            zero = torch.zeros((), dtype=cd, device=x.device)  # of a step of 0 every shift that follows is 0
             codes = torch.full(x.shape, -self.code_min, dtype=torch.uint8, device=x.device)
-            return QTensor(codes, self.bits, self.code_min, one, torch.zeros_like(one), None, None, x.dtype)
+            return QTensor(codes, self.bits, self.code_min, zero, zero, None, None, x.dtype)
         shape, x = x.shape, self._merged(x)
         affine = self._affine(x)
         index = self._index(x.to(cd), affine)
@@ -288,7 +293,8 @@ class Quantizer(nn.Module):
         if self.leading > 1:
             codes = codes.reshape(shape)
             wide = *shape[: self.leading], *(1 for _ in shape[self.leading :])
-            affine = Affine(affine.scale.reshape(wide), affine.shift.reshape(wide))
+            parts = affine.scale, affine.shift, affine.lo, affine.hi
+            affine = Affine(*(t if t is None or t.numel() == 1 else t.reshape(wide) for t in parts))  # type: ignore[arg-type]
         parts = affine.scale, affine.shift, affine.lo, affine.hi
         return QTensor(codes, self.bits, self.code_min, *parts, x.dtype)
 

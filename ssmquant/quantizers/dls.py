@@ -12,6 +12,7 @@ The output clip keeps y within the range of x for any learnt scalars (A < 0 stay
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Literal
 
@@ -230,6 +231,11 @@ class DLS(Quantizer):
     @property
     def is_signed(self) -> bool:
         return not self.official or self._flags["signed"]
+
+    def stored(self, shape: Sequence[int]) -> tuple[int, int]:
+        codes, _ = super().stored(shape)
+        groups = 1 if self.stats_axis is None else self.num_groups
+        return codes, 4 * groups if self.ready else 2  # scale, shift and both ends
 
     def constants(self) -> tuple[Any, ...]:
         return *super().constants(), self.dead_scale

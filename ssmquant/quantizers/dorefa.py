@@ -50,7 +50,8 @@ def group_max(x: Tensor, axis: int | None) -> Tensor:
     """Largest magnitude of every group, broadcastable to ``x``; a NaN is the largest."""
     if axis is None:
         return x.abs().amax()
-    return x.abs().amax(group_dims(x.dim(), axis), keepdim=True)
+    dims = group_dims(x.dim(), axis)
+    return x.abs().amax(dims, keepdim=True) if dims else x.abs()  # an empty tuple would mean all dimensions
 
 
 class DoReFa(MinMax):
@@ -78,6 +79,9 @@ class DoReFa(MinMax):
     @property
     def needs_data(self) -> bool:
         return not self.is_weight
+
+    def static_affine(self) -> Affine | None:
+        return None if self.is_weight else super().static_affine()
 
     def _reset_state(self) -> None:
         if not self.is_weight:

@@ -9,6 +9,7 @@ d alpha = round(u) - (x + beta) / alpha in range, Qn or Qp outside, times 1 / sq
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -31,6 +32,9 @@ from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.observers import GroupStats, group_rows, sample_rows
 
 __all__ = ["LSQ", "LearnedScale", "floored"]
+
+_PRUNED = 1e-3
+"""What a group that is all zero takes of the others' step size where no level is 0."""
 
 
 def floored(alpha: Tensor, eps: float) -> Tensor:
@@ -136,8 +140,17 @@ class LearnedScale(Quantizer):
                 self.beta = nn.Parameter(torch.zeros(num_groups))
 
     def scalars(self) -> tuple[Tensor, Tensor]:
-        """The step and the shift, as they enter the arithmetic."""
-        return self.alpha, self.beta if self.shift == "learned" else shift_of(self.alpha, self.shift)
+        """The step, not yet floored, and the shift, as they enter the arithmetic."""
+        if self.shift == "learned":
+            return self.alpha, self.beta
+        # A packed tensor makes its shift of the floored step, too.
+        follows = self.shift == "half" and not self.official
+        step = _StraightFloor.apply(self.alpha, self.eps) if follows else self.alpha
+        return self.alpha, shift_of(step, self.shift)
+
+    def stored(self, shape: Sequence[int]) -> tuple[int, int]:
+        codes, scalars = super().stored(shape)
+        return codes, scalars if self.shift == "learned" else scalars // 2
 
     @torch.no_grad()
     def _set_scalars(self, alpha: Tensor, beta: Tensor) -> None:
@@ -163,7 +176,7 @@ class LearnedScale(Quantizer):
             alpha = torch.minimum(alpha, torch.maximum(stats.min.abs(), stats.max.abs()) / self.qmax)
             # A group that is all zero takes the other groups' average rather than a dead step.
             used = stats.abs_mean > 0
-            alpha = torch.where(used, alpha, alpha[used].mean())
+            alpha = torch.where(used, alpha, alpha[used].mean() * (_PRUNED if self.shift == "half" else 1.0))
         self._set_scalars(alpha, torch.zeros_like(alpha))
 
     def _scale_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:

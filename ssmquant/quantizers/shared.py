@@ -14,12 +14,15 @@ The gradient is that of the mean or the line: channels move together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.quantizers.affine import Affine, compute_dtype, group_dims, in_dtype
-from ssmquant.quantizers.base import Quantizer
+from ssmquant.quantizers.base import QTensor, Quantizer
 
 __all__ = ["Ladder", "Shared"]
 
@@ -45,6 +48,14 @@ class Shared(Quantizer):
     @property
     def is_signed(self) -> bool:
         return False
+
+    def stored(self, shape: Sequence[int]) -> tuple[int, int]:
+        return 1, 2 * shape[-1]
+
+    def encode(self, x: Tensor, *, check: bool = True) -> QTensor:
+        encoded = super().encode(x, check=check)
+        code = torch.zeros((), dtype=torch.uint8, device=x.device)
+        return replace(encoded, codes=code.expand(x.shape))  # one code in memory, and in a packed tensor
 
     def _reset_state(self) -> None:
         """There is none."""

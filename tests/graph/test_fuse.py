@@ -465,10 +465,10 @@ def test_records_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     x = randn(2, 3, 4, 6)
     p = prepared(Scan2d(), x)
     plain = p(x)
-    assert not record(p).training
-    monkeypatch.setattr(runtime_module, "_trains_on_a_gpu", lambda *_: True)
+    assert not record(p).fused
+    monkeypatch.setattr(runtime_module, "_form", lambda *_: "training")
     fused = p(x)
-    assert len(record(p).training) == 1
+    assert len(record(p).fused) == 1
     assert record(p).fused["training"] is not record(p).run
     torch.testing.assert_close(fused, plain)
 
@@ -487,7 +487,7 @@ def test_hooks_see_the_calls_of_quantizers(monkeypatch: pytest.MonkeyPatch, inne
     """Also those that come after the fused graph."""
     x = randn(2, 3, 4, 6)
     p = prepared(Scan2d(), x)
-    monkeypatch.setattr(runtime_module, "_trains_on_a_gpu", lambda *_: True)
+    monkeypatch.setattr(runtime_module, "_form", lambda *_: "training")
     p(x)
     for wrapper in runtime_of(p).activations.values():
         module: Any = wrapper.quantizer if inner else wrapper
@@ -523,7 +523,7 @@ def test_unfit_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x = randn(2, 3, 4, 6)
     p = prepared(Normed(), x)
-    monkeypatch.setattr(runtime_module, "_trains_on_a_gpu", lambda *_: True)
+    monkeypatch.setattr(runtime_module, "_form", lambda *_: "training")
     p(x)
     y, run = randn(2, 3, 5, 5), record(p).run
     before, calls = int(p.count.num_batches_tracked), int(p.calls)

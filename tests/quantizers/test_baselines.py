@@ -435,3 +435,20 @@ def test_stacks_of_weights(name: str, is_weight: bool) -> None:
     flat.initialize(w.reshape(6, 40))
     assert torch.equal(whole(w).reshape(6, 40), flat(w.reshape(6, 40)))
     assert torch.equal(whole.encode(w).decode(), whole(w))
+
+
+def test_dorefa_of_a_vector_by_element() -> None:
+    w = torch.tensor([0.5, -2.0, 0.0, 0.1])
+    q = DoReFa(3, is_weight=True, axis=0, num_groups=4)
+    torch.testing.assert_close(q(w), w)
+    assert torch.equal(q.encode(w).decode(), q(w))
+    assert q.encode(w).scale.shape == (4,)
+
+
+def test_only_calibrated_ranges_are_known_beforehand() -> None:
+    assert DoReFa(4, is_weight=True).static_affine() is None
+    for name in ("dorefa", "minmax"):
+        q = make(name, 4, torch.randn(50))
+        known = q.static_affine()
+        assert known is not None
+        assert torch.equal(known.scale, q.encode(torch.randn(3)).scale)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -116,3 +117,14 @@ def test_fit_is_quick(name: str) -> None:
     start = time.perf_counter()
     q.fit([x])
     assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize("value", [0.8, -3.0])
+@pytest.mark.parametrize("shift", ["learned", "half", "none"])
+@pytest.mark.parametrize("n_bits", [2, 4, 8])
+def test_constant_data_leave_a_step_to_train(n_bits: int, shift: Any, value: float) -> None:
+    x = torch.full((4, 8), value)
+    q = LSQ(n_bits, shift=shift)
+    q.fit([x])
+    assert q.alpha.item() > 1e-3 * abs(value)
+    torch.testing.assert_close(q(x), x)

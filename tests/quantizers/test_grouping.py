@@ -163,3 +163,58 @@ def test_shared_wants_states(name: str) -> None:
     assert q(a)[:, 1].isnan().all()
     with pytest.raises(InputError, match="NaN"):
         q.encode(a)
+
+
+@pytest.mark.parametrize("cls", STEPPED)
+@pytest.mark.parametrize("search", [False, True])
+def test_pruned_channels_stay_small_where_no_level_is_zero(cls: type[Any], search: bool) -> None:
+    w = torch.randn(5, 60)
+    w[1:3] = 0
+    q = cls(2, axis=0, num_groups=5, is_weight=True, shift="half").eval()
+    q.fit([w], search=search)
+    assert 0 < q(w)[1:3].abs().max() < 1e-3 * q(w)[[0, 3, 4]].abs().mean()
+    for shift in ("learned", "none"):  # which have one
+        q = cls(2, axis=0, num_groups=5, is_weight=True, shift=shift).eval()
+        q.fit([w], search=search)
+        assert not q(w)[1:3].any()
+        torch.testing.assert_close(q.alpha[1] > 0.1 * q.alpha[0], torch.tensor(True))
+
+
+@pytest.mark.parametrize("cls", STEPPED)
+@pytest.mark.parametrize("alpha", [0.0, 1e-14, -1e-14, -1e-12])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_half_a_step_of_a_step_at_its_floor(cls: type[Any], alpha: float, groups: int) -> None:
+    w = torch.randn(6, 30)
+    q = cls(2, axis=0, num_groups=groups, is_weight=True, shift="half")
+    q.fit([w])
+    with torch.no_grad():
+        q.alpha[groups // 2 :] = alpha
+    y = q.eval()(w)
+    assert torch.equal(PackedTensor.from_qtensor(q.encode(w), "half")(), y)
+    assert torch.equal(q.encode(w).decode(), y)
+    for value in quantize_weights([q, q], [w, w]):
+        assert torch.equal(value, y)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_clamped_levels_of_a_stack(official: bool) -> None:
+    w = torch.randn(4, 6, 16) * torch.logspace(-2, 2, 24).reshape(4, 6, 1)
+    stack = QUANTIZERS["dls"](2, axis=0, num_groups=24, is_weight=True, official=official).eval()
+    stack.leading = 2
+    stack.initialize(w)
+    encoded = stack.encode(w)
+    assert encoded.lo is not None
+    assert encoded.lo.shape == encoded.scale.shape == (() if official else (4, 6, 1))
+    assert torch.equal(encoded.decode(), stack(w))
+    assert torch.equal(PackedTensor.from_qtensor(encoded)(), stack(w))
+
+
+@pytest.mark.parametrize("name", ["shared", "ladder"])
+def test_values_of_states_are_stored_without_codes(name: str) -> None:
+    a = -torch.rand(12, 5) - 0.1
+    encoded = get_quantizer(name)(2).encode(a)
+    assert encoded.codes.shape == a.shape
+    packed = PackedTensor.from_qtensor(encoded)
+    assert (packed.shape, packed.codes.numel()) == ((12, 5), 1)
+    assert packed.qtensor().codes.shape == a.shape
+    assert torch.equal(packed(), get_quantizer(name)(2)(a))

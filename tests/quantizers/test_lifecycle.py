@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ssmquant.errors import CalibrationError, ConfigError, NotCalibratedError
+from ssmquant.modules import PackedTensor
 from ssmquant.quantizers import DLS, LSQ, QUANTIZERS, Quantizer, get_quantizer
 from tests.strategies import learnt, make
 
@@ -234,3 +235,16 @@ def test_parameters_follow_module_moves() -> None:
         q: Quantizer = make(name, 4, torch.randn(20)).double()
         assert all(t.dtype in (torch.float64, torch.bool) for t in q.state_dict().values())
         assert q(torch.randn(5)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("official", [False, True])
+def test_a_weight_of_zeros_is_encoded_as_zeros(name: str, official: bool) -> None:
+    kinds = [{"shift": s} for s in ("learned", "half", "none")] if name in ("lsq", "rfa") else [{}]
+    for options in kinds:
+        q = QUANTIZERS[name](3, is_weight=True, official=official, **options).eval()
+        q.initialize(torch.zeros(4, 5))
+        encoded = q.encode(torch.zeros(4, 5))
+        rule = getattr(q, "shift", "learned")
+        for y in (encoded.decode(), PackedTensor.from_qtensor(encoded, rule)(), q(torch.zeros(4, 5))):
+            assert torch.equal(y, torch.zeros(4, 5))

@@ -340,7 +340,8 @@ def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, values: bool = False, p
         units = -(-inputs // unit)
         wide = F.pad(wide, (0, units * unit - inputs)).view(*lead, tiles, lanes, units, unit)
         wide = wide.transpose(-3, -2).to(torch.int8 if unit == 4 else torch.int16).contiguous()
-    return Weights(wide, *(by_lanes(t, path) for t in (scale, shift, total)), outputs)
+    scale, shift, total = (by_lanes(t, path) for t in (scale, shift, total))
+    return Weights(wide, scale, shift, total, outputs)
 
 
 def by_lanes(x: Tensor, path: int = 0) -> Tensor:
@@ -377,7 +378,7 @@ def conv(
     Args:
         x: with a border as wide as that padding.
         grid: without ``low`` and ``high``.
-        weights: (taps, outputs, inputs).
+        weights: (taps, outputs, inputs), with the same scales and shifts for all taps.
         bias: from ``by_lanes``.
     """
     batch, high, wide, _ = x.data.shape

@@ -1,0 +1,419 @@
+"""Deployed graphs on a CPU: what is fused computes what it stands for, and everything else stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ssmquant
+from ssmquant import QConfig, Rule, zoo
+from ssmquant.graph import deploy_layers
+from ssmquant.graph.deploy import deploy
+from ssmquant.graph.orders import Unfit
+from ssmquant.graph.runtime import Record, runtime_of
+from ssmquant.modules import deployed
+from ssmquant.ops import selective_scan, use_backend
+from ssmquant.ops.deployed import cpu
+from tests.graph.test_fuse import Scan2d
+
+_reason = cpu.unavailable(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
+
+CONFIGS: dict[str, Callable[[], QConfig]] = {
+    "recommended 4": lambda: QConfig.recommended(4, 4),
+    "recommended 2": lambda: QConfig.recommended(2, 2),
+    "published 4": lambda: QConfig.qmambair(4),
+    "published 3": lambda: QConfig.qmambair(3, statistics="tensor"),
+    "lsq 8": lambda: QConfig.lsq(8, 8),
+    "min-max 5": lambda: QConfig.minmax(5, 5),
+}
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mambair": (
+        lambda: zoo.MambaIR(
+            embed_dim=20, depths=(2,), d_state=5, mlp_ratio=1.2, upsampler="pixelshuffledirect"
+        ),
+        (2, 3, 9, 12),
+    ),
+    "vmamba": (lambda: zoo.vmamba_nano(num_classes=5), (2, 3, 32, 64)),
+    "vim": (lambda: zoo.vim_nano(num_classes=5), (2, 3, 32, 32)),
+}
+
+
+def make(family: str, config: QConfig, **options: Any) -> tuple[Any, Tensor]:
+    build, shape = MODELS[family]
+    torch.manual_seed(1)
+    model, x = build().eval(), torch.rand(shape)
+    prepared = ssmquant.prepare(model, config, example_inputs=(x,))
+    ssmquant.calibrate(prepared, [x], progress=False)
+    return ssmquant.convert(prepared, **options), x
+
+
+def record(model: nn.Module) -> Record:
+    return runtime_of(model).records[0]
+
+
+def unfused(model: Any, x: Tensor) -> Tensor:
+    with use_backend("chunked", op="fuse"), torch.no_grad():
+        out: Tensor = model(x)
+    return out
+
+
+def fused(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(x)
+    assert record(model).fused["deployed"] is not record(model).run
+    return out
+
+
+def names(model: Any) -> list[str]:
+    graph = deploy(record(model).graph, model)
+    return [getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"]
+
+
+# ---- what it is made of ----------------------------------------------------------------------------------------------
+
+
+def quantized(x: Tensor, module: nn.Module, copies: int = 1) -> Tensor:
+    q: Any = getattr(module, "quantizer", module)
+    return q(x, copies=copies)  # type: ignore[no-any-return]
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    return norm[0](x) if len(norm) == 1 else F.layer_norm(x, x.shape[-1:], *norm)
+
+
+def plain_linear(x: Tensor, of_x: Any, weight: Any, bias: Any, norm: Any = None) -> Tensor:
+    return F.linear(quantized(normed(norm, x), of_x), weight().flatten(1), bias)
+
+
+def plain_gate(x: Tensor, z: Tensor, norm: Any, of_x: Any, weight: Any, bias: Any) -> Tensor:
+    return F.linear(quantized(normed(norm, x) * F.silu(z), of_x), weight(), bias)
+
+
+def plain_conv(x: Tensor, of_x: Any, weight: Any, bias: Any, dilation: Any, act: Any = None) -> Tensor:
+    w = weight() if len(weight.shape) == 4 else weight()[:, :, None, None]
+    depthwise = w.shape[1] == 1 and w.shape[0] == x.shape[1]
+    padding = tuple((k - 1) * d // 2 for k, d in zip(w.shape[2:], dilation, strict=True))
+    y = F.conv2d(quantized(x, of_x), w, bias, 1, padding, dilation, w.shape[0] if depthwise else 1)
+    return y if act is None else act(y)
+
+
+def plain_core(
+    x: Tensor, order: Tensor, ranks: Any, places: Any, of_x: Any, projection: Any, of_rank: Any, dt_weight: Any,
+    of_u: Any, of_delta: Any, of_b: Any, of_c: Any, a: Any, skip: Any, bias: Any, *, softplus: bool,
+) -> Tensor:  # fmt: skip
+    (rows, rank, states), k, channels = ranks, len(order), x.shape[2]
+    image = x.transpose(1, 2).contiguous()
+    made = torch.einsum("bdl,ked->bkel", quantized(image, of_x, k), projection().reshape(k, rows, channels))
+    path = order.long()[None, :, None]
+    made = made.gather(3, path.expand(*made.shape[:3], -1))
+    low, b, c = (made[:, :, i : i + n] for i, n in zip(places, (rank, states, states), strict=True))
+    weight = dt_weight().reshape(k, channels, rank)
+    delta = torch.einsum("bkrl,kdr->bkdl", quantized(low, of_rank), weight).flatten(1, 2)
+    u = (
+        quantized(image, of_u, k)[:, None]
+        .expand(-1, k, -1, -1)
+        .gather(3, path.expand(len(x), -1, channels, -1))
+    )
+    values = [v() if isinstance(v, nn.Module) else v for v in (a, skip, bias)]
+    y = selective_scan(
+        u.flatten(1, 2), delta if of_delta is None else quantized(delta, of_delta), values[0], quantized(b, of_b),
+        quantized(c, of_c), values[1], None, values[2], softplus,
+    )  # fmt: skip
+    assert isinstance(y, Tensor)
+    out = torch.zeros_like(image)
+    for one, steps in zip(y.unflatten(1, (k, -1)).unbind(1), order.long(), strict=True):
+        out[:, :, steps] += one
+    return out.transpose(1, 2)
+
+
+PLAIN = {"linear": plain_linear, "gated_linear": plain_gate, "conv2d": plain_conv, "scan_core": plain_core}
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Compares every call of a kernel, on the values that it gets, with what it stands for."""
+    calls = dict.fromkeys(PLAIN, 0)
+    inside = False
+
+    def watch(name: str) -> None:
+        real, plain = getattr(deployed, name), PLAIN[name]
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            nonlocal inside
+            if inside:
+                return real(*args, **kwargs)  # type: ignore[no-any-return]
+            inside = True
+            got, want = real(*args, **kwargs), plain(*args, **kwargs)
+            inside = False
+            calls[name] += 1
+            assert got.shape == want.shape
+            # Codes may differ where a value is on a tie: few of them do, by one step, which a scan carries on.
+            error = (got - want).abs()
+            assert float(error.norm() / want.norm().clamp(min=1e-6)) < 0.05, name
+            if name != "scan_core":
+                assert float((error > 1e-5 * want.abs().amax()).float().mean()) < 0.02, name
+            return got  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(deployed, name, call)
+
+    for name in PLAIN:
+        watch(name)
+    return calls
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("family", MODELS)
+def test_every_call_computes_what_it_stands_for(family: str, config: str, checked: dict[str, int]) -> None:
+    model, x = make(family, CONFIGS[config]())
+    y = fused(model, x)
+    assert y.shape == unfused(model, x).shape
+    if family == "mambair":
+        assert checked["scan_core"] == checked["gated_linear"] == 2
+        assert checked["conv2d"] >= 8
+    elif family == "vmamba":
+        assert checked["scan_core"] == 3
+        assert checked["conv2d"] >= 9
+    assert checked["linear"] > 0
+
+
+@pytest.mark.parametrize("family", ["mambair", "vmamba"])
+def test_frozen(family: str, checked: dict[str, int]) -> None:
+    model, x = make(family, QConfig.recommended(4, 4), dls="frozen")
+    fused(model, x)
+    assert checked["scan_core"] > 0
+    if family == "mambair":
+        alone = fused(model, x[:1])
+        torch.testing.assert_close(alone, fused(model, x)[:1])
+
+
+def test_results_agree_at_other_sizes() -> None:
+    model, x = make("mambair", QConfig.recommended(8, 8))
+    for shape in ((2, 3, 9, 12), (1, 3, 16, 7), (3, 3, 1, 5)):
+        x = torch.rand(shape)
+        a, b = fused(model, x), unfused(model, x)
+        assert float((a - b).norm() / b.norm()) < 0.02
+        assert torch.equal(fused(model, x), a)
+
+
+class Tied(Scan2d):
+    """With an in-place change between layers, and a projection that two read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inp(x)
+        y = y.contiguous()
+        z = y.contiguous()
+        z += 1.0
+        return super().forward(x) + self.out(y) + self.out(z)
+
+
+@pytest.mark.parametrize("kind", [Scan2d, Tied])
+def test_foreign_code(kind: type[Scan2d], checked: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 6, 5)
+    config = QConfig.recommended(4, 4, keep_first_last=False)
+    prepared = ssmquant.prepare(kind().eval(), config, example_inputs=(x,))
+    ssmquant.calibrate(prepared, [x], progress=False)
+    model = ssmquant.convert(prepared)
+    a, b = fused(model, x), unfused(model, x)
+    assert checked["scan_core"] == 1
+    assert float((a - b).abs().max()) < 0.5 * float(b.abs().max())
+
+
+def test_parts_in_float() -> None:
+    rules = (Rule("*.self_attention.scan", a_bits=None), Rule("*.conv2d", keep_float=True))
+    model, x = make("mambair", QConfig.recommended(4, 4, rules=rules))
+    assert "scan_core" not in names(model)
+    assert "_linear" in names(model)
+    a, b = fused(model, x), unfused(model, x)
+    assert float((a - b).norm() / b.norm()) < 0.1
+
+
+def test_a_quantizer_that_kernels_do_not_know_stays() -> None:
+    model, x = make("mambair", QConfig(w_bits=4, a_bits=4, activation="n2uq"))
+    found = names(model)
+    assert "scan_core" not in found  # its low rank is N2UQ's
+    assert "_gated_linear" in found  # DLS
+    a, b = fused(model, x), unfused(model, x)
+    assert float((a - b).norm() / b.norm()) < 0.1
+
+
+# ---- when it is used -------------------------------------------------------------------------------------------------
+
+
+def test_nan_stays_nan() -> None:
+    model, x = make("mambair", QConfig.recommended(4, 4))
+    x[0, 1, 3, 3] = float("nan")
+    a, b = fused(model, x), unfused(model, x)
+    assert a[0].isnan().any()
+    assert a[1].isfinite().all()
+    assert bool((a.isnan() | ~b.isnan()).all())  # nowhere a number that should be none
+
+
+@pytest.mark.parametrize("how", ["gradients", "half", "double", "autocast", "chosen", "meta"])
+def test_other_calls_run_as_ever(how: str) -> None:
+    model, x = make("mambair", QConfig.recommended(4, 4))
+    fused(model, x)
+    if how == "gradients":
+        x.requires_grad_()
+        y = model(x)
+        assert torch.equal(y, unfused(model, x))
+        y.sum().backward()
+        assert x.grad is not None
+        assert x.grad.any()
+    elif how in ("half", "double"):
+        dtype = torch.bfloat16 if how == "half" else torch.float64
+        model, x = model.to(dtype), x.to(dtype)
+        with torch.no_grad():
+            assert torch.equal(model(x), unfused(model, x))
+    elif how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            y = model(x)
+            with use_backend("chunked", op="fuse"):
+                assert torch.equal(y, model(x))
+    elif how == "chosen":
+        with use_backend("chunked", op="fuse"), torch.no_grad():
+            assert torch.equal(model(x), record(model).run(model, x))
+    else:  # as on any other device
+        assert model.to("meta")(x.to("meta")).shape == (2, 3, 18, 24)
+
+
+def test_hooks_are_called() -> None:
+    model, x = make("mambair", QConfig.recommended(4, 4))
+    fused(model, x)
+    for store in (runtime_of(model).activations, runtime_of(model).weights):
+        seen = []
+        child = next(iter(store.values()))
+        handle = child.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        with torch.no_grad():
+            y = model(x)
+        handle.remove()
+        assert seen
+        assert torch.equal(y, unfused(model, x))
+    norm = model.layers[0].residual_group.blocks[0].ln_1
+    handle = norm.register_forward_hook(lambda module, args, out: out * 0)
+    a, b = fused(model, x), unfused(model, x)
+    handle.remove()
+    assert float((a - b).norm() / b.norm()) < 0.1
+    assert not torch.allclose(a, fused(model, x))
+
+
+def test_copies_and_files() -> None:
+    model, x = make("mambair", QConfig.recommended(4, 4))
+    y = fused(model, x)
+    assert torch.equal(fused(copy.deepcopy(model), x), y)
+    assert torch.equal(fused(pickle.loads(pickle.dumps(model)), x), y)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other, _ = make("mambair", QConfig.recommended(4, 4))
+    with torch.no_grad():
+        for b in runtime_of(other).weights.buffers():
+            if b.is_floating_point():
+                b.mul_(1.1)
+    assert not torch.equal(fused(other, x), y)
+    other.load_state_dict(torch.load(buffer))
+    assert torch.equal(fused(other, x), y)  # what kernels keep of weights is that of the new ones
+
+
+def test_prepared_models_do_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, shape = MODELS["mambair"]
+    x = torch.rand(shape)
+    prepared = ssmquant.prepare(build().eval(), QConfig.recommended(4, 4))
+    ssmquant.calibrate(prepared, [x], progress=False)
+    with torch.no_grad():
+        prepared(x)
+    assert not record(prepared).fused
+
+
+def test_what_does_not_fit_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make("mambair", QConfig.recommended(4, 4))
+
+    def unfit(*args: Any, **kwargs: Any) -> Tensor:
+        raise Unfit
+
+    monkeypatch.setattr(deployed, "scan_core", unfit)
+    with torch.no_grad():
+        assert torch.equal(model(x), unfused(model, x))
+    assert record(model).fused["deployed"] is record(model).run
+
+
+def test_nothing_to_fuse() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).flatten(1)  # type: ignore[no-any-return]
+
+    x = torch.rand(2, 3, 9, 9)
+    config = QConfig.recommended(4, 4, keep_first_last=False)
+    prepared = ssmquant.prepare(Plain().eval(), config, example_inputs=(x,))
+    ssmquant.calibrate(prepared, [x], progress=False)
+    model = ssmquant.convert(prepared)
+    assert deploy(record(model).graph, model) is record(model).graph
+    with torch.no_grad():
+        assert torch.equal(model(x), unfused(model, x))
+
+
+def test_layers_of_other_shapes() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat = nn.Linear(5, 70)
+            self.deep = nn.Linear(70, 6, bias=False)
+            self.one = nn.Conv2d(1, 4, 3, padding=1)
+            self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+            self.even = nn.Conv2d(4, 3, 2)
+            self.wide = nn.Conv2d(3, 5, (3, 5), padding=(2, 4), dilation=2)
+
+        def forward(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.deep(torch.relu(self.flat(x)))
+            return y, self.wide(self.even(self.grouped(self.one(image)))).reshape(-1)
+
+    torch.manual_seed(0)
+    x, image = torch.randn(7, 5), torch.randn(2, 1, 8, 9)
+    config = QConfig.recommended(8, 8, keep_first_last=False)
+    prepared = ssmquant.prepare(Layers().eval(), config, example_inputs=(x, image))
+    ssmquant.calibrate(prepared, [(x, image)], forward=lambda m, b: m(*b), progress=False)
+    model = ssmquant.convert(prepared)
+    with torch.no_grad():
+        got = model(x, image)
+    assert names(model).count("_linear") == 2
+    assert names(model).count("_conv2d") == 1
+    with use_backend("chunked", op="fuse"), torch.no_grad():
+        want = model(x, image)
+    for a, b in zip(got, want, strict=True):
+        assert a.is_contiguous()
+        assert float((a - b).norm() / b.norm()) < 0.02
+
+
+def test_a_result_that_needs_its_layout_is_contiguous() -> None:
+    class View(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.act = nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.conv(x)).view(x.shape[0], -1)
+
+    x = torch.rand(2, 3, 5, 6)
+    config = QConfig.recommended(4, 4, keep_first_last=False)
+    prepared = ssmquant.prepare(View().eval(), config, example_inputs=(x,))
+    ssmquant.calibrate(prepared, [x], progress=False)
+    model = ssmquant.convert(prepared)
+    a, b = fused(model, x), unfused(model, x)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert deploy_layers.__all__ == ["deploy_layers"]

@@ -1,0 +1,399 @@
+"""The CPU kernels of deployed models against PyTorch on decoded values in float64, for every instruction set."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssmquant.ops import selective_scan
+from ssmquant.ops.deployed import Codes, Grid, Norm, Weights, cpu
+from ssmquant.ops.deployed.forms import signed_codes
+
+_reason = cpu.unavailable(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
+PATHS = range(len(cpu.paths())) if _reason is None else []
+
+
+def per_sample(t: Tensor) -> Tensor:
+    return t.reshape(-1, 1, 1, 1)
+
+
+def index(x: Tensor, grid: Grid) -> Tensor:
+    u = (x + per_sample(grid.shift)) / per_sample(grid.scale)
+    return u.clamp(grid.qmin, grid.qmax).round() - grid.qmin
+
+
+def decoded(codes: Codes, grid: Grid, columns: int) -> Tensor:
+    level = codes.data[..., :columns].double() + grid.qmin
+    y = level * per_sample(grid.scale).double() - per_sample(grid.shift).double()
+    return y if grid.low is None else y.clamp(per_sample(grid.low), per_sample(grid.high))
+
+
+def make_grid(bits: int, samples: int, clamped: bool = False) -> Grid:
+    half = 2 ** (bits - 1)
+    ends = (torch.full((samples,), -1.1), torch.full((samples,), 0.9)) if clamped else (None, None)
+    return Grid((1 + torch.rand(samples)) / half, torch.randn(samples) * 0.1, -half, half - 1, *ends)
+
+
+def off_ties(x: Tensor, grid: Grid) -> Tensor:
+    """``x`` moved away from where rounding may go either way."""
+    u = (x + per_sample(grid.shift)) / per_sample(grid.scale)
+    near = ((u - u.floor()) - 0.5).abs() < 1e-3
+    return torch.where(near, x + 0.01 * per_sample(grid.scale), x)
+
+
+def make_weight(
+    shape: tuple[int, ...], bits: int, path: int, *, taps: bool = False, **options: Any
+) -> tuple[Weights, Tensor]:
+    """A packed weight (.., outputs, inputs), and its values in float64. ``taps``: the first axis has one scale."""
+    half = 2 ** (bits - 1)
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    of = (1, *shape[1:-1]) if taps else shape[:-1]
+    scale, shift = torch.rand(of) * 0.1 + 0.01, torch.randn(of) * 0.02
+    scale, shift = scale.expand(shape[:-1]), shift.expand(shape[:-1])
+    values = (codes.double() - half) * scale[..., None].double() - shift[..., None].double()
+    signed, moved = signed_codes(codes, bits, -half, shift, scale)
+    return cpu.pack(signed, scale, moved, path=path, **options), values
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 2e-6) -> None:
+    assert got.shape == want.shape
+    error = float((got.double() - want).norm() / want.norm().clamp(min=1e-9))
+    assert error < tolerance, f"relative error {error:.1e}"
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """(batch, rows, groups, columns) with columns, rows or nothing next to each other in memory."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)[..., ::2]
+    return [x.contiguous(), x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1), wide.copy_(x)]
+
+
+sizes = st.integers(1, 40)
+seeds = st.integers(0, 1000)
+bit_widths = st.sampled_from([2, 3, 4, 5, 8])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(st.integers(1, 3), sizes, st.integers(1, 3), sizes, bit_widths, st.booleans(), seeds)
+def test_encode(
+    path: int, batch: int, rows: int, groups: int, columns: int, bits: int, per: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    grid = make_grid(bits, batch if per else 1)
+    x = off_ties(torch.randn(batch, rows, groups, columns), grid)
+    want = index(x, grid)
+    for given_x in layouts(x):
+        for border, by_group in (((0, 0), False), ((0, 0), True), ((2, 1), False)):
+            codes = cpu.encode(given_x, grid, border, by_group=by_group, path=path)
+            down, right = border
+            inside = codes.data[:, down : down + rows, right : right + groups]
+            assert torch.equal(inside[..., :columns].float(), want)
+            assert codes.data.sum(dtype=torch.int64) == inside[..., :columns].sum(
+                dtype=torch.int64
+            )  # zeros around
+            assert torch.equal(codes.sums, codes.data.sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_encode_notes_nan(path: int) -> None:
+    x = torch.randn(1, 5, 1, 20)
+    x[0, 2, 0, 19], x[0, 3, 0, 0], x[0, 4, 0, 0] = math.nan, math.inf, -math.inf
+    grid = make_grid(4, 1)
+    for given_x in layouts(x):
+        codes = cpu.encode(given_x, grid, path=path)
+        assert codes.sums[0, 2, 0] == torch.iinfo(torch.int32).min
+        assert (codes.sums[0, [0, 1, 3, 4], 0] >= 0).all()
+        assert codes.data[0, 3:, 0, 0].tolist() == [15, 0]
+        weights, _ = make_weight((7, 20), 4, path)
+        y = cpu.linear(codes, grid, weights, path=path)
+        assert y[0, 2].isnan().all()
+        assert y[0, [0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(st.integers(1, 3), st.integers(1, 150), st.integers(1, 2), sizes, seeds)
+def test_moments(path: int, batch: int, rows: int, groups: int, columns: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(batch, rows, groups, columns) * 3 + 100
+    flat = x.double().flatten(1)
+    std = flat.std(1) if flat.shape[1] > 1 else torch.zeros(batch)
+    want = torch.stack((flat.mean(1), std, flat.amin(1), flat.amax(1)), 1)
+    for given_x in layouts(x):
+        got = cpu.moments(given_x, path=path)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    x[0, 0, 0, 0] = math.nan
+    assert cpu.moments(x, path=path)[0, :2].isnan().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(st.integers(1, 2), st.integers(1, 20), sizes, st.booleans(), seeds)
+def test_norm_and_gate(path: int, batch: int, rows: int, columns: int, affine: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, z = torch.randn(2, batch, rows, 1, columns) * 2 + 1
+    weight, bias = torch.randn(2, columns) if affine else (None, None)
+    norm = Norm(weight, bias, 1e-5)
+    wide = F.layer_norm(
+        x.double(), (columns,), *(None if t is None else t.double() for t in (weight, bias)), eps=1e-5
+    )
+    for n, value in ((norm, wide), (None, x.double())):
+        y, moments = cpu.gate(x, z, n, with_moments=True, path=path)
+        want = (value * F.silu(z.double())).squeeze(2)
+        torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+        assert moments is not None
+        torch.testing.assert_close(moments, cpu.moments(y.unsqueeze(2), path=path), rtol=1e-4, atol=1e-5)
+    grid = make_grid(4, 1)
+    codes = cpu.encode(x, grid, norm=norm, path=path)
+    u = (wide + grid.shift.double()) / grid.scale.double()
+    clear = (u - u.floor() - 0.5).abs() > 1e-3
+    assert torch.equal(codes.data[..., :columns][clear].double(), index(wide, grid)[clear])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 80),
+    sizes,
+    st.integers(1, 100),
+    bit_widths,
+    bit_widths,
+    st.booleans(),
+    seeds,
+)
+def test_linear(
+    path: int, batch: int, rows: int, inputs: int, outputs: int, a: int, w: int, clamped: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    grid = make_grid(a, batch, clamped)
+    codes = cpu.encode(torch.randn(batch, rows, 1, inputs), grid, path=path)
+    weights, values = make_weight((outputs, inputs), w, path, values=clamped)
+    bias = torch.randn(outputs)
+    y = cpu.linear(codes, grid, weights, cpu.by_lanes(bias, path), path)
+    x = decoded(codes, grid, inputs).squeeze(2)
+    # Of what the result is put together from: products of codes, and what belongs to shifts.
+    magnitude = 1.5 * inputs * float(values.abs().max()) + float(bias.abs().max())
+    assert float((y.double() - (x @ values.T + bias)).abs().max()) < 1e-6 * magnitude
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 14),
+    st.integers(1, 70),
+    st.integers(1, 20),
+    st.sampled_from([(3, 3, 1), (1, 1, 1), (3, 3, 2), (5, 3, 1), (1, 7, 2)]),
+    st.booleans(),
+    seeds,
+)
+def test_convolutions(
+    path: int,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    form: tuple[int, int, int],
+    silu: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    down, right, dilation = form
+    kernel, spread = (down, right), (dilation, dilation)
+    border = ((down - 1) * dilation // 2, (right - 1) * dilation // 2)
+    grid, clamped = make_grid(4, batch), make_grid(4, batch, clamped=True)
+    outputs, taps = 13, down * right
+    weights, values = make_weight((taps, outputs, channels), 4, path, taps=True)
+    bias, own = torch.randn(outputs), torch.randn(channels)
+    depth = torch.randn(taps, channels)
+    images = torch.randn(batch, channels, height, width)
+    for image in (images, images.contiguous(memory_format=torch.channels_last)):
+        pixels = image.permute(0, 2, 3, 1)
+        codes = cpu.encode(pixels, grid, border, path=path)
+        y = cpu.conv(codes, grid, weights, cpu.by_lanes(bias, path), kernel, spread, path)
+        x = decoded(cpu.encode(pixels, grid, path=path), grid, channels).permute(0, 3, 1, 2)
+        dense = values.view(down, right, outputs, channels).permute(2, 3, 0, 1)
+        want = F.conv2d(x, dense, bias.double(), 1, border, dilation)
+        close(y.permute(0, 3, 1, 2), want)
+
+        y = cpu.depthwise(
+            pixels, clamped, cpu.by_lanes(depth, path), cpu.by_lanes(own, path), kernel, spread, silu, path
+        )
+        x = decoded(cpu.encode(pixels, clamped, path=path), clamped, channels).permute(0, 3, 1, 2)
+        single = depth.T.reshape(channels, 1, down, right).double()
+        want = F.conv2d(x, single, own.double(), 1, border, dilation, channels)
+        close(y.permute(0, 3, 1, 2), F.silu(want) if silu else want)
+
+
+class Core:
+    """Operands of a scan over an image, and its result by ``selective_scan`` on values, in float64."""
+
+    def __init__(
+        self, batch: int, height: int, width: int, channels: int, states: int, rank: int, path: int
+    ) -> None:
+        self.path, self.directions = path, 4
+        pixels, k = height * width, self.directions
+        self.u = self.coded(torch.randn(batch, pixels, 1, channels), make_grid(4, batch, True))
+        self.rank = self.coded(torch.randn(batch, pixels, k, rank), make_grid(4, 1), by_group=True)
+        self.b = self.coded(torch.randn(batch, pixels, k, states), make_grid(3, batch, True), by_group=True)
+        self.c = self.coded(torch.randn(batch, pixels, k, states), make_grid(8, 1), by_group=True)
+        self.weights, self.values = make_weight((k, channels, rank), 4, path)
+        self.skip, self.bias = torch.randn(k * channels), torch.randn(k * channels) - 2
+        row = torch.arange(pixels)
+        column = row.view(height, width).T.flatten()
+        self.order = torch.stack((row, row.flip(0), column, column.flip(0))).int()
+        self.sizes = rank, states, channels
+
+    def coded(self, x: Tensor, grid: Grid, **options: Any) -> tuple[Codes, Grid]:
+        return cpu.encode(x, grid, path=self.path, **options), grid
+
+    def delta(self) -> Tensor:
+        return torch.einsum("blkr,kdr->blkd", decoded(*self.rank, self.sizes[0]), self.values)
+
+    def run(self, of_delta: Grid | None, a: Tensor) -> Tensor:
+        return cpu.scan(
+            self.u,
+            self.rank,
+            self.weights,
+            of_delta,
+            a,
+            self.b,
+            self.c,
+            self.skip,
+            self.bias,
+            True,
+            self.order,
+            self.path,
+        )
+
+    def want(self, of_delta: Grid | None, a: Tensor) -> Tensor:
+        _, states, channels = self.sizes
+        u, delta = decoded(*self.u, channels).squeeze(2), self.delta()
+        if of_delta is not None:
+            level = index(delta.float(), of_delta) + of_delta.qmin
+            delta = level.double() * per_sample(of_delta.scale) - per_sample(of_delta.shift)
+            delta = (
+                delta
+                if of_delta.low is None
+                else delta.clamp(per_sample(of_delta.low), per_sample(of_delta.high))
+            )
+        b, c = decoded(*self.b, states), decoded(*self.c, states)
+        total = torch.zeros_like(u)
+        for k, order in enumerate(self.order.long()):
+            rows = slice(k * channels, (k + 1) * channels)
+            y = selective_scan(
+                *(t.transpose(1, 2) for t in (u[:, order], delta[:, order, k])),
+                a[rows].double(),
+                *(t[:, order, k].transpose(1, 2) for t in (b, c)),
+                self.skip[rows].double(),
+                None,
+                self.bias[rows].double(),
+                True,
+            )
+            assert isinstance(y, Tensor)
+            total[:, order] += y.transpose(1, 2)
+        return total
+
+
+def decays(kind: str, directions: int, channels: int, states: int) -> Tensor:
+    if kind == "own":
+        return -(torch.rand(directions * channels, states) * states + 0.1)
+    a = -(torch.arange(states) + 1.0) * 0.97
+    if kind == "shared":
+        a = a - 0.3 * torch.rand(states)
+    return a.expand(directions * channels, states).contiguous()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["ladder", "shared", "own"])
+@given(
+    st.integers(1, 2),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([1, 5, 16, 33, 72]),
+    st.sampled_from([1, 2, 3, 8, 10, 16, 17, 37]),
+    st.sampled_from([1, 4, 5, 12, 37]),
+    st.sampled_from([None, 2, 4, 8]),
+    seeds,
+)
+def test_scan(
+    path: int, kind: str, batch: int, height: int, width: int, channels: int, states: int, rank: int, bits: int | None,
+    seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    core = Core(batch, height, width, channels, states, rank, path)
+    delta = core.delta()
+    flat = delta.flatten(1)
+    std = flat.std(1) if flat.shape[1] > 1 else torch.zeros(batch).double()
+    moments = torch.stack((flat.mean(1), std, flat.amin(1), flat.amax(1)), 1)
+    got = cpu.delta_moments(*core.rank, core.weights, path)
+    torch.testing.assert_close(got.double(), moments, rtol=1e-5, atol=1e-5)
+    grid = None
+    if bits is not None:
+        grid = make_grid(bits, batch, clamped=True)
+        level = (delta + per_sample(grid.shift)) / per_sample(grid.scale)
+        # Step sizes on a tie could go either way: another grid has none.
+        for _ in range(20):
+            if not bool((((level - level.floor()) - 0.5).abs() < 1e-5).any()):
+                break
+            grid = make_grid(bits, batch, clamped=True)
+            level = (delta + per_sample(grid.shift)) / per_sample(grid.scale)
+    a = decays(kind, core.directions, channels, states)
+    y = core.run(grid, a)
+    close(y, core.want(grid, a), 1e-5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(core.run(grid, a), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_large_scan_is_the_same_on_any_number_of_threads(path: int) -> None:
+    torch.manual_seed(0)
+    core = Core(2, 40, 37, 72, 10, 4, path)
+    grid, a = make_grid(4, 2, clamped=True), decays("ladder", 4, 72, 10)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(core.run(grid, a))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nan_of_the_low_rank_reaches_all_later_steps(path: int, bits: int) -> None:
+    torch.manual_seed(0)
+    core = Core(1, 4, 5, 20, 3, 4, path)
+    x = torch.randn(1, 20, 4, 4)
+    x[0, 7] = math.nan
+    core.rank = core.coded(x, make_grid(4, 1), by_group=True)
+    y = core.run(make_grid(bits, 1, clamped=True), decays("ladder", 4, 20, 3))
+    assert y.isnan().all()  # forwards and backwards, every pixel is behind it
+
+
+@given(st.integers(1, 4), st.integers(2, 50), st.integers(1, 4), st.integers(2, 8), seeds)
+def test_ranges(samples: int, count: int, copies: int, bits: int, seed: int) -> None:
+    from ssmquant.quantizers.dls import dls_range, dls_statistics
+
+    torch.manual_seed(seed)
+    x = torch.randn(samples, count)
+    w, v = torch.randn(2, 4)
+    moments = torch.stack((x.mean(1), x.std(1), x.amin(1), x.amax(1)), 1)
+    scale, shift, low, high = cpu.ranges(moments, count, copies, w, v, 2**bits, 1e-6)
+    stats = dls_statistics(x, 0, copies=copies).flatten(1)
+    alpha, beta = dls_range(stats, w, v, bits, 1e-6)
+    torch.testing.assert_close(scale, alpha, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shift, beta, rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.stack((low, high)), moments[:, 2:].T)
+    broken = cpu.ranges(torch.full((1, 4), math.nan), count, copies, w, v, 2**bits, 1e-6)
+    assert all(t.isnan().all() for t in broken)
