@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from ssmquant.ops import use_backend
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Inductor keeps the fake kernel of an op that has since been mended (notes: kernels), so no cache between runs.
@@ -65,3 +67,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the repository")
     return folder
+
+
+@pytest.fixture
+def plain_graphs() -> Iterator[None]:
+    """Deployed graphs as they were traced, whose results equal the prepared ones' bit for bit."""
+    with use_backend("chunked", op="fuse"):
+        yield

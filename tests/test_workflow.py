@@ -29,7 +29,6 @@ from ssmquant import (
 )
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules import ActivationQuantizer, PackedTensor
-from ssmquant.ops import use_backend
 from ssmquant.quantizers import LSQ, RFA
 from tests.small import Chain, Scanner, images, points, prepared_and_calibrated, scanner, tiny_mambair
 
@@ -56,11 +55,7 @@ def packed(model: nn.Module) -> dict[str, PackedTensor]:
     return {k: m for k, m in runtime_of(model).weights.items() if isinstance(m, PackedTensor)}
 
 
-@pytest.fixture(autouse=True)
-def plain_graphs() -> Iterator[None]:
-    """What is compared bit for bit here are graphs as they were traced; tests/graph/test_deploy.py has fused ones."""
-    with use_backend("chunked", op="fuse"):
-        yield
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 
 @pytest.fixture(scope="module")

@@ -182,6 +182,7 @@ def summary(model: nn.Module) -> Summary:
                 owned[site.name] = owned.get(site.name, 0) + _point_bytes(p, runtime)
     rows = []
     health = weight_rows(model)
+    fused = record.kernels(model)
     for site in record.plan.sites:
         points = by_site.get(site.name, {})
         weight = points.get("weight")
@@ -202,9 +203,9 @@ def summary(model: nn.Module) -> Summary:
             window = site.scan.get("window")
             kind = f"{site.role.kind}_lb, window {window}" if window else site.role.kind
             note = "; ".join(part for part in (kind, note) if part not in ("", "s6"))
-        kernel = (
-            ("dequantize + torch" if points else "torch") if runtime.stage == "deployed" else "fake-quantized"
-        )
+        kernel = "fake-quantized"
+        if runtime.stage == "deployed":
+            kernel = fused.get(site.name, "dequantize + torch")
         size = owned.get(site.name, 0)
         if weight is None and site.parameter:
             size += 4 * math.prod(_weight_shape(model, site))

@@ -58,7 +58,7 @@ struct EncodeCall {
 // norm(x) * silu(z), and its moments as of MomentsCall.
 struct GateCall {
   int64_t path, threads;
-  int64_t batch, rows, columns;  // at most kMostColumns
+  int64_t batch, rows, columns;
   Values x, z;                   // of one group, next to each other in a row
   Norm norm;
   float* y;  // (batch, rows, columns)
@@ -66,7 +66,6 @@ struct GateCall {
   float* moments;  // or null
 };
 
-constexpr int64_t kMostColumns = 4096;
 
 // Mean, unbiased standard deviation, minimum and maximum of each sample.
 struct MomentsCall {

@@ -24,12 +24,14 @@ from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
 from ssmquant.ops.cross_scan import Paths
+from ssmquant.ops.deployed import cpu
 
-__all__ = ["deploy"]
+__all__ = ["deploy", "kernels"]
 
 _SCAN = torch.ops.ssmquant.selective_scan.default
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"}
 _MOST_SHAPES = 64
+_KERNEL = "scan on codes"
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -102,7 +104,7 @@ class _Core:
         self, x: Tensor, paths: Paths, sizes: tuple[tuple[int, ...], ...], modules: tuple[Any, ...]
     ) -> Tensor:
         key = (x.shape, sizes)
-        if x.dtype != torch.float32:
+        if x.dtype != torch.float32 or not x.numel():
             raise Unfit
         if self.known.get(key) is not paths:
             if not self._fits(tuple(x.shape), paths.order, sizes):
@@ -241,7 +243,7 @@ class _Deployer:
         found = [self.rows(rows_node, n, directions) for n in readers]
         last = self.rows(steps, delta, directions)
         rank, states, same = (f[2] for f in found)
-        if states != same or last[1:] != (0, _shape(image)[1]):
+        if states != same or states > cpu.MOST_STATES or last[1:] != (0, _shape(image)[1]):
             raise _NoMatch
         core = _Core(
             merges.target,
@@ -259,6 +261,7 @@ class _Deployer:
             node = self.graph.call_function(core, args)
             whole = self.graph.call_method("contiguous", (node,))  # dropped again where nothing needs it
         node.meta.update(merges.meta)
+        node.meta["kernels"] = {n.meta["site"]: _KERNEL for n in (scan, rows_node, steps) if "site" in n.meta}
         there.replace_all_uses_with(whole)
         self.dead |= {merges, scan, outputs[0], steps, rows_node, u}
         self.dead |= {n for n in (a, skip, bias) if isinstance(n, fx.Node) and n.op == "call_module"}
@@ -303,3 +306,11 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         return graph
     d.graph.lint()
     return d.graph
+
+
+def kernels(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
+    """What computes the sites that ``deploy`` fuses, by their names."""
+    found: dict[str, str] = {}
+    for node in deploy(graph, model).nodes:
+        found |= node.meta.get("kernels", {})
+    return found

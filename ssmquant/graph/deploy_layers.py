@@ -121,6 +121,9 @@ class _Layers:
             new = self._conv(node, x, of_x, weight, packed, bias, options[2])
         if new is None:
             return False
+        exact = deployed.static(of_x) and not (node.target is F.conv2d and packed.shape[1] == 1)
+        if "site" in node.meta:
+            new.meta["kernels"] = {node.meta["site"]: "products of codes" if exact else "products of levels"}
         self._erase(node, x, weight)
         return True
 
@@ -133,7 +136,7 @@ class _Layers:
         gate = self._gate(value, x)
         with self.graph.inserting_before(node):
             owners = self._owner(x), self._owner(weight)
-            if gate is not None and packed.shape[1] <= cpu.MOST_INPUTS:
+            if gate is not None:
                 y, z = gate
                 norm = self._norm(y)
                 args: tuple[Any, ...] = (_before(norm, y), z, self._norm_of(norm), *owners, bias)

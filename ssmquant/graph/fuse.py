@@ -141,7 +141,7 @@ class _Fuser:
     def new(self, like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
         node = self.graph.call_function(target, args)
         self.made.add(node)
-        node.meta.update({k: like.meta[k] for k in ("module", "where", "region") if k in like.meta})
+        node.meta.update({k: like.meta[k] for k in ("module", "where", "region", "site") if k in like.meta})
         return node
 
     def scan(self, scan: fx.Node) -> None:

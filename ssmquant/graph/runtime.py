@@ -22,7 +22,7 @@ from ssmquant.config import QConfig
 from ssmquant.errors import ConfigError, SsmquantError, TraceError
 from ssmquant.graph.bank import bank_weights
 from ssmquant.graph.cuda_graphs import CudaGraphs, restorer
-from ssmquant.graph.deploy import deploy
+from ssmquant.graph.deploy import deploy, kernels
 from ssmquant.graph.fuse import Unfit, fuse
 from ssmquant.graph.layers import faster_layers
 from ssmquant.graph.patches import PATCH_LOCK
@@ -88,6 +88,13 @@ class Record:
         self.fitting.add(key)
         return result
 
+    def kernels(self, model: nn.Module) -> dict[str, str]:
+        """What computes sites on this machine, where it is not plain PyTorch on decoded values."""
+        device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+        if device is None or runtime_of(model).stage != "deployed" or cpu.unavailable(device) is not None:
+            return {}
+        return {} if self.trace.traced.sets_modes else kernels(self.graph, model)
+
     def _fuse(self, model: nn.Module, form: str) -> Callable[..., Any]:
         if form == "deployed":
             if self.trace.traced.sets_modes:  # such as autocast for a part
@@ -151,6 +158,9 @@ def _watched(model: nn.Module) -> bool:
     return any(hooks_of(m) for store in stores for child in store.values() for m in child.modules())
 
 
+_OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
+
+
 def _form(model: nn.Module, tensors: Sequence[Tensor]) -> str | None:
     """Where fused kernels pay: "training" on a GPU, or "deployed" on a CPU. Not while something traces."""
     if not tensors or torch.compiler.is_compiling() or selected("fuse") == "chunked":
@@ -158,7 +168,13 @@ def _form(model: nn.Module, tensors: Sequence[Tensor]) -> str | None:
     prepared, gradients = runtime_of(model).stage == "prepared", torch.is_grad_enabled()
     if prepared and model.training and gradients and all(t.is_cuda and type(t) is Tensor for t in tensors):
         return "training"
-    plain = all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) for t in tensors)
+    plain = all(
+        t.device.type == "cpu"
+        and type(t) in (Tensor, nn.Parameter)
+        and t.numel()
+        and t.dtype not in _OTHER_FLOATS
+        for t in tensors
+    )
     differentiable = gradients and any(t.requires_grad for t in tensors)
     if not prepared and plain and not differentiable and not torch.is_autocast_enabled("cpu"):
         return "deployed" if cpu.unavailable(tensors[0].device) is None else None

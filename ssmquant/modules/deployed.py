@@ -6,6 +6,7 @@ is kept as long as their tensors do not change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,6 +34,8 @@ __all__ = [
     "takes_weight",
 ]
 
+_MOST_PRODUCTS = 2**16
+"""That an int32 has room for, of uint8 and int8."""
 _known: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Any]]] = WeakKeyDictionary()
 
 
@@ -133,7 +136,8 @@ def takes_weight(module: nn.Module, outputs: int = 1) -> bool:
     """Whether kernels multiply by this weight: one scale for all, or for each entry of the first ``outputs`` axes."""
     if not isinstance(module, PackedTensor) or module.lo is not None or len(module.shape) <= outputs:
         return False
-    return all(n == 1 for n in module.scale.shape[outputs:])
+    fits = math.prod(module.shape[outputs:]) < _MOST_PRODUCTS
+    return fits and all(n == 1 for n in module.scale.shape[outputs:])
 
 
 def _weights(

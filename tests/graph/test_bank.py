@@ -98,6 +98,7 @@ def test_static_operands(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (model.a.A_log.grad is None) == (how == "no_grad")
 
 
+@pytest.mark.usefixtures("plain_graphs")
 def test_as_plain_pytorch_and_as_deployed() -> None:
     torch.manual_seed(0)
     x = images(2, 3, 6, 5)

@@ -288,6 +288,39 @@ def test_other_calls_run_as_ever(how: str) -> None:
         assert model.to("meta")(x.to("meta")).shape == (2, 3, 18, 24)
 
 
+def test_a_call_of_another_kind_does_not_turn_it_off() -> None:
+    model, x = make("vmamba", QConfig.recommended(4, 4))
+    y = fused(model, x)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model(x.half())
+    assert torch.equal(fused(model, x), y)
+
+
+def test_what_is_written_in_place_is_read_in_time() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            x.mul_(3.0)  # between a norm and its reader
+            z = self.a(y)
+            w = z.contiguous()
+            gated = w * F.silu(x)
+            z.add_(1.0)
+            return self.b(gated) + z
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+    config = QConfig.recommended(8, 8, keep_first_last=False)
+    prepared = ssmquant.prepare(Written().eval(), config, example_inputs=(x,))
+    ssmquant.calibrate(prepared, [x.clone()], progress=False)
+    model = ssmquant.convert(prepared)
+    a, b = fused(model, x.clone()), unfused(model, x.clone())
+    assert float((a - b).norm() / b.norm()) < 0.02
+
+
 def test_hooks_are_called() -> None:
     model, x = make("mambair", QConfig.recommended(4, 4))
     fused(model, x)

@@ -296,6 +296,7 @@ class Tied(nn.Module):
         return self.head(h * 2 if ids.shape[1] > 6 else h)
 
 
+@pytest.mark.usefixtures("plain_graphs")
 def test_tied_weights_are_traced_again_after_convert() -> None:
     prepared = quantized(Tied(), W8, torch.randint(0, 10, (2, 5)))
     deployed = ssmquant.convert(prepared)
@@ -303,6 +304,7 @@ def test_tied_weights_are_traced_again_after_convert() -> None:
     torch.testing.assert_close(deployed(longer), prepared(longer), rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("plain_graphs")
 def test_a_value_shared_by_a_checkpoint_region_and_what_follows() -> None:
     class Regions(nn.Module):
         def __init__(self) -> None:
@@ -324,6 +326,7 @@ def test_a_value_shared_by_a_checkpoint_region_and_what_follows() -> None:
     torch.testing.assert_close(ssmquant.convert(prepared)(x), prepared.eval()(x), rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("plain_graphs")
 def test_a_head_for_training_only_needs_no_calibration() -> None:
     class Aux(nn.Module):
         def __init__(self) -> None:

@@ -74,6 +74,7 @@ class Windows(nn.Module):
         return self.wide(torch.tanh(y))
 
 
+@pytest.mark.usefixtures("plain_graphs")
 def test_caches_and_branches_on_sizes(traces: list[str]) -> None:
     torch.manual_seed(0)
     model = Windows()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from ssmquant.ops.deployed.forms import signed_codes
 
 _reason = cpu.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
+FEW = settings(max_examples=12)  # for each instruction set
 PATHS = range(len(cpu.paths())) if _reason is None else []
 
 
@@ -81,6 +82,7 @@ bit_widths = st.sampled_from([2, 3, 4, 5, 8])
 
 
 @pytest.mark.parametrize("path", PATHS)
+@FEW
 @given(st.integers(1, 3), sizes, st.integers(1, 3), sizes, bit_widths, st.booleans(), seeds)
 def test_encode(
     path: int, batch: int, rows: int, groups: int, columns: int, bits: int, per: bool, seed: int
@@ -118,6 +120,7 @@ def test_encode_notes_nan(path: int) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@FEW
 @given(st.integers(1, 3), st.integers(1, 150), st.integers(1, 2), sizes, seeds)
 def test_moments(path: int, batch: int, rows: int, groups: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -133,6 +136,7 @@ def test_moments(path: int, batch: int, rows: int, groups: int, columns: int, se
 
 
 @pytest.mark.parametrize("path", PATHS)
+@FEW
 @given(st.integers(1, 2), st.integers(1, 20), sizes, st.booleans(), seeds)
 def test_norm_and_gate(path: int, batch: int, rows: int, columns: int, affine: bool, seed: int) -> None:
     torch.manual_seed(seed)
@@ -156,6 +160,7 @@ def test_norm_and_gate(path: int, batch: int, rows: int, columns: int, affine: b
 
 
 @pytest.mark.parametrize("path", PATHS)
+@FEW
 @given(
     st.integers(1, 2),
     st.integers(1, 80),
@@ -182,6 +187,7 @@ def test_linear(
 
 
 @pytest.mark.parametrize("path", PATHS)
+@FEW
 @given(
     st.integers(1, 2),
     st.integers(1, 14),
@@ -310,6 +316,7 @@ def decays(kind: str, directions: int, channels: int, states: int) -> Tensor:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["ladder", "shared", "own"])
+@FEW
 @given(
     st.integers(1, 2),
     st.integers(1, 9),

@@ -27,10 +27,10 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Files that compile in no time; an empty cache, nothing ready-made, nothing loaded yet."""
     folder = tmp_path / "csrc"
     folder.mkdir()
-    (folder / "selective_scan_cpu.cpp").write_text(MAIN.format(42))
-    (folder / "quantize_cpu.cpp").write_text("static int nothing;\n")
     for name in native._KERNELS:
+        (folder / f"{name}_cpu.cpp").write_text("static int nothing;\n")
         (folder / f"{name}_cpu_path.cpp").write_text("static int SSMQUANT_PATH;\n")
+    (folder / "selective_scan_cpu.cpp").write_text(MAIN.format(42))
     monkeypatch.setattr(native, "_SOURCES", folder)
     monkeypatch.setattr(native, "_READY_MADE", tmp_path / "lib")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))

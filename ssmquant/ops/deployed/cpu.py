@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmquant.errors import InputError
 from ssmquant.ops import native
 from ssmquant.ops.deployed.forms import Codes, Grid, Norm, Weights
 
@@ -295,7 +296,7 @@ def gate(
 ) -> tuple[Tensor, Tensor | None]:
     """``norm(x) * silu(z)``, (batch, rows, columns), and its moments.
 
-    x and z: (batch, rows, 1, columns), columns next to each other, at most ``MOST_INPUTS``.
+    x and z: (batch, rows, 1, columns), columns next to each other.
     """
     batch, rows, _, columns = x.shape
     y, workspace = torch.empty(batch, rows, columns), _workspace(batch, rows)
@@ -357,6 +358,8 @@ def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, p
     batch, rows, _, _ = x.data.shape
     y = torch.empty(batch, rows, weights.outputs)
     inputs = weights.codes.shape[-2]  # of those for values
+    if grid.low is not None and inputs > MOST_INPUTS:
+        raise InputError(f"deployed: a product of values takes up to {MOST_INPUTS} inputs, not {inputs}")
     call = _LinearCall(path, torch.get_num_threads(), batch, rows, inputs, weights.outputs)
     call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
@@ -473,5 +476,7 @@ def scan(
     done = torch.zeros(call.batch * weights.scale[0].numel(), dtype=torch.int64)  # more than tiles
     y = torch.empty(call.batch, call.pixels, call.channels)
     call.done, call.y = done.data_ptr(), y.data_ptr()
+    if call.states > MOST_STATES:
+        raise InputError(f"deployed: a scan takes up to {MOST_STATES} states, not {call.states}")
     _library().ssmquant_deployed_scan(call)
     return y
