@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from ssmquant.graph.deploy_layers import deploy_layers
 from ssmquant.graph.fuse import between, flat_sequences, fuse, is_quantizer, projected, projection
-from ssmquant.graph.moves import evaluate, is_move, is_number, sizes_of, traced_size
+from ssmquant.graph.moves import evaluate, is_move, is_number, signature, sizes_of, traced_size
 from ssmquant.graph.orders import Merges, PathsOf, Unfit, count, shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
@@ -86,6 +86,13 @@ class _Core:
     def __post_init__(self) -> None:
         self.known: dict[Any, Paths] = {}
 
+    def signature(self) -> Any:
+        """Equal for objects that may share what they know."""
+        rows = tuple(
+            (signature(r.source, r.nodes, [r.target]), len(_shape(r.source)), r.rows) for r in self.rows
+        )
+        return self.merges.signature(), rows, self.places, self.ranks
+
     def _fits(self, shape: tuple[int, ...], order: Tensor, sizes: tuple[tuple[int, ...], ...]) -> bool:
         directions, length = order.shape
         _, rank, states = self.ranks
@@ -138,6 +145,7 @@ class _Deployer:
         for n in old.nodes:
             self.copy[n] = self.graph.node_copy(n, self.copy.__getitem__)
         self.dead: set[fx.Node] = set()  # of the old graph: what is left out, if nothing else reads it
+        self.known: dict[Any, dict[Any, Paths]] = {}  # of cores that are alike
         self.changed = False
 
     def module(self, node: Any, prefix: str) -> nn.Module:
@@ -252,6 +260,7 @@ class _Deployer:
             (found[0][0].rows, rank, states),
             softplus,
         )
+        core.known = self.known.setdefault(core.signature(), core.known)
         weights = self.weight(x_weight, 2), self.weight(dt_weight, 2)
         there = self.copy[merges]
         with self.graph.inserting_before(there):

@@ -347,4 +347,8 @@ def fuse(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         return graph
     f.prune()
     f.graph.lint()
+    known: dict[Any, dict[Any, Any]] = {}  # blocks of a model are alike: orders are found out once for all
+    for n in f.graph.nodes:
+        if isinstance(n.target, (PathsOf, Merges)):
+            n.target.known = known.setdefault(n.target.signature(), n.target.known)
     return f.graph

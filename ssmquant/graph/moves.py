@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ssmquant.graph.provenance import OPS
 from ssmquant.graph.sites import op_name
 
-__all__ = ["evaluate", "is_cast", "is_move", "is_number", "sizes_of", "traced_size"]
+__all__ = ["evaluate", "is_cast", "is_move", "is_number", "signature", "sizes_of", "traced_size"]
 
 _MOVES = {
     "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "flip", "unbind", "chunk", "split",
@@ -144,3 +144,29 @@ def evaluate(
             if last.get(i) is node and i not in only:
                 values.pop(i, None)
     return values
+
+
+def signature(source: fx.Node, nodes: Sequence[fx.Node], targets: Sequence[fx.Node]) -> tuple[str, ...]:
+    """Equal for chains of nodes that do the same, as those of the blocks of a model do."""
+    places = {n: f"%{i}" for i, n in enumerate((source, *nodes))}
+    outside = {n: f"#{i}" for i, n in enumerate(sizes_of(nodes, source))}
+
+    def name(a: Any) -> Any:
+        return _Name(places.get(a) or outside.get(a) or text(a)) if isinstance(a, fx.Node) else a
+
+    def text(n: fx.Node) -> str:
+        target: Any = n.target
+        what = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
+        arguments = (fx.node.map_aggregate(part, name) for part in (n.args, n.kwargs))
+        return f"{n.op} {what} " + " ".join(map(repr, arguments))
+
+    return (*map(text, nodes), *(places.get(t, "") for t in targets))
+
+
+class _Name(str):
+    """Shows without quotes, unlike a string in the code."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ssmquant.graph.moves import evaluate, is_cast, sizes_of
+from ssmquant.graph.moves import evaluate, is_cast, signature, sizes_of
 from ssmquant.graph.sites import op_name
 from ssmquant.ops.cross_scan import Paths, cross_merge
 
@@ -110,6 +110,10 @@ class PathsOf:
         self.known: dict[Any, Paths] = {}
         self.captured: list[Paths] = []  # CUDA graphs have their addresses
 
+    def signature(self) -> Any:
+        """Equal for objects that may share what they know."""
+        return type(self), signature(self.source, self.nodes, self.targets)
+
     def find(
         self, shape: tuple[int, ...], size: Callable[[fx.Node], int], device: Any = "cpu"
     ) -> Tensor | None:
@@ -151,6 +155,10 @@ class Merges:
         self.sums = any(op_name(n) == "sum" for n in nodes)
         self.sizes = sizes_of(nodes, source)
         self.known: dict[Any, Paths] = {}
+
+    def signature(self) -> Any:
+        """Equal for objects that may share what they know."""
+        return type(self), signature(self.source, self.nodes, [self.target])
 
     def fits(self, image: tuple[int, ...], order: Tensor, size: Callable[[fx.Node], int]) -> bool:
         try:
