@@ -18,8 +18,8 @@ shipped weights, others are as initialised. Modes:
 Each mode runs in a process of its own. Peak memory is what a call takes at most, but for the first one, over what the
 process had before the model was made (model included; Linux only).
 Gate: float modes against float_eager (relative error of the output; bf16 to 0.1, others to 1e-3); deployed ones against
-the same model without fused kernels (to 0.5: one code on a tie that goes the other way spreads through the model, most of
-all through one of random weights at 2 bits; tests hold every call of a kernel to its own input).
+the same model without fused kernels, to 0.5: one code on a tie that goes the other way spreads through the model, most
+of all one of random weights at 2 bits (tests hold every call of a kernel to its own input).
 What fails has no time, and the exit status is 1.
 """
 
