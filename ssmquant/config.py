@@ -243,10 +243,11 @@ class QConfig:
 
     @classmethod
     def recommended(cls, w_bits: Bits, a_bits: Bits, **changes: Any) -> QConfig:
-        """What does best in docs/accuracy.md: Q-MambaIR's quantizers, from a least-squares start.
+        """What did best in the trials of docs/accuracy.md: Q-MambaIR's quantizers, from a least-squares start.
 
         Against the published placement: a scale for each output channel of a weight, with levels that are symmetric
-        about 0; the decay A shared over channels and evenly spaced; ranges initialised by squared error.
+        about 0; ranges initialised by squared error; and, for speed, the decay A shared over channels and evenly
+        spaced, which was tried after calibration only.
         """
         base: dict[str, Any] = {
             "w_bits": w_bits,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.deploy_layers import deploy_layers
+from ssmquant.graph.deploy_layers import called, deploy_layers
 from ssmquant.graph.fuse import between, flat_sequences, fuse, is_quantizer, projected, projection
 from ssmquant.graph.moves import evaluate, is_move, is_number, signature, sizes_of, traced_size
 from ssmquant.graph.orders import Merges, PathsOf, Unfit, count, shape_of
@@ -52,7 +52,6 @@ class _Rows:
         self.source, self.target, self.rows = source, target, rows
         self.nodes = between(source, target)
         self.sizes = sizes_of(self.nodes, source)
-        self.directions = 0
 
     def find(self, shape: tuple[int, ...], directions: int, size: Any) -> tuple[int, int] | None:
         """Where the rows begin and how many there are; None if they are no rows next to each other."""
@@ -150,13 +149,10 @@ class _Deployer:
 
     def module(self, node: Any, prefix: str) -> nn.Module:
         """The quantizer or packed tensor that a node calls."""
-        if (
-            not isinstance(node, fx.Node)
-            or node.op != "call_module"
-            or not str(node.target).startswith(f"{prefix}.")
-        ):
+        module = called(self.model, node, prefix)
+        if module is None:
             raise _NoMatch
-        return self.model.get_submodule(str(node.target))
+        return module
 
     def quantizer(self, node: Any, *, exact: bool = False) -> fx.Node:
         module = self.module(node, ACTIVATIONS)
@@ -317,9 +313,9 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     return d.graph
 
 
-def kernels(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
-    """What computes the sites that ``deploy`` fuses, by their names."""
+def kernels(graph: fx.Graph) -> dict[str, str]:
+    """What computes the sites that ``deploy`` has fused in its graph, by their names."""
     found: dict[str, str] = {}
-    for node in deploy(graph, model).nodes:
+    for node in graph.nodes:
         found |= node.meta.get("kernels", {})
     return found

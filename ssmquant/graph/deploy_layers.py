@@ -19,7 +19,7 @@ from ssmquant.modules import PackedTensor, deployed
 from ssmquant.ops.deployed import cpu
 from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["deploy_layers"]
+__all__ = ["called", "deploy_layers"]
 
 # What does not care for strides: all, or all but those of its own readers.
 _MOVERS = {
@@ -34,10 +34,9 @@ _LAYERS = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.AdaptiveAvgPool2d, nn.PixelShu
 _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)
 
 
-Norm = tuple[Any, ...] | None  # see modules.deployed
-
-
-def _linear(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: Norm) -> Tensor:
+def _linear(
+    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: deployed.LayerNorm
+) -> Tensor:
     _check(x)
     return deployed.linear(x, of_x, weight, bias, norm)
 
@@ -45,7 +44,7 @@ def _linear(x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | Non
 def _gated_linear(
     x: Tensor,
     z: Tensor,
-    norm: Norm,
+    norm: deployed.LayerNorm,
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
@@ -82,6 +81,13 @@ def _is_core(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "scan_core"
 
 
+def called(model: nn.Module, node: Any, prefix: str) -> nn.Module | None:
+    """The quantizer or packed tensor that a node calls; ``prefix``: which of them."""
+    if isinstance(node, fx.Node) and node.op == "call_module" and str(node.target).startswith(f"{prefix}."):
+        return model.get_submodule(str(node.target))
+    return None
+
+
 class _Layers:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self.graph, self.model = graph, model
@@ -92,14 +98,7 @@ class _Layers:
         return not any(isinstance(n, fx.Node) and n.meta.get("storage") in self.written for n in nodes)
 
     def called(self, node: Any, prefix: str) -> nn.Module | None:
-        """The quantizer or packed tensor that a node calls."""
-        if (
-            isinstance(node, fx.Node)
-            and node.op == "call_module"
-            and str(node.target).startswith(f"{prefix}.")
-        ):
-            return self.model.get_submodule(str(node.target))
-        return None
+        return called(self.model, node, prefix)
 
     def layer(self, node: fx.Node) -> bool:
         """Replaces a layer, if kernels know it."""

@@ -65,6 +65,8 @@ class Record:
     """What runs for a training step on a GPU, or deployed on a CPU: made when it first does."""
     fitting: set[Any] = field(default_factory=set)
     """Forms and shapes of inputs that they are known to compute the same at."""
+    deployed: fx.Graph | None = None
+    """The graph of ``fused["deployed"]``."""
     plain: list[str] | None = None
 
     def __call__(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
@@ -93,13 +95,17 @@ class Record:
         device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
         if device is None or runtime_of(model).stage != "deployed" or cpu.unavailable(device) is not None:
             return {}
-        return {} if self.trace.traced.sets_modes else kernels(self.graph, model)
+        return kernels(self._deployed(model))
+
+    def _deployed(self, model: nn.Module) -> fx.Graph:
+        if self.deployed is None:
+            modes = self.trace.traced.sets_modes  # such as autocast for a part
+            self.deployed = self.graph if modes else deploy(self.graph, model)
+        return self.deployed
 
     def _fuse(self, model: nn.Module, form: str) -> Callable[..., Any]:
         if form == "deployed":
-            if self.trace.traced.sets_modes:  # such as autocast for a part
-                return self.run
-            graph = deploy(self.graph, model)
+            graph = self._deployed(model)
             return self.run if graph is self.graph else compile_graph(graph, model)[0]
         graph = rewrite(model, self.trace, self.plan, float_scans=True)
         fused = faster_layers(fuse(graph, model), model)
@@ -352,7 +358,9 @@ class Runtime(nn.Module):
             with _Stand(self, model):
                 graph = rewrite(model, r.trace, r.plan, deployed=self.stage == "deployed")
             run, code = compile_graph(bank_weights(graph))
-            records.append(replace(r, graph=graph, run=run, code=code, fused={}, fitting=set()))
+            records.append(
+                replace(r, graph=graph, run=run, code=code, fused={}, fitting=set(), deployed=None)
+            )
         self.records = records  # new ones: copies of the model share the old
 
     # ---- running -------------------------------------------------------------------------------------------------

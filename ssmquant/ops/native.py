@@ -37,10 +37,11 @@ _FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
 _LINK = ("-shared", "-pthread", "-ldl")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 _PATHS = {
     "portable": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (_AVX512 := ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")),
+    "avx512": _AVX512,
     "vnni": (*_AVX512, "-mavx512vnni"),
 }
 # Kernels: source files <name>_cpu.cpp, and <name>_cpu_path.cpp once for each of some instruction sets; flags of their

@@ -60,7 +60,8 @@ class use_backend:
             and causal-conv1d (``ops.causal_conv1d``), where they are installed.
         op: for this operator only, before what is chosen for all: "selective_scan", "causal_conv1d", "quantize", the
             fake quantization of training, which has "triton", "cpu" and "chunked" (any other name means "auto"), or
-            "fuse", the rewritten graphs of training on a GPU, which "chunked" turns off.
+            "fuse", the rewritten graphs of training on a GPU and of deployed models on a CPU, which "chunked" turns
+            off.
 
     Raises:
         InputError: no such name or operator.

@@ -4,10 +4,10 @@
 ``"ladder"``     y[.., n] = first + n * gap                         the least-squares line through these means
 
 Training hardly moves A from its start -1, -2, .., -N of all channels (in MambaIR-light by 0.04 to 0.3), while b bits a
-channel round it to 2**b of these N values at best: at 2 bits DLS costs 0.12 dB where a shared value, or a ladder, costs
-0.005 (docs/accuracy.md). A mean of negative values is negative, so the scan stays stable, and every state keeps its own
-time constant, slow ones included. A kernel needs N exponentials a step and no codes, and for a ladder only two: decays
-are exp(step * first) times powers of exp(step * gap).
+channel round it to 2**b of these N values at best: at 2 bits DLS costs 0.12 dB where a shared value, or multiples of
+one, cost 0.005 (docs/accuracy.md; after calibration, without training). A mean of negative values is negative, so the
+scan stays stable, and every state keeps its own time constant, slow ones included. A kernel needs N exponentials a step
+and no codes, and for a ladder only two: decays are exp(step * first) times powers of exp(step * gap).
 
 The gradient is that of the mean or the line: channels move together.
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -401,3 +403,23 @@ def test_ranges(samples: int, count: int, copies: int, bits: int, seed: int) -> 
     assert torch.equal(torch.stack((low, high)), moments[:, 2:].T)
     broken = cpu.ranges(torch.full((1, 4), math.nan), count, copies, w, v, 2**bits, 1e-6)
     assert all(t.isnan().all() for t in broken)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_threads_after_a_fork() -> None:
+    """GNU's OpenMP does not survive one: a child that went on with its threads would wait for ever."""
+    torch.manual_seed(0)
+    core = Core(1, 60, 60, 72, 10, 4, 0)
+    a = decays("ladder", 4, 72, 10)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        want = core.run(None, a)
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)
+            os._exit(0 if core.run(None, a).numpy().tobytes() == want.numpy().tobytes() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(threads)
