@@ -8,7 +8,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def score(
     title: str,
     each: Callable[[str, Tensor], None] | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Mean PSNR and SSIM over the pictures, and the rows of all."""
-    with reporter(title, len(images)) as report:
+    """Mean PSNR and SSIM over the pictures, and the rows of all; on a GPU without TF32, whatever trained."""
+    with full_precision(), reporter(title, len(images)) as report:
 
         def progress(items: Iterable[Any]) -> Iterable[Any]:
             for index, item in enumerate(items):
@@ -62,6 +63,17 @@ def score(
 
         rows = evaluate(model, images, task, progress=progress, each=each)
     return {key: statistics.fmean(row[key] for row in rows) for key in ("psnr", "ssim")}, rows
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products and convolutions in float32 proper."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
 
 
 def quantize(

@@ -11,8 +11,8 @@ trained for the same number of steps more, is always among them: losses are meas
 A cell that was interrupted goes on where it stopped, one that is trained is not trained again: sets that it
 has no scores of are scored from its saved models. Other settings or training pictures make it another cell;
 which folder the pictures are in does not matter. One that fails is noted and left out, until --retry or other
-settings. --jobs N runs N processes at once, which fills a GPU better. --time-limit stops after so many
-seconds, for another run to go on. It writes OUT/compare.md, OUT/compare.json and OUT/compare.png from all
+settings. --jobs N runs N processes at once, spread over all GPUs; several to a GPU fill it better. --time-limit
+stops after so many seconds, for another run to go on. It writes OUT/compare.md, OUT/compare.json and OUT/compare.png from all
 cells that are finished; with --report it does only that, and needs nothing but their result.json: without
 --eval for the sets that all of them have, without --data for whatever pictures all of them were trained on.
 
@@ -247,11 +247,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _start(argv: list[str] | None, args: argparse.Namespace, began: float) -> list[subprocess.Popen[bytes]]:
-    """Further processes for the same cells."""
+    """Further processes for the same cells, on one GPU after the other; this one has the first."""
     own = list(sys.argv[1:] if argv is None else argv)
     own += ["--jobs", "1", "--worker", str(began)]
     command = [sys.executable, os.fspath(Path(__file__).resolve()), *own]
-    return [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(args.jobs - 1)]
+    places = environments(args.device)
+    return [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, env=places[i % len(places)])
+        for i in range(1, args.jobs)
+    ]
+
+
+def environments(device: str) -> list[dict[str, str]]:
+    """The environments of processes that see one GPU each, or this process's where there are not several.
+
+    A process that sees one GPU only needs not care which it is.
+    """
+    here = dict(os.environ)
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        return [here]
+    seen = [one for one in here.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    names = seen or [str(i) for i in range(torch.cuda.device_count())]
+    return [{**here, "CUDA_VISIBLE_DEVICES": name} for name in names]
 
 
 if __name__ == "__main__":

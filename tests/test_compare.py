@@ -25,6 +25,7 @@ from ssmquant.restore import Task
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import cells
+import common
 import compare
 import methods
 import report
@@ -432,6 +433,34 @@ def test_the_figure_is_of_cells_of_this_comparison(
     assert run(place, tmp_path, "2:lsq:1", "2:minmax:2", "2:dorefa:2") == 0
     assert figure.exists()
     assert shown == [Cell("float", None, 2), Cell("minmax", 2, 2), Cell("dorefa", 2, 2)]
+
+
+def test_processes_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def seen(device: str) -> list[str | None]:
+        return [one.get("CUDA_VISIBLE_DEVICES") for one in compare.environments(device)]
+
+    assert seen("cuda") == ["0", "1", "2"]
+    assert seen("cuda:1") == seen("cpu") == [None]  # that one is asked for
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,5")
+    assert seen("cuda") == ["4", "7", "5"]
+    count = 1
+    assert seen("cuda") == ["4,7,5"]
+
+
+def test_scores_are_of_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(
+        common, "evaluate", lambda *_, **__: seen.append(torch.backends.cudnn.allow_tf32) or []
+    )
+    with pytest.raises(statistics.StatisticsError):
+        common.score(None, [], Task("sr", 2), "none")
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_two_processes_share_the_cells(
