@@ -12,9 +12,10 @@ A cell that was interrupted goes on where it stopped, one that is trained is not
 has no scores of are scored from its saved models. Other settings or training pictures make it another cell;
 which folder the pictures are in does not matter. One that fails is noted and left out, until --retry or other
 settings. --jobs N runs N processes at once, spread over all GPUs; several to a GPU fill it better. --time-limit
-stops after so many seconds, for another run to go on. It writes OUT/compare.md, OUT/compare.json and OUT/compare.png from all
-cells that are finished; with --report it does only that, and needs nothing but their result.json: without
---eval for the sets that all of them have, without --data for whatever pictures all of them were trained on.
+stops after so many seconds, for another run to go on. It writes OUT/compare.md, OUT/compare.json and
+OUT/compare.png from all cells that are finished; with --report it does only that, and needs nothing but their
+result.json: without --eval for the sets that all of them have, without --data for whatever pictures all of
+them were trained on.
 
 It ends with 0 if all cells are finished, 1 if some are not, 3 if all others are but some failed, 2 on an
 error.

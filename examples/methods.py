@@ -70,7 +70,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("official", "Q-MambaIR (DLS + RFA)", _official()),
             Method("dls", "DLS only", _official(weight="lsq")),
             Method("rfa", "RFA only", _official(scan="lsq")),
-            Method("ours", "ours", lambda bits: QConfig.recommended(bits, bits), distill=0.5),
+            Method("ours", "ours", lambda bits: QConfig.recommended(bits, bits), distill=0.9),
         )
     }
 )
@@ -95,14 +95,17 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
             _ours("direction", "one scale a direction", changes={"granularity": "direction"}),
             _ours("learned-shift", "learnt shifts of weights", changes={"weight_options": {}}),
             _ours("lsq-weights", "LSQ weights for RFA", changes={"weight": "lsq"}),
-            _ours("lsq-scan", "LSQ for DLS in the scan", changes={"scan": "lsq"}),
-            _ours("dls-decay", "A by DLS, not shared", changes={"decay": "inherit"}),
-            _ours("shared-decay", "A shared, but not evenly spaced", changes={"decay": "shared"}),
+            _ours("dls-scan", "DLS for LSQ in the scan", changes={"scan": "dls"}),
             _ours(
-                "live-scale", "gradient past DLS's ceiling", changes={"scan_options": {"dead_scale": "pass"}}
+                "dls-batch",
+                "DLS in the scan, statistics of a batch",
+                changes={"scan": "dls", "statistics": "tensor"},
             ),
+            _ours("own-decay", "A by LSQ, not shared", changes={"decay": "inherit"}),
+            _ours("shared-decay", "A shared, but not evenly spaced", changes={"decay": "shared"}),
             _ours("no-distill", "no distillation", distill=0.0),
-            _ours("distill-9", "distillation 0.9", distill=0.9),
+            _ours("distill-5", "distillation 0.5", distill=0.5),
+            _ours("distill-only", "the float model's output alone", distill=1.0),
             _ours("slow-scalars", "quantizers at 0.1 of the rate", quantizer_lr=0.1),
             _ours("fast-scalars", "quantizers at 4 times the rate", quantizer_lr=4.0),
             _ours("ema", "EMA 0.99", ema=0.99),
@@ -111,7 +114,7 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
                 METHODS["official"],
                 name="official-distill",
                 label="Q-MambaIR with our distillation",
-                distill=0.5,
+                distill=0.9,
             ),
         )
     }

@@ -243,15 +243,17 @@ class QConfig:
 
     @classmethod
     def recommended(cls, w_bits: Bits, a_bits: Bits, **changes: Any) -> QConfig:
-        """What did best in the trials of docs/accuracy.md: Q-MambaIR's quantizers, from a least-squares start.
+        """What did best in docs/accuracy.md: RFA for weights, LSQ for all else, from a least-squares start.
 
-        Against the published placement: a scale for each output channel of a weight, with levels that are symmetric
-        about 0; ranges initialised by squared error; and, for speed, the decay A shared over channels and evenly
-        spaced, which was tried after calibration only.
+        Against Q-MambaIR's placement (:meth:`qmambair`): a scale for each output channel of a weight, with levels that
+        are symmetric about 0; ranges initialised by squared error; static ranges in the scan too, which fine-tune as
+        well as DLS's dynamic ones and cost nothing when deployed; and, for speed, the decay A shared over channels and
+        evenly spaced.
         """
         base: dict[str, Any] = {
             "w_bits": w_bits,
             "a_bits": a_bits,
+            "scan": "lsq",
             "decay": "ladder",
             "granularity": "channel",
             "weight_options": {"shift": "half"},

@@ -89,7 +89,7 @@ def learnt(q: Quantizer, seed: int = 0, amount: float = 0.3) -> Quantizer:
     with torch.no_grad():
         for p in q.parameters():
             noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            p.add_(amount * noise * p.abs().mean().clamp(max=1.0))
+            p.add_(amount * noise.to(p.device) * p.abs().mean().clamp(max=1.0))
     return q
 
 

@@ -101,16 +101,18 @@ def test_the_whole_way(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert rows["float", None]["loss"] == 0
     ours = rows["ours", 2]
     assert ours["seeds"] == 2
-    assert ours["frozen_psnr"] is not None
-    assert rows["lsq", 2]["frozen_psnr"] is None  # it has no dynamic range
+    assert rows["official", 2]["frozen_psnr"] is not None
+    assert ours["frozen_psnr"] is rows["lsq", 2]["frozen_psnr"] is None  # they have no dynamic range
     assert ours["verify_max_rel"] == 0
     assert ours["against"]["method"] in ("lsq", "official")
     assert rows["ours-weights-first", 2]["against"]["method"] == "ours"
     result = json.loads((tmp_path / "cells" / "ours-w2a2-s0" / "result.json").read_text())
-    assert [(s["name"], len(s["images"]), len(s["frozen"])) for s in result["sets"]] == [
-        ("A", 2, 2),
-        ("B", 1, 1),
+    assert [(s["name"], len(s["images"]), "frozen" in s) for s in result["sets"]] == [
+        ("A", 2, False),
+        ("B", 1, False),
     ]
+    official = json.loads((tmp_path / "cells" / "official-w2a2-s0" / "result.json").read_text())
+    assert [len(s["frozen"]) for s in official["sets"]] == [2, 1]
     assert QConfig.from_dict(result["key"]["config"]) == QConfig.recommended(2, 2)
     assert "| 2 | ours |" in (tmp_path / "compare.md").read_text()
     assert (tmp_path / "compare.png").exists()
@@ -174,32 +176,32 @@ def test_a_cell_stops_at_the_deadline(place: Path, tmp_path: Path) -> None:
 def test_further_sets_are_scored_from_the_saved_models(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
-    assert run(place, tmp_path, "2:ours", sets="A") == 0
+    assert run(place, tmp_path, "2:official", sets="A") == 0
     request.getfixturevalue("no_training")
-    first = read(tmp_path)[1]["ours"]
-    assert run(place, tmp_path, "2:ours", sets="A B") == 0
-    ours = read(tmp_path)[1]["ours"]
-    assert list(ours["sets"]) == ["A", "B"]
-    assert ours["sets"]["A"] == first["sets"]["A"]
-    assert ours["frozen_psnr"] is not None
+    first = read(tmp_path)[1]["official"]
+    assert run(place, tmp_path, "2:official", sets="A B") == 0
+    official = read(tmp_path)[1]["official"]
+    assert list(official["sets"]) == ["A", "B"]
+    assert official["sets"]["A"] == first["sets"]["A"]
+    assert official["frozen_psnr"] is not None
     # Other pictures in a folder of the same name are another set.
     shutil.copytree(place / "x" / "HR", tmp_path / "other" / "B")
-    assert run(place, tmp_path, "2:ours", sets=f"A {tmp_path / 'other' / 'B'}") == 0
-    assert read(tmp_path)[1]["ours"]["sets"]["B"] != ours["sets"]["B"]
+    assert run(place, tmp_path, "2:official", sets=f"A {tmp_path / 'other' / 'B'}") == 0
+    assert read(tmp_path)[1]["official"]["sets"]["B"] != official["sets"]["B"]
     # Without the models, what was scored counts, and further sets are missing.
     for model in tmp_path.glob("cells/*/*.safetensors"):
         model.unlink()
-    assert run(place, tmp_path, "2:ours", sets="B") == 0
-    assert read(tmp_path)[1]["ours"]["sets"] == {"B": ours["sets"]["B"]}
+    assert run(place, tmp_path, "2:official", sets="B") == 0
+    assert read(tmp_path)[1]["official"]["sets"] == {"B": official["sets"]["B"]}
     capsys.readouterr()
-    assert run(place, tmp_path, "2:ours", sets="B y/HR") == 1
+    assert run(place, tmp_path, "2:official", sets="B y/HR") == 1
     err = capsys.readouterr().err
-    assert "ours-w2a2-s0: not scored on HR" in err
+    assert "official-w2a2-s0: not scored on HR" in err
     assert "2 of 2 cells are not finished" in err
     # Nor is the model of another run scored.
-    (tmp_path / "cells" / "ours-w2a2-s0" / "model.safetensors").write_bytes(b"of another run")
-    (tmp_path / "cells" / "ours-w2a2-s0" / "frozen.safetensors").write_bytes(b"of another run")
-    assert run(place, tmp_path, "2:ours", sets="B y/HR") == 1
+    (tmp_path / "cells" / "official-w2a2-s0" / "model.safetensors").write_bytes(b"of another run")
+    (tmp_path / "cells" / "official-w2a2-s0" / "frozen.safetensors").write_bytes(b"of another run")
+    assert run(place, tmp_path, "2:official", sets="B y/HR") == 1
 
 
 def test_scores_of_saved_models_are_those_of_a_whole_run(place: Path, tmp_path: Path) -> None:

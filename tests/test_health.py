@@ -683,13 +683,15 @@ def test_the_monitor_beside_a_cuda_graph() -> None:
     with torch.cuda.graph(graph), torch.no_grad():
         weight.mul_(0.5)
         monitor.step()  # is not recorded
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            graph.replay()
-            monitor.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                graph.replay()
+                monitor.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     monitor.wait()
     assert monitor.history[0][0] == 0

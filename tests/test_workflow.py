@@ -429,7 +429,7 @@ def test_autocast_trains(mambair: Any) -> None:
 
 def test_ranges_are_measured_without_touching_what_was_learnt() -> None:
     model = tiny_mambair()
-    prepared = prepared_and_calibrated(model, QConfig.recommended(2, 2), images(2, 3, 8, 10))
+    prepared = prepared_and_calibrated(model, QConfig.recommended(2, 2, scan="dls"), images(2, 3, 8, 10))
     wrapper = next(q for n, q in runtime_of(prepared).activations.items() if n.endswith("scan/u"))
     with torch.no_grad():
         for n, p in prepared.named_parameters():
@@ -465,6 +465,7 @@ CONFIGS = {
     "channel, half a step": QConfig.qmambair(3, granularity="channel", weight_options={"shift": "half"}),
     "recommended": QConfig.recommended(2, 2),
     "recommended, 4": QConfig.recommended(4, 4),
+    "recommended, DLS": QConfig.recommended(2, 2, scan="dls"),
     "published start": QConfig.qmambair(2, initialization="published"),
     "no shift": QConfig.lsq(2, 2, weight_options={"shift": "none"}, activation_options={"shift": "none"}),
     "quantsr": QConfig(w_bits=2, a_bits=2, weight="rlq", activation="rlq", scan="rlq"),

@@ -26,9 +26,17 @@ from tests.graph.test_fuse import Scan2d
 _reason = cpu.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 
+
+def dynamic(bits: int, **changes: Any) -> QConfig:
+    """With ranges of the scan's inputs that are those of each sample."""
+    return QConfig.recommended(bits, bits, scan="dls", **changes)
+
+
 CONFIGS: dict[str, Callable[[], QConfig]] = {
     "recommended 4": lambda: QConfig.recommended(4, 4),
     "recommended 2": lambda: QConfig.recommended(2, 2),
+    "dynamic 4": lambda: dynamic(4),
+    "dynamic 2": lambda: dynamic(2),
     "published 4": lambda: QConfig.qmambair(4),
     "published 3": lambda: QConfig.qmambair(3, statistics="tensor"),
     "lsq 8": lambda: QConfig.lsq(8, 8),
@@ -188,7 +196,7 @@ def test_every_call_computes_what_it_stands_for(family: str, config: str, checke
 
 @pytest.mark.parametrize("family", ["mambair", "vmamba"])
 def test_frozen(family: str, checked: dict[str, int]) -> None:
-    model, x = make(family, QConfig.recommended(4, 4), dls="frozen")
+    model, x = make(family, dynamic(4), dls="frozen")
     fused(model, x)
     assert checked["scan_core"] > 0
     if family == "mambair":
@@ -197,7 +205,7 @@ def test_frozen(family: str, checked: dict[str, int]) -> None:
 
 
 def test_results_agree_at_other_sizes() -> None:
-    model, x = make("mambair", QConfig.recommended(8, 8))
+    model, x = make("mambair", dynamic(8))
     for shape in ((2, 3, 9, 12), (1, 3, 16, 7), (3, 3, 1, 5)):
         x = torch.rand(shape)
         a, b = fused(model, x), unfused(model, x)
@@ -220,7 +228,7 @@ class Tied(Scan2d):
 def test_foreign_code(kind: type[Scan2d], checked: dict[str, int]) -> None:
     torch.manual_seed(0)
     x = torch.rand(2, 3, 6, 5)
-    config = QConfig.recommended(4, 4, keep_first_last=False)
+    config = dynamic(4, keep_first_last=False)
     prepared = ssmquant.prepare(kind().eval(), config, example_inputs=(x,))
     ssmquant.calibrate(prepared, [x], progress=False)
     model = ssmquant.convert(prepared)
@@ -231,7 +239,7 @@ def test_foreign_code(kind: type[Scan2d], checked: dict[str, int]) -> None:
 
 def test_parts_in_float() -> None:
     rules = (Rule("*.self_attention.scan", a_bits=None), Rule("*.conv2d", keep_float=True))
-    model, x = make("mambair", QConfig.recommended(4, 4, rules=rules))
+    model, x = make("mambair", dynamic(4, rules=rules))
     assert "scan_core" not in names(model)
     assert "_linear" in names(model)
     a, b = fused(model, x), unfused(model, x)
@@ -251,7 +259,7 @@ def test_a_quantizer_that_kernels_do_not_know_stays() -> None:
 
 
 def test_nan_stays_nan() -> None:
-    model, x = make("mambair", QConfig.recommended(4, 4))
+    model, x = make("mambair", dynamic(4))
     x[0, 1, 3, 3] = float("nan")
     a, b = fused(model, x), unfused(model, x)
     assert a[0].isnan().any()
@@ -261,7 +269,7 @@ def test_nan_stays_nan() -> None:
 
 @pytest.mark.parametrize("how", ["gradients", "half", "double", "autocast", "chosen", "meta"])
 def test_other_calls_run_as_ever(how: str) -> None:
-    model, x = make("mambair", QConfig.recommended(4, 4))
+    model, x = make("mambair", dynamic(4))
     fused(model, x)
     if how == "gradients":
         x.requires_grad_()
@@ -288,7 +296,7 @@ def test_other_calls_run_as_ever(how: str) -> None:
 
 
 def test_a_call_of_another_kind_does_not_turn_it_off() -> None:
-    model, x = make("vmamba", QConfig.recommended(4, 4))
+    model, x = make("vmamba", dynamic(4))
     y = fused(model, x)
     with torch.no_grad(), pytest.raises(RuntimeError):
         model(x.half())
@@ -312,7 +320,7 @@ def test_what_is_written_in_place_is_read_in_time() -> None:
 
     torch.manual_seed(0)
     x = torch.randn(2, 5, 6)
-    config = QConfig.recommended(8, 8, keep_first_last=False)
+    config = dynamic(8, keep_first_last=False)
     prepared = ssmquant.prepare(Written().eval(), config, example_inputs=(x,))
     ssmquant.calibrate(prepared, [x.clone()], progress=False)
     model = ssmquant.convert(prepared)
@@ -321,7 +329,7 @@ def test_what_is_written_in_place_is_read_in_time() -> None:
 
 
 def test_hooks_are_called() -> None:
-    model, x = make("mambair", QConfig.recommended(4, 4))
+    model, x = make("mambair", dynamic(4))
     fused(model, x)
     for store in (runtime_of(model).activations, runtime_of(model).weights):
         seen = []
@@ -341,14 +349,14 @@ def test_hooks_are_called() -> None:
 
 
 def test_copies_and_files() -> None:
-    model, x = make("mambair", QConfig.recommended(4, 4))
+    model, x = make("mambair", dynamic(4))
     y = fused(model, x)
     assert torch.equal(fused(copy.deepcopy(model), x), y)
     assert torch.equal(fused(pickle.loads(pickle.dumps(model)), x), y)
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
-    other, _ = make("mambair", QConfig.recommended(4, 4))
+    other, _ = make("mambair", dynamic(4))
     with torch.no_grad():
         for b in runtime_of(other).weights.buffers():
             if b.is_floating_point():
@@ -361,7 +369,7 @@ def test_copies_and_files() -> None:
 def test_prepared_models_do_not_change() -> None:
     build, shape = MODELS["mambair"]
     x = torch.rand(shape)
-    prepared = ssmquant.prepare(build().eval(), QConfig.recommended(4, 4))
+    prepared = ssmquant.prepare(build().eval(), dynamic(4))
     ssmquant.calibrate(prepared, [x], progress=False)
     with torch.no_grad():
         prepared(x)
@@ -369,7 +377,7 @@ def test_prepared_models_do_not_change() -> None:
 
 
 def test_what_does_not_fit_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = make("mambair", QConfig.recommended(4, 4))
+    model, x = make("mambair", dynamic(4))
 
     def unfit(*args: Any, **kwargs: Any) -> Tensor:
         raise Unfit
@@ -390,7 +398,7 @@ def test_nothing_to_fuse() -> None:
             return self.conv(x).flatten(1)  # type: ignore[no-any-return]
 
     x = torch.rand(2, 3, 9, 9)
-    config = QConfig.recommended(4, 4, keep_first_last=False)
+    config = dynamic(4, keep_first_last=False)
     prepared = ssmquant.prepare(Plain().eval(), config, example_inputs=(x,))
     ssmquant.calibrate(prepared, [x], progress=False)
     model = ssmquant.convert(prepared)
@@ -416,7 +424,7 @@ def test_layers_of_other_shapes() -> None:
 
     torch.manual_seed(0)
     x, image = torch.randn(7, 5), torch.randn(2, 1, 8, 9)
-    config = QConfig.recommended(8, 8, keep_first_last=False)
+    config = dynamic(8, keep_first_last=False)
     prepared = ssmquant.prepare(Layers().eval(), config, example_inputs=(x, image))
     ssmquant.calibrate(prepared, [(x, image)], forward=lambda m, b: m(*b), progress=False)
     model = ssmquant.convert(prepared)
@@ -442,7 +450,7 @@ def test_a_result_that_needs_its_layout_is_contiguous() -> None:
             return self.act(self.conv(x)).view(x.shape[0], -1)
 
     x = torch.rand(2, 3, 5, 6)
-    config = QConfig.recommended(4, 4, keep_first_last=False)
+    config = dynamic(4, keep_first_last=False)
     prepared = ssmquant.prepare(View().eval(), config, example_inputs=(x,))
     ssmquant.calibrate(prepared, [x], progress=False)
     model = ssmquant.convert(prepared)
