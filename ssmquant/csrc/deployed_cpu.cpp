@@ -124,6 +124,23 @@ SSMQUANT_EXPORT void ssmquant_deployed_linear(const LinearCall* call) {
         [&](int64_t i, int64_t) { run(*call, part_of(call->rows, i)); });
 }
 
+// Bytes of scratch that a call needs.
+SSMQUANT_EXPORT int64_t ssmquant_deployed_project_workspace(const ProjectCall* call) {
+  const Scratch scratch{call->z.data != nullptr ? call->inputs : 0, padded(call->inputs)};
+  return scratch.bytes() * std::min(call->threads, kMostThreads);
+}
+
+SSMQUANT_EXPORT void ssmquant_deployed_project(const ProjectCall* call) {
+  const auto run = kPaths.found[call->path]->project;
+  const Scratch scratch{call->z.data != nullptr ? call->inputs : 0, padded(call->inputs)};
+  const int64_t each = call->inputs * (call->z.data != nullptr ? cost::gate + cost::encode : cost::encode) +
+                       call->outputs * (padded(call->inputs) / kProducts + 1);
+  share(useful_threads(*call, call->batch * call->rows * each), tasks_of(call->batch, call->rows),
+        [&](int64_t i, int64_t thread) {
+          run(*call, part_of(call->rows, i), static_cast<char*>(call->workspace) + thread * scratch.bytes());
+        });
+}
+
 SSMQUANT_EXPORT void ssmquant_deployed_conv(const ConvCall* call) {
   const auto run = kPaths.found[call->path]->conv;
   const int64_t rows = call->batch * call->height, taps = call->window.height * call->window.width;
@@ -169,4 +186,22 @@ SSMQUANT_EXPORT void ssmquant_deployed_scan(const ScanCall* call) {
     path.scan(*call, direction, mine / blocks, first, std::min(count, tiles - first));
     __atomic_store_n(done, direction + 1, __ATOMIC_RELEASE);
   });
+}
+
+SSMQUANT_EXPORT int64_t ssmquant_deployed_core_workspace(const CoreCall* call) {
+  const Scratch scratch{call->scan.directions * call->rows, padded(call->scan.channels)};
+  return scratch.bytes() * std::min(call->scan.threads, kMostThreads);
+}
+
+SSMQUANT_EXPORT void ssmquant_deployed_core(const CoreCall* call) {
+  const ScanCall& scan = call->scan;
+  const auto run = kPaths.found[scan.path]->prepare;
+  const Scratch scratch{scan.directions * call->rows, padded(scan.channels)};
+  const int64_t each = scan.channels * cost::encode * 2 +
+                       scan.directions * call->rows * (padded(scan.channels) / kProducts + 1 + cost::encode);
+  share(useful_threads(scan, scan.batch * scan.pixels * each), tasks_of(scan.batch, scan.pixels),
+        [&](int64_t i, int64_t thread) {
+          run(*call, part_of(scan.pixels, i), static_cast<char*>(call->workspace) + thread * scratch.bytes());
+        });
+  ssmquant_deployed_scan(&scan);
 }

@@ -107,6 +107,19 @@ struct LinearCall {
   float* y;           // (batch, rows, outputs)
 };
 
+// linear of the codes of norm(x) or, with a z, of norm(x) * silu(z): each task has its rows' values and codes to itself.
+struct ProjectCall {
+  int64_t path, threads;
+  int64_t batch, rows, inputs, outputs;
+  Values x, z;  // of one group; with a norm or a z, next to each other in a row. z.data: or null
+  Norm norm;
+  Quantizer quantizer;  // without low and high
+  Weights weights;
+  const float* bias;  // (tiles * lanes), or null
+  void* workspace;    // ssmquant_deployed_project_workspace bytes
+  float* y;           // (batch, rows, outputs)
+};
+
 struct Window {  // of a convolution with stride 1
   int64_t height, width;  // taps
   int64_t down, right;    // pixels between taps
@@ -162,9 +175,33 @@ struct ScanCall {
   float* y;              // (batch, pixels, channels)
 };
 
+// An image's codes, their projection in each direction to the low rank, B and C, the codes of these, and the scans.
+struct CoreCall {
+  Values x;        // (batch, pixels, 1, channels)
+  Quantizer of_x;  // without low and high, as all of them; scale is null if it is of_u
+  Weights projection;                  // (directions * rows, channels)
+  int64_t rows;                        // of one direction
+  int64_t at_rank, at_b, at_c, ranks;  // where they begin among these, and how large the low rank is
+  void* workspace;  // ssmquant_deployed_core_workspace bytes
+  ScanCall scan;    // whose codes are made here
+};
+
 struct Part {  // of the rows of a sample
   int64_t sample, first, count;
 };
+
+// Scratch of one task: values (kRows, columns) and codes with sums (kRows, padded).
+struct Scratch {
+  int64_t columns, padded;
+  constexpr int64_t bytes() const {
+    return (kRows * (columns * 4 + padded + 4) + kSlack + 63) / 64 * 64;
+  }
+  float* values(void* at) const { return static_cast<float*>(at); }
+  int32_t* sums(void* at) const { return reinterpret_cast<int32_t*>(values(at) + kRows * columns); }
+  uint8_t* codes(void* at) const { return reinterpret_cast<uint8_t*>(sums(at) + kRows); }
+};
+
+constexpr int64_t padded(int64_t columns) { return (columns + kPad - 1) / kPad * kPad; }
 
 struct DeployedPath {
   const char* name;
@@ -173,6 +210,8 @@ struct DeployedPath {
   void (*moments)(const MomentsCall&, const Part&, double* moments);
   void (*gate)(const GateCall&, const Part&, double* moments);
   void (*linear)(const LinearCall&, const Part&);
+  void (*project)(const ProjectCall&, const Part&, void* workspace);
+  void (*prepare)(const CoreCall&, const Part&, void* workspace);  // all that a scan needs
   void (*conv)(const ConvCall&, int64_t sample, int64_t y);
   void (*depthwise)(const DepthwiseCall&, int64_t sample, int64_t y, int64_t x, int64_t tile);
   void (*delta_moments)(const ScanCall&, const Part&, double* moments);

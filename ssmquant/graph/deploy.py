@@ -1,309 +1,40 @@
 """The graph of a deployed model on a CPU: chains of nodes that one call on codes computes (``modules.deployed``).
 
-Found by structure in the graph that ``fuse`` has made, where cross-scans are already orders of pixels:
-
-    image -> projection -> dt, B, C      dt -> projection -> step sizes      scan -> sum of the directions
-
-is one call. What it leaves out are quantizers and packed tensors that it gets as arguments. The record's own graph
-stays as it is: the fused one computes the same up to the order of sums.
+The record's own graph stays as it is: the one that is made here computes the same up to the order of sums.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from ssmquant.graph.deploy_layers import called, deploy_layers
-from ssmquant.graph.fuse import between, flat_sequences, fuse, is_quantizer, projected, projection
-from ssmquant.graph.moves import evaluate, is_move, is_number, signature, sizes_of, traced_size
-from ssmquant.graph.orders import Merges, PathsOf, Unfit, count, shape_of
-from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
+from ssmquant.graph.deploy_layers import deploy_layers
+from ssmquant.graph.deploy_scans import SCAN, Deployer, NoMatch
+from ssmquant.graph.deploy_sequences import deploy_sequences
+from ssmquant.graph.fuse import fuse
+from ssmquant.graph.orders import shape_of
 from ssmquant.graph.sites import op_name
-from ssmquant.modules import deployed
-from ssmquant.ops.cross_scan import Paths
-from ssmquant.ops.deployed import cpu
 
 __all__ = ["deploy", "kernels"]
-
-_SCAN = torch.ops.ssmquant.selective_scan.default
-_RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"}
-_MOST_SHAPES = 64
-_KERNEL = "scan on codes"
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    shape = shape_of(node)
-    if shape is None:
-        raise _NoMatch
-    return shape
-
-
-class _NoMatch(Exception):
-    """This chain is none that kernels know."""
-
-
-class _Rows:
-    """Moves from a projection of sequences, (B, K, E, L) or (B, K * E, L), to some of its rows, (B, K, n, L)."""
-
-    def __init__(self, source: fx.Node, target: fx.Node, rows: int) -> None:
-        self.source, self.target, self.rows = source, target, rows
-        self.nodes = between(source, target)
-        self.sizes = sizes_of(self.nodes, source)
-
-    def find(self, shape: tuple[int, ...], directions: int, size: Any) -> tuple[int, int] | None:
-        """Where the rows begin and how many there are; None if they are no rows next to each other."""
-        batch, length = shape[0], shape[-1]
-        elements = count(shape)
-        try:
-            terms = evaluate(self.nodes, self.source, elements, size, [self.target])[self.target]
-            if len(terms) != 1 or not isinstance(terms[0], Tensor) or terms[0].dim() not in (3, 4):
-                return None
-            found = terms[0].reshape(batch, directions, -1, length)
-        except (KeyError, RuntimeError):
-            return None
-        first = int(found.flatten()[0]) // length if found.numel() else 0
-        every = elements.reshape(batch, directions, self.rows, length)
-        fits = torch.equal(found, every[:, :, first : first + found.shape[2]])
-        return (first, found.shape[2]) if fits else None
-
-
-@dataclass(eq=False)
-class _Core:
-    """Called in the graph with an image, orders, sizes and modules: projections, scans and the sum of directions."""
-
-    __name__ = "scan_core"
-
-    merges: Merges
-    rows: list[_Rows]  # low rank, B, C; then the step sizes, of another projection
-    places: tuple[int, int, int]
-    ranks: tuple[int, int, int]
-    softplus: bool
-
-    def __post_init__(self) -> None:
-        self.known: dict[Any, Paths] = {}
-
-    def signature(self) -> Any:
-        """Equal for objects that may share what they know."""
-        rows = tuple(
-            (signature(r.source, r.nodes, [r.target]), len(_shape(r.source)), r.rows) for r in self.rows
-        )
-        return self.merges.signature(), rows, self.places, self.ranks
-
-    def _fits(self, shape: tuple[int, ...], order: Tensor, sizes: tuple[tuple[int, ...], ...]) -> bool:
-        directions, length = order.shape
-        _, rank, states = self.ranks
-        for r, given, place in zip(self.rows, sizes, (*self.places, 0), strict=False):
-            size = dict(zip(r.sizes, given, strict=True)).__getitem__
-            flat = len(_shape(r.source)) == 3
-            inner = (directions * r.rows,) if flat else (directions, r.rows)
-            found = r.find((shape[0], *inner, length), directions, size)
-            wanted = shape[1] if r is self.rows[3] else rank if r is self.rows[0] else states
-            if found != (place, wanted):
-                return False
-        size = dict(zip(self.merges.sizes, sizes[4], strict=True)).__getitem__
-        return self.merges.fits(shape, order, size)
-
-    def __call__(
-        self, x: Tensor, paths: Paths, sizes: tuple[tuple[int, ...], ...], modules: tuple[Any, ...]
-    ) -> Tensor:
-        key = (x.shape, sizes)
-        if x.dtype != torch.float32 or not x.numel():
-            raise Unfit
-        if self.known.get(key) is not paths:
-            if not self._fits(tuple(x.shape), paths.order, sizes):
-                raise Unfit
-            if len(self.known) >= _MOST_SHAPES:
-                self.known.clear()
-            self.known[key] = paths
-        pixels = x.flatten(2).transpose(1, 2)
-        y = deployed.scan_core(pixels, paths.order, self.ranks, self.places, *modules, softplus=self.softplus)
-        y = y.transpose(1, 2)
-        return y.unflatten(2, x.shape[2:]) if self.merges.like_image else y
-
-
-def _order(node: fx.Node) -> Tensor | None:
-    """The orders that a node makes, at the sizes of the trace."""
-    made = node.target
-    return made.find(_shape(made.source), traced_size) if isinstance(made, PathsOf) else None
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and torch.equal(a, b)
-
-
-class _Deployer:
-    """Looks at ``old``, which stays as it is, and changes a copy of it."""
-
-    def __init__(self, old: fx.Graph, model: nn.Module) -> None:
-        self.old, self.model = old, model
-        self.graph = fx.Graph()
-        self.copy: dict[fx.Node, fx.Node] = {}
-        for n in old.nodes:
-            self.copy[n] = self.graph.node_copy(n, self.copy.__getitem__)
-        self.dead: set[fx.Node] = set()  # of the old graph: what is left out, if nothing else reads it
-        self.known: dict[Any, dict[Any, Paths]] = {}  # of cores that are alike
-        self.changed = False
-
-    def module(self, node: Any, prefix: str) -> nn.Module:
-        """The quantizer or packed tensor that a node calls."""
-        module = called(self.model, node, prefix)
-        if module is None:
-            raise _NoMatch
-        return module
-
-    def quantizer(self, node: Any, *, exact: bool = False) -> fx.Node:
-        module = self.module(node, ACTIVATIONS)
-        if not (deployed.static(module) if exact else deployed.coded(module)):
-            raise _NoMatch
-        assert isinstance(node, fx.Node)
-        self.dead.add(node)
-        return node
-
-    def weight(self, node: Any, outputs: int) -> fx.Node:
-        """The call of the packed tensor of which ``node`` is another shape, and no other order.
-
-        ``outputs``: so many axes in front number its outputs.
-        """
-        while isinstance(node, fx.Node) and node.op != "call_module":
-            if op_name(node) not in _RESHAPES:
-                raise _NoMatch
-            self.dead.add(node)
-            node = node.args[0]
-        module = self.module(node, WEIGHTS)
-        if not deployed.takes_weight(module, outputs):
-            raise _NoMatch
-        assert isinstance(node, fx.Node)
-        self.dead.add(node)
-        return node
-
-    def owner(self, node: Any) -> Any:
-        """The module behind a node, as an argument; other values as they are."""
-        if not isinstance(node, fx.Node):
-            return node
-        return self.graph.get_attr(str(node.target)) if node.op == "call_module" else self.copy[node]
-
-    def source(self, node: Any) -> fx.Node:
-        """Where the elements of ``node`` come from."""
-        if not isinstance(node, fx.Node):
-            raise _NoMatch
-        while is_move(node):
-            self.dead.add(node)
-            tensors = [i for i in node.all_input_nodes if not is_number(i)]
-            if len(tensors) != 1:
-                raise _NoMatch
-            node = tensors[0]
-        return node
-
-    def rows(self, source: fx.Node, target: Any, directions: int) -> tuple[_Rows, int, int]:
-        shape = _shape(source)
-        each = shape[1] if len(shape) == 3 else shape[1] * shape[2]
-        rows = _Rows(source, target, each // directions)
-        found = rows.find(shape, directions, traced_size)
-        if found is None:
-            raise _NoMatch
-        return rows, *found
-
-    def core(self, scan: fx.Node) -> None:
-        """One scan with all around it."""
-        arguments: tuple[Any, ...] = scan.args
-        u, delta, a, b, c, skip, z, bias, softplus, *_ = arguments
-        if z is not None or any(scan.kwargs.values()) or not isinstance(u, fx.Node):
-            raise _NoMatch
-        if u.target is not flat_sequences or not isinstance(softplus, bool):
-            raise _NoMatch
-        of_u, paths = self.quantizer(u.args[0]), u.args[1]
-        assert isinstance(paths, fx.Node)
-        outputs = [n for n in scan.users if n.users]
-        merges = next((n for n in outputs[0].users), None) if len(outputs) == 1 else None
-        if merges is None or len(outputs[0].users) != 1 or not isinstance(merges.target, Merges):
-            raise _NoMatch
-        image = merges.args[1]
-        assert isinstance(image, fx.Node)
-        directions = _shape(outputs[0])[1] // _shape(image)[1]
-
-        of_delta = self.quantizer(delta) if is_quantizer(delta) else None
-        delta = delta if of_delta is None else of_delta.args[0]
-        steps = self.source(delta)
-        of_rank = next((i for i in steps.all_input_nodes if is_quantizer(i)), None)
-        of_rank = self.quantizer(of_rank, exact=True)
-        dt_weight = projection(steps, of_rank, _shape(of_rank), directions)
-        of_b, of_c = self.quantizer(b), self.quantizer(c)
-        readers = [q.args[0] for q in (of_rank, of_b, of_c)]
-        made = {self.source(n) for n in readers}
-        if len(made) != 1 or dt_weight is None:
-            raise _NoMatch
-        rows_node = made.pop()
-        if rows_node.target is not projected:
-            raise _NoMatch
-        value, x_weight, other, _ = rows_node.args
-        of_x = self.quantizer(value, exact=True)
-        # Both look at the same image, in the same orders.
-        pixels: list[Any] = [q.args[0] for q in (of_u, of_x)]
-        if {p.args[0] for p in pixels} != {image} or other not in self._same(paths):
-            raise _NoMatch
-        found = [self.rows(rows_node, n, directions) for n in readers]
-        last = self.rows(steps, delta, directions)
-        rank, states, same = (f[2] for f in found)
-        if states != same or states > cpu.MOST_STATES or last[1:] != (0, _shape(image)[1]):
-            raise _NoMatch
-        core = _Core(
-            merges.target,
-            [*(f[0] for f in found), last[0]],
-            (found[0][1], found[1][1], found[2][1]),
-            (found[0][0].rows, rank, states),
-            softplus,
-        )
-        core.known = self.known.setdefault(core.signature(), core.known)
-        weights = self.weight(x_weight, 2), self.weight(dt_weight, 2)
-        there = self.copy[merges]
-        with self.graph.inserting_before(there):
-            modules = (of_x, weights[0], of_rank, weights[1], of_u, of_delta, of_b, of_c, a, skip, bias)
-            sizes = (*(tuple(self.copy[n] for n in r.sizes) for r in core.rows), there.args[3:])
-            args = (self.copy[image], self.copy[paths], sizes, tuple(self.owner(m) for m in modules))
-            node = self.graph.call_function(core, args)
-            whole = self.graph.call_method("contiguous", (node,))  # dropped again where nothing needs it
-        node.meta.update(merges.meta)
-        node.meta["kernels"] = {n.meta["site"]: _KERNEL for n in (scan, rows_node, steps) if "site" in n.meta}
-        there.replace_all_uses_with(whole)
-        self.dead |= {merges, scan, outputs[0], steps, rows_node, u}
-        self.dead |= {n for n in (a, skip, bias) if isinstance(n, fx.Node) and n.op == "call_module"}
-        self.dead |= set(pixels)
-        self.changed = True
-
-    def _same(self, paths: fx.Node) -> set[fx.Node]:
-        """Nodes that make the orders that ``paths`` makes, of the same image."""
-        wanted = _order(paths)
-        return {
-            n
-            for n in self.old.nodes
-            if n is paths or (n.args[:1] == paths.args[:1] and _equal(_order(n), wanted))
-        }
-
-    def prune(self) -> None:
-        dead = {self.copy[n] for n in self.dead}
-        for n in reversed(list(self.graph.nodes)):
-            unread = not n.users and n.op not in ("placeholder", "output")
-            gone = n in dead or is_move(n) or is_number(n) or n.op == "get_attr"
-            gone = gone or isinstance(n.target, PathsOf)
-            if unread and gone and not n.meta.get("mutates"):
-                self.graph.erase_node(n)
 
 
 def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     """The fused graph of a deployed model on a CPU; ``graph`` itself if nothing in it can be fused."""
     fused = fuse(graph, model)
-    d = _Deployer(fused, model)
+    d = Deployer(fused, model)
     for n in fused.nodes:
-        if n.target is _SCAN:
+        if n.target is SCAN:
             try:
                 d.core(n)
-            except _NoMatch:
+            except NoMatch:
                 continue
     if not d.changed:  # what is fused for other devices alone is no gain
-        d = _Deployer(graph, model)
+        d = Deployer(graph, model)
+    deploy_sequences(d)
+    for n in d.graph.nodes:
+        if n.op == "call_method" and n.target == "size" and len(n.args) == 2:
+            n.args = _earlier(*n.args)
     d.prune()
     for n in d.graph.nodes:
         n.meta.pop("region", None)  # without gradients there is nothing to compute again
@@ -311,6 +42,30 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         return graph
     d.graph.lint()
     return d.graph
+
+
+def _earlier(node: Any, dim: Any) -> tuple[Any, Any]:
+    """The tensor and axis that have the size for certain that ``node`` has in ``dim``, so that no copy is asked."""
+    while isinstance(node, fx.Node) and isinstance(dim, int):
+        shape, name = shape_of(node), op_name(node)
+        if shape is None:
+            break
+        dim %= len(shape)
+        above = node.args[0] if node.args else None
+        if name in ("flip", "contiguous", "clone", "float"):
+            node = above
+        elif name == "transpose" and len(node.args) == 3:
+            axes: tuple[Any, ...] = node.args[1:]
+            pair = [a % len(shape) for a in axes]
+            node, dim = above, pair[1 - pair.index(dim)] if dim in pair else dim
+        elif name == "getitem" and isinstance(above, fx.Node) and op_name(above) in ("chunk", "split"):
+            cut = above.args[2] if len(above.args) > 2 else above.kwargs.get("dim", 0)
+            if not isinstance(cut, int) or cut % len(shape) == dim:
+                break
+            node = above.args[0]
+        else:
+            break
+    return node, dim
 
 
 def kernels(graph: fx.Graph) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,7 @@ __all__ = [
     "linear",
     "plain",
     "scan_core",
+    "sequence_core",
     "static",
     "takes_weight",
 ]
@@ -187,6 +189,19 @@ def _product(
     return cpu.linear(codes, grid, weights, _bias(bias))
 
 
+def _project(
+    x: Tensor,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    norm: Norm | None = None,
+    z: Tensor | None = None,
+) -> Tensor:
+    """``_product`` of a static quantizer, and of ``norm(x) * silu(z)``, without values or codes of all rows."""
+    weights = _matrix(weight, (weight.shape[0], x.shape[2]))
+    return cpu.project(x, _grid(of_x, _no_moments, 0), weights, _bias(bias), norm=norm, z=z)
+
+
 def _rows(x: Tensor) -> Tensor:
     """(samples, .., columns) -> (samples, rows, columns)."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
@@ -220,6 +235,8 @@ def linear(
     q = _inner(of_x)
     if not isinstance(q, DLS) or q.stats_axis is None:  # samples do not matter
         rows = rows.flatten(0, 1)[None]
+    if static(of_x):
+        return _project(rows, of_x, weight, bias, fused).view(*x.shape[:-1], -1)
     return _product(rows, of_x, weight, bias, fused).view(*x.shape[:-1], -1)
 
 
@@ -233,8 +250,10 @@ def gated_linear(
 ) -> Tensor:
     """``linear`` of ``norm(x) * silu(z)``, all (samples, .., columns)."""
     x, fused = _fused_norm(norm, x)
-    x4, z4 = (_rows(t if t.stride(-1) == 1 else t.contiguous()).unsqueeze(2) for t in (x, z))
-    y, moments = cpu.gate(x4, z4, fused, with_moments=dynamic(of_x))
+    x3, z3 = (_rows(t if t.stride(-1) == 1 else t.contiguous()) for t in (x, z))
+    if static(of_x):
+        return _project(x3, of_x, weight, bias, fused, z3).view(*x.shape[:-1], -1)
+    y, moments = cpu.gate(x3.unsqueeze(2), z3.unsqueeze(2), fused, with_moments=True)
     return _product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1)
 
 
@@ -314,16 +333,24 @@ def scan_core(
     """
     batch, pixels, channels = x.shape
     directions, (rows, rank, states) = len(order), ranks
+    weights = _matrix(projection, (directions * rows, channels))
+    steps = _matrix(dt_weight, (directions, channels, rank))
+    quantizers = [q for q in (of_x, of_u, of_rank, of_delta, of_b, of_c) if q is not None]
+    if all(map(static, quantizers)):
+        grids = {q: _grid(q, _no_moments, 0) for q in quantizers}
+        return cpu.core(
+            x, None if of_x is of_u else grids[of_x], weights, places, grids[of_u], grids[of_rank], steps,
+            None if of_delta is None else grids[of_delta], plain(a), grids[of_b], grids[of_c], plain(skip), plain(bias),
+            softplus, order.contiguous(), rank,
+        )  # fmt: skip
     image = x.unsqueeze(2)
     codes, grid = _encode(image, of_x, directions)
     u = (codes, grid) if of_u is of_x else _encode(image, of_u, directions)
-    weights = _matrix(projection, (directions * rows, channels))
     made = cpu.linear(codes, grid, weights).view(batch, pixels, directions, rows)
     low, b, c = (
         _encode(made[..., at : at + n], q, by_group=True)
         for at, n, q in zip(places, (rank, states, states), (of_rank, of_b, of_c), strict=True)
     )
-    steps = _matrix(dt_weight, (directions, channels, rank))
     of_steps = None
     if of_delta is not None:
         count = pixels * directions * channels
@@ -331,3 +358,54 @@ def scan_core(
     return cpu.scan(
         u, low, steps, of_steps, plain(a), b, c, plain(skip), plain(bias), softplus, order.contiguous()
     )
+
+
+def sequence_core(
+    x: Tensor,
+    reverse: bool,
+    shift: int,
+    ranks: tuple[int, int, int],
+    places: tuple[int, int, int],
+    of_taps: nn.Module,
+    taps: PackedTensor,
+    taps_bias: Tensor | None,
+    act: nn.Module | None,
+    *modules: Any,
+    softplus: bool,
+) -> Tensor:
+    """A convolution along a sequence, SiLU, and ``scan_core`` of its one direction: (B, L, D).
+
+    Args:
+        x: (B, L, D), any strides.
+        reverse: the sequence runs from the last row to the first.
+        shift: step t reads steps t + shift, t + shift + 1, .., where there are any.
+        of_taps: the quantizer of x; taps: (D, 1, T).
+        act: the SiLU, where that is a module.
+        modules: those of ``scan_core``.
+    """
+    count = taps.shape[2]
+    offsets = [-(shift + i) if reverse else shift + i for i in range(count)]
+    reach = max(map(abs, offsets))
+
+    def spread() -> Tensor:
+        """Taps of a convolution that looks as far to both sides, zeros where there are none."""
+        values = taps().float().reshape(-1, count).T
+        wide = values.new_zeros(2 * reach + 1, values.shape[1])
+        wide[[reach + o for o in offsets]] = values
+        return cpu.by_lanes(wide)
+
+    image = x.unsqueeze(1)
+    grid = _grid(of_taps, lambda: cpu.moments(image), x[0].numel())
+    bias = cpu.by_lanes(x.new_zeros(x.shape[2]) if taps_bias is None else taps_bias)
+    weights = _kept(taps, ("sequence", reverse, shift), spread)
+    silu = act is None or not hooks_of(act)
+    y = cpu.depthwise(image, grid, weights, bias, (1, 2 * reach + 1), (1, 1), silu).squeeze(1)
+    if act is not None and not silu:
+        y = act(y)
+    return scan_core(y, _order(x.shape[1], reverse), ranks, places, *modules, softplus=softplus)
+
+
+@lru_cache(maxsize=64)
+def _order(length: int, reverse: bool) -> Tensor:
+    order = torch.arange(length, dtype=torch.int32)[None]
+    return order.flip(1).contiguous() if reverse else order

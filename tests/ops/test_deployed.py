@@ -192,6 +192,49 @@ def test_linear(
 @FEW
 @given(
     st.integers(1, 2),
+    st.integers(1, 140),
+    st.integers(1, 80),
+    st.integers(1, 100),
+    bit_widths,
+    st.sampled_from(["rows", "strided", "columns", "norm", "gate", "norm and gate"]),
+    seeds,
+)
+def test_a_projection_is_its_parts(
+    path: int, batch: int, rows: int, inputs: int, outputs: int, bits: int, form: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    grid = make_grid(bits, 1)
+    x, z = torch.randn(batch, rows, inputs + 3)[..., 2:-1], None
+    if form == "rows":
+        x = x.contiguous()
+    elif form == "columns":
+        x = torch.randn(batch, inputs, rows).transpose(1, 2)
+    if rows > 3:
+        x[0, 2, 0] = math.nan
+    norm = Norm(torch.rand(inputs), torch.randn(inputs), 1e-5) if "norm" in form else None
+    weights, _ = make_weight((outputs, inputs), bits, path)
+    bias = cpu.by_lanes(torch.randn(outputs), path)
+    if "gate" in form:
+        z = torch.randn(batch, rows, 2 * inputs)[..., inputs:]
+        gated, _ = cpu.gate(x.unsqueeze(2), z.unsqueeze(2), norm, path=path)
+        codes = cpu.encode(gated.unsqueeze(2), grid, path=path)
+    else:
+        codes = cpu.encode(x.unsqueeze(2), grid, norm=norm, path=path)
+    want = cpu.linear(codes, grid, weights, bias, path)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            got = cpu.project(x, grid, weights, bias, norm=norm, z=z, path=path)
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@FEW
+@given(
+    st.integers(1, 2),
     st.integers(1, 14),
     st.integers(1, 70),
     st.integers(1, 20),
@@ -355,6 +398,62 @@ def test_scan(
     torch.set_num_threads(3)
     try:
         assert torch.equal(core.run(grid, a), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@FEW
+@given(
+    st.integers(1, 2),
+    st.integers(1, 150),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 5, 16, 33, 72]),
+    st.sampled_from([1, 3, 10, 16]),
+    st.sampled_from([1, 5, 12]),
+    bit_widths,
+    st.booleans(),
+    st.booleans(),
+    seeds,
+)
+def test_a_core_is_its_parts(
+    path: int, batch: int, pixels: int, directions: int, channels: int, states: int, ranks: int, bits: int, same: bool,
+    by_column: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    shape = (batch, channels, pixels) if by_column else (batch, pixels, channels)
+    x = torch.randn(shape).transpose(1, 2) if by_column else torch.randn(shape)
+    if pixels > 3:
+        x[0, 2, 0] = math.nan
+    of_x, of_u, of_rank, of_b, of_c, of_delta = (make_grid(bits, 1) for _ in range(6))
+    rows = ranks + 2 * states + 1
+    places = (1, 1 + ranks, 1 + ranks + states)
+    projection, _ = make_weight((directions * rows, channels), bits, path)
+    steps, _ = make_weight((directions, channels, ranks), bits, path)
+    a = decays("ladder", directions, channels, states)
+    skip, bias = torch.randn(directions * channels), torch.randn(directions * channels)
+    order = torch.stack([torch.randperm(pixels) for _ in range(directions)]).int()
+
+    image = x.unsqueeze(2)
+    u = cpu.encode(image, of_u, path=path)
+    codes, grid = (u, of_u) if same else (cpu.encode(image, of_x, path=path), of_x)
+    made = cpu.linear(codes, grid, projection, path=path).view(batch, pixels, directions, rows)
+    rank, b, c = (
+        cpu.encode(made[..., at : at + n], g, by_group=True, path=path)
+        for at, n, g in zip(places, (ranks, states, states), (of_rank, of_b, of_c), strict=True)
+    )
+    want = cpu.scan(
+        (u, of_u), (rank, of_rank), steps, of_delta, a, (b, of_b), (c, of_c), skip, bias, True, order, path
+    )
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            got = cpu.core(
+                x, None if same else of_x, projection, places, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip,
+                bias, True, order, ranks, path,
+            )  # fmt: skip
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     finally:
         torch.set_num_threads(threads)
 

@@ -26,6 +26,7 @@ __all__ = [
     "NAME",
     "by_lanes",
     "conv",
+    "core",
     "delta_moments",
     "depthwise",
     "encode",
@@ -34,6 +35,7 @@ __all__ = [
     "moments",
     "pack",
     "paths",
+    "project",
     "ranges",
     "scan",
     "unavailable",
@@ -125,6 +127,18 @@ class _LinearCall(ctypes.Structure):
     ]
 
 
+class _ProjectCall(ctypes.Structure):
+    _fields_ = [
+        *_integers("path", "threads", "batch", "rows", "inputs", "outputs"),
+        ("x", _Values),
+        ("z", _Values),
+        ("norm", _Norm),
+        ("quantizer", _Quantizer),
+        ("weights", _Weights),
+        *_pointers("bias", "workspace", "y"),
+    ]
+
+
 class _Window(ctypes.Structure):
     _fields_ = _integers("height", "width", "down", "right")
 
@@ -164,6 +178,17 @@ class _ScanCall(ctypes.Structure):
     ]
 
 
+class _CoreCall(ctypes.Structure):
+    _fields_ = [
+        ("x", _Values),
+        ("of_x", _Quantizer),
+        ("projection", _Weights),
+        *_integers("rows", "at_rank", "at_b", "at_c", "ranks"),
+        *_pointers("workspace"),
+        ("scan", _ScanCall),
+    ]
+
+
 @functools.cache
 def _found() -> ctypes.CDLL | str:
     found = native.library()
@@ -175,14 +200,19 @@ def _found() -> ctypes.CDLL | str:
         "gate": _GateCall,
         "ranges": _RangesCall,
         "linear": _LinearCall,
+        "project": _ProjectCall,
         "conv": _ConvCall,
         "depthwise": _DepthwiseCall,
         "delta_moments": _ScanCall,
         "scan": _ScanCall,
+        "core": _CoreCall,
     }
     for name, call in calls.items():
         function = getattr(found, f"ssmquant_deployed_{name}")
         function.argtypes, function.restype = [ctypes.POINTER(call)], None
+    for name in ("project", "core"):
+        function = getattr(found, f"ssmquant_deployed_{name}_workspace")
+        function.argtypes, function.restype = [ctypes.POINTER(calls[name])], ctypes.c_int64
     for name in ("paths", "path", "lanes", "unit", "tasks"):
         function = getattr(found, f"ssmquant_deployed_{name}")
         function.argtypes = [] if name == "paths" else [ctypes.c_int64]
@@ -367,6 +397,38 @@ def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, p
     return y
 
 
+def project(
+    x: Tensor,
+    grid: Grid,
+    weights: Weights,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    z: Tensor | None = None,
+    path: int = 0,
+) -> Tensor:
+    """``linear`` of the codes of ``norm(x)``, or of ``norm(x) * silu(z)``: (batch, rows, outputs).
+
+    Args:
+        x: (batch, rows, inputs), any strides; with a norm or a z, columns next to each other.
+        grid: without ``low`` and ``high``.
+        z: as x.
+    """
+    batch, rows, inputs = x.shape
+    y = torch.empty(batch, rows, weights.outputs)
+    call = _ProjectCall(path, torch.get_num_threads(), batch, rows, inputs, weights.outputs)
+    call.x, call.norm = _values(x.unsqueeze(2)), _norm(norm)
+    if z is not None:
+        call.z = _values(z.unsqueeze(2))
+    call.quantizer, call.weights = _quantizer(grid), _weights(weights)
+    call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
+    library = _library()
+    scratch = torch.empty(library.ssmquant_deployed_project_workspace(call), dtype=torch.uint8)
+    call.workspace = scratch.data_ptr()
+    library.ssmquant_deployed_project(call)
+    return y
+
+
 def conv(
     x: Codes,
     grid: Grid,
@@ -465,7 +527,27 @@ def scan(
         order: (K, L) int32, contiguous, each row a permutation: the pixel of every step.
     """
     call = _scan_call(*rank, weights, path)
+    y, _done = _fill(call, u, of_delta, a, b, c, skip, bias, softplus, order)
+    _library().ssmquant_deployed_scan(call)
+    return y
+
+
+def _fill(
+    call: _ScanCall,
+    u: tuple[Codes, Grid],
+    of_delta: Grid | None,
+    a: Tensor,
+    b: tuple[Codes, Grid],
+    c: tuple[Codes, Grid],
+    skip: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    order: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The operands of ``scan``; its result, and what has to live as long as the call."""
     call.states = a.shape[1]
+    if call.states > MOST_STATES:
+        raise InputError(f"deployed: a scan takes up to {MOST_STATES} states, not {call.states}")
     call.u, call.of_u = _codes(u[0]), _quantizer(u[1])
     call.b, call.of_b = _codes(b[0]), _quantizer(b[1])
     call.c, call.of_c = _codes(c[0]), _quantizer(c[1])
@@ -473,10 +555,58 @@ def scan(
         call.of_delta = _quantizer(of_delta)
     call.a, call.softplus, call.order = a.data_ptr(), softplus, order.data_ptr()
     call.skip, call.bias = (None if t is None else t.data_ptr() for t in (skip, bias))
-    done = torch.zeros(call.batch * weights.scale[0].numel(), dtype=torch.int64)  # more than tiles
+    done = torch.zeros(call.batch * -(-call.channels // 4), dtype=torch.int64)  # more than tiles
     y = torch.empty(call.batch, call.pixels, call.channels)
     call.done, call.y = done.data_ptr(), y.data_ptr()
-    if call.states > MOST_STATES:
-        raise InputError(f"deployed: a scan takes up to {MOST_STATES} states, not {call.states}")
-    _library().ssmquant_deployed_scan(call)
+    return y, done
+
+
+def core(
+    x: Tensor,
+    of_x: Grid | None,
+    projection: Weights,
+    places: tuple[int, int, int],
+    of_u: Grid,
+    of_rank: Grid,
+    steps: Weights,
+    of_delta: Grid | None,
+    a: Tensor,
+    of_b: Grid,
+    of_c: Grid,
+    skip: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    order: Tensor,
+    ranks: int,
+    path: int = 0,
+) -> Tensor:
+    """``scan`` of an image from its values: (B, L, D). No grid has ``low`` or ``high``.
+
+    Args:
+        x: (B, L, D), any strides.
+        of_x: of what is projected; None if that has the codes of ``of_u``.
+        projection: (K * E, D); of E rows, ``places`` say where the low rank, B and C begin.
+        steps: (K, D, R), ``weights`` of ``scan``; ``ranks``: R.
+        of_u, of_rank, of_delta, of_b, of_c, a, skip, bias, softplus, order: as for ``scan``.
+    """
+    batch, pixels, channels = x.shape
+    directions, states = len(order), a.shape[1]
+
+    def room(groups: int, columns: int) -> Codes:
+        codes = _room(batch, groups, pixels, -(-columns // _PAD) * _PAD, zero=False)
+        return Codes(codes.data.transpose(1, 2), codes.sums.transpose(1, 2))
+
+    u, rank, b, c = room(1, channels), *(room(directions, n) for n in (ranks, states, states))
+    call = _CoreCall(_values(x.unsqueeze(2)))
+    if of_x is not None:
+        call.of_x = _quantizer(of_x)
+    call.projection, call.rows = _weights(projection), projection.outputs // directions
+    call.at_rank, call.at_b, call.at_c = places
+    call.ranks = ranks
+    call.scan = _scan_call(rank, of_rank, steps, path)
+    y, _done = _fill(call.scan, (u, of_u), of_delta, a, (b, of_b), (c, of_c), skip, bias, softplus, order)
+    library = _library()
+    scratch = torch.empty(library.ssmquant_deployed_core_workspace(call), dtype=torch.uint8)
+    call.workspace = scratch.data_ptr()
+    library.ssmquant_deployed_core(call)
     return y

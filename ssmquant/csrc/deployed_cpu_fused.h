@@ -1,0 +1,101 @@
+// Chains of the other kernels over some rows, whose values and codes stay in a cache. See deployed_cpu.h.
+#pragma once
+
+#include "deployed_cpu_encode.h"
+#include "deployed_cpu_linear.h"
+
+namespace {
+
+// norm(x) * silu(z) of one row.
+SSMQUANT_INLINE void gate_row(const Norm& norm, const float* x, const float* z, int64_t columns, float* y) {
+  const Normal normal(norm, x, columns);
+  for (int64_t c = 0; c < columns; c += W) {
+    const int64_t some = columns - c;
+    store_some(y + c, normal.at(load_some(x + c, some), c, some) * silu(load_some(z + c, some)), some);
+  }
+}
+
+void gate(const GateCall& call, const Part& part, double* to) {
+  no_moments(to);
+  float* const out = call.y + (part.sample * call.rows + part.first) * call.columns;
+  for (int64_t r = 0; r < part.count; ++r) {
+    const float* x = call.x.data + part.sample * call.x.batch + (part.first + r) * call.x.row;
+    const float* z = call.z.data + part.sample * call.z.batch + (part.first + r) * call.z.row;
+    gate_row(call.norm, x, z, call.columns, out + r * call.columns);
+  }
+  if (call.moments != nullptr) add_moments(out, part.count * call.columns, to);
+}
+
+SSMQUANT_INLINE const float* row_of(const Values& x, const Part& part) {
+  return x.data + part.sample * x.batch + part.first * x.row;
+}
+
+// The codes of some rows, next to each other.
+SSMQUANT_INLINE void encode_rows(const Values& x, const Part& part, const Norm& norm, const Quantizer& quantizer,
+                                 int64_t columns, const Codes& codes) {
+  EncodeCall call{};
+  call.groups = 1, call.columns = columns;
+  call.x = x, call.x.data = row_of(x, part);
+  call.norm = norm, call.quantizer = quantizer;
+  call.codes = codes;
+  encode(call, {0, 0, part.count});
+}
+
+SSMQUANT_INLINE void linear_rows(const Codes& codes, int64_t count, const Quantizer& quantizer, const Weights& weights,
+                                 const float* bias, int64_t outputs, float* y) {
+  LinearCall call{};
+  call.outputs = outputs, call.x = codes, call.quantizer = quantizer, call.weights = weights;
+  call.bias = bias, call.y = y;
+  Linear{call, Grid(quantizer, 0), 0, count}.on_codes();
+}
+
+void project(const ProjectCall& call, const Part& part, void* workspace) {
+  const bool gated = call.z.data != nullptr;
+  const Scratch scratch{gated ? call.inputs : 0, padded(call.inputs)};
+  const Codes codes{scratch.codes(workspace), scratch.sums(workspace), scratch.padded, 0, 1, 1};
+  if (gated) {
+    float* const values = scratch.values(workspace);
+    const float *x = row_of(call.x, part), *z = row_of(call.z, part);
+    for (int64_t r = 0; r < part.count; ++r) {
+      gate_row(call.norm, x + r * call.x.row, z + r * call.z.row, call.inputs, values + r * call.inputs);
+    }
+    encode_rows({values, 0, call.inputs, 0, 1}, {0, 0, part.count}, Norm{}, call.quantizer, call.inputs, codes);
+  } else {
+    encode_rows(call.x, part, call.norm, call.quantizer, call.inputs, codes);
+  }
+  float* const y = call.y + (part.sample * call.rows + part.first) * call.outputs;
+  linear_rows(codes, part.count, call.quantizer, call.weights, call.bias, call.outputs, y);
+}
+
+// Codes of some columns of each direction.
+SSMQUANT_INLINE void encode_directions(const CoreCall& call, const Part& part, const float* made, int64_t at,
+                                       int64_t columns, const Quantizer& quantizer, const Codes& to) {
+  EncodeCall all{};
+  all.groups = call.scan.directions, all.columns = columns;
+  all.x = {made + at, 0, call.scan.directions * call.rows, call.rows, 1};
+  all.quantizer = quantizer;
+  all.codes = to;
+  const int64_t first = part.sample * to.batch + part.first * to.row;
+  all.codes.data += first * to.padded, all.codes.sums += first;
+  encode(all, {0, 0, part.count});
+}
+
+void prepare(const CoreCall& call, const Part& part, void* workspace) {
+  const ScanCall& scan = call.scan;
+  const int64_t outputs = scan.directions * call.rows;
+  const Scratch scratch{outputs, padded(scan.channels)};
+  Codes u = scan.u;
+  const int64_t first = part.sample * u.batch + part.first * u.row;
+  u.data += first * u.padded, u.sums += first;
+  encode_rows(call.x, part, Norm{}, scan.of_u, scan.channels, u);
+  const bool same = call.of_x.scale == nullptr;
+  const Codes x{scratch.codes(workspace), scratch.sums(workspace), scratch.padded, 0, 1, 1};
+  if (!same) encode_rows(call.x, part, Norm{}, call.of_x, scan.channels, x);
+  float* const made = scratch.values(workspace);
+  linear_rows(same ? u : x, part.count, same ? scan.of_u : call.of_x, call.projection, nullptr, outputs, made);
+  encode_directions(call, part, made, call.at_rank, call.ranks, scan.of_rank, scan.rank);
+  encode_directions(call, part, made, call.at_b, scan.states, scan.of_b, scan.b);
+  encode_directions(call, part, made, call.at_c, scan.states, scan.of_c, scan.c);
+}
+
+}  // namespace
