@@ -34,7 +34,7 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     deploy_sequences(d)
     for n in d.graph.nodes:
         if n.op == "call_method" and n.target == "size" and len(n.args) == 2:
-            n.args = _earlier(*n.args)
+            n.args = _earlier(model, *n.args)
     d.prune()
     for n in d.graph.nodes:
         n.meta.pop("region", None)  # without gradients there is nothing to compute again
@@ -44,7 +44,10 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     return d.graph
 
 
-def _earlier(node: Any, dim: Any) -> tuple[Any, Any]:
+_SAME_SHAPE = (nn.LayerNorm, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout)
+
+
+def _earlier(model: nn.Module, node: Any, dim: Any) -> tuple[Any, Any]:
     """The tensor and axis that have the size for certain that ``node`` has in ``dim``, so that no copy is asked."""
     while isinstance(node, fx.Node) and isinstance(dim, int):
         shape, name = shape_of(node), op_name(node)
@@ -52,7 +55,8 @@ def _earlier(node: Any, dim: Any) -> tuple[Any, Any]:
             break
         dim %= len(shape)
         above = node.args[0] if node.args else None
-        if name in ("flip", "contiguous", "clone", "float"):
+        plain = node.op == "call_module" and type(model.get_submodule(str(node.target))) in _SAME_SHAPE
+        if plain or name in ("flip", "contiguous", "clone", "float"):
             node = above
         elif name == "transpose" and len(node.args) == 3:
             axes: tuple[Any, ...] = node.args[1:]

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ssmquant.graph.deploy_layers import called
 from ssmquant.graph.fuse import between, flat_sequences, is_quantizer, projected, projection
-from ssmquant.graph.moves import evaluate, is_move, is_number, signature, sizes_of, traced_size
+from ssmquant.graph.moves import evaluate, is_move, is_number, once, signature, sizes_of, traced_size
 from ssmquant.graph.orders import Merges, PathsOf, Unfit, count, shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
@@ -55,6 +55,16 @@ class _Rows:
 
     def find(self, shape: tuple[int, ...], directions: int, size: Any) -> tuple[int, int] | None:
         """Where the rows begin and how many there are; None if they are no rows next to each other."""
+
+        def rows() -> tuple[int, int] | None:
+            return self._find(shape, directions, size)
+
+        found: tuple[int, int] | None = once(
+            "rows", self.source, self.nodes, [self.target], shape, size, rows, directions, self.rows
+        )
+        return found
+
+    def _find(self, shape: tuple[int, ...], directions: int, size: Any) -> tuple[int, int] | None:
         batch, length = shape[0], shape[-1]
         elements = count(shape)
         try:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.moves import evaluate, is_cast, is_move, is_number, traced_size
+from ssmquant.graph.moves import evaluate, is_cast, is_move, is_number, once, traced_size
 from ssmquant.graph.orders import Merges, PathsOf, Unfit, by_direction, count, is_merge, order_of, shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS
 from ssmquant.graph.sites import op_name
@@ -203,8 +203,8 @@ class _Fuser:
         )
         return node
 
-    def _moved(self, found: _CrossScan) -> dict[fx.Node, list[Any]]:
-        """All that moves elements of the image towards ``u`` or from there: numbers of elements (``moves``)."""
+    def _moved(self, found: _CrossScan) -> dict[fx.Node, Tensor | None]:
+        """All that moves elements of the image towards ``u`` or from there: the orders that they have, if any."""
         chain = set(found.nodes)
         for node in self.nodes:
             if not is_move(node) or node.meta.get("mutates") or node.meta.get("storage") in self.written:
@@ -214,17 +214,24 @@ class _Fuser:
         shape = shape_of(found.image)
         assert shape is not None
         nodes = sorted(chain, key=self.place.__getitem__)
-        values = evaluate(nodes, found.image, count(shape), traced_size)
-        del values[found.image]
-        return values
+
+        def orders() -> dict[int, Tensor | None]:
+            values = evaluate(nodes, found.image, count(shape), traced_size)
+            return {i: order_of(values[n], shape) for i, n in enumerate(nodes) if n in values}
+
+        here = once("moved", found.image, nodes, nodes, shape, traced_size, orders)
+        return {nodes[i]: order for i, order in here.items()}
 
     def _reader(
-        self, node: fx.Node, user: fx.Node, here: list[Any], found: _CrossScan, image: fx.Node, paths: fx.Node
+        self,
+        node: fx.Node,
+        user: fx.Node,
+        order: Tensor | None,
+        found: _CrossScan,
+        image: fx.Node,
+        paths: fx.Node,
     ) -> None:
         """What else reads the sequences: a projection of them (or of their quantized values) reads the image."""
-        image_shape = shape_of(found.image)
-        assert image_shape is not None
-        order = order_of(here, image_shape)
         if order is None or not torch.equal(order, found.order) or _is_cast_above(node, found):
             return
         # It has the orders of u at the sizes of the trace; at others they are found out, as u's are.
@@ -269,16 +276,26 @@ class _Fuser:
         if len(outputs) != 1 or outputs[0].op != "call_function" or image is None:
             return
         y, directions = outputs[0], len(found.order)
-        after = self.nodes[self.place[y] + 1 :]
-        elements = count((image[0], directions * image[1], found.order.shape[1]))
-        try:
-            values = evaluate(after, y, elements, traced_size)
-        except RuntimeError:
+        after = self._behind(y)
+        shape = (image[0], directions * image[1], found.order.shape[1])
+
+        def where() -> tuple[int, list[int]] | None:
+            """Which of the nodes has the sum, and which have elements of y."""
+            try:
+                values = evaluate(after, y, count(shape), traced_size)
+            except RuntimeError:
+                return None
+            for i, n in enumerate(after):
+                if n in values and is_merge(values[n], found.order, image):
+                    return i, [j for j, m in enumerate(after) if m in values]
+            return None
+
+        order = found.paths.signature(), tuple(map(traced_size, found.paths.sizes))
+        answer = once("merge", y, after, [], shape, traced_size, where, image, order)
+        if answer is None:
             return
-        total = next((n for n, terms in values.items() if is_merge(terms, found.order, image)), None)
-        if total is None:
-            return
-        known = {n for n in values if n is total or total in _reached(n)}
+        total = after[answer[0]]
+        known = {n for n in (y, *(after[i] for i in answer[1])) if n is total or total in _reached(n)}
         if any(user not in known and not is_number(user) for n in known - {total} for user in n.users):
             return
         bad = any(n.meta.get("mutates") or n.meta.get("storage") in self.written for n in known)
@@ -290,6 +307,16 @@ class _Fuser:
             sizes = (self.copy[n] for n in merges.sizes)
             made = self.new(scan, merges, (self.copy[y], self.copy[found.image], paths, *sizes))
         there.replace_all_uses_with(made)
+
+    def _behind(self, y: fx.Node) -> list[fx.Node]:
+        """What moves and adds up elements of ``y``, in order."""
+        found = {y}
+        for n in self.nodes[self.place[y] + 1 :]:
+            if any(i in found for i in n.all_input_nodes) and (
+                is_move(n) or op_name(n) in ("add", "iadd", "sum")
+            ):
+                found.add(n)
+        return sorted(found - {y}, key=self.place.__getitem__)
 
     def prune(self) -> None:
         """Drops what led to the sequences, and what one scan replaced that was made for another."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ssmquant.graph.provenance import OPS
 from ssmquant.graph.sites import op_name
 
-__all__ = ["evaluate", "is_cast", "is_move", "is_number", "signature", "sizes_of", "traced_size"]
+__all__ = ["evaluate", "is_cast", "is_move", "is_number", "once", "signature", "sizes_of", "traced_size"]
 
 _MOVES = {
     "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "flip", "unbind", "chunk", "split",
@@ -161,6 +161,34 @@ def signature(source: fx.Node, nodes: Sequence[fx.Node], targets: Sequence[fx.No
         return f"{n.op} {what} " + " ".join(map(repr, arguments))
 
     return (*map(text, nodes), *(places.get(t, "") for t in targets))
+
+
+_MOST_ANSWERS = 256
+_answers: dict[Any, Any] = {}
+
+
+def once(
+    what: str,
+    source: fx.Node,
+    nodes: Sequence[fx.Node],
+    targets: Sequence[fx.Node],
+    shape: Sequence[int],
+    size: Callable[[fx.Node], int],
+    find: Callable[[], Any],
+    *more: Any,
+) -> Any:
+    """``find()``, or what it found for the same chain of another block: numbers of elements take long in large images.
+
+    ``shape`` is that of ``source``; ``more``: what else the answer depends on.
+    """
+    sizes = tuple(size(n) for n in sizes_of(nodes, source))
+    key = (what, signature(source, nodes, targets), tuple(shape), sizes, *more)
+    if key not in _answers:
+        answer = find()
+        while len(_answers) >= _MOST_ANSWERS:
+            _answers.pop(next(iter(_answers), None), None)
+        _answers[key] = answer
+    return _answers[key]
 
 
 class _Name(str):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ssmquant.graph.moves import evaluate, is_cast, signature, sizes_of
+from ssmquant.graph.moves import evaluate, is_cast, once, signature, sizes_of
 from ssmquant.graph.sites import op_name
 from ssmquant.ops.cross_scan import Paths, cross_merge
 
@@ -117,14 +117,20 @@ class PathsOf:
     def find(
         self, shape: tuple[int, ...], size: Callable[[fx.Node], int], device: Any = "cpu"
     ) -> Tensor | None:
-        try:
-            values = evaluate(self.nodes, self.source, count(shape, device), size, self.targets)
-        except RuntimeError:
-            return None
-        first, *others = (order_of(values.get(t, ()), shape) for t in self.targets)
-        if first is None or any(o is None or not torch.equal(o, first) for o in others):
-            return None
-        return first
+        def orders() -> Tensor | None:
+            try:
+                values = evaluate(self.nodes, self.source, count(shape, device), size, self.targets)
+            except RuntimeError:
+                return None
+            first, *others = (order_of(values.get(t, ()), shape) for t in self.targets)
+            if first is None or any(o is None or not torch.equal(o, first) for o in others):
+                return None
+            return first
+
+        found: Tensor | None = once(
+            "paths", self.source, self.nodes, self.targets, shape, size, orders, device
+        )
+        return found
 
     @torch.no_grad()
     def __call__(self, x: Tensor, *sizes: int) -> Paths:
