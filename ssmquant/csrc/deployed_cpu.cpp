@@ -25,7 +25,7 @@ const Paths<DeployedPath> kPaths(nullptr, SSMQUANT_PATHS(ssmquant_deployed_));
 // What is worth another thread, and what an element takes, in tenths of a nanosecond.
 constexpr int64_t kThreadWork = 500000;
 namespace cost {
-constexpr int64_t encode = 4, moments = 4, gate = 10, tap = 1, delta = 6, state = 2;
+constexpr int64_t encode = 4, moments = 4, gate = 10, blend = 3, tap = 1, delta = 6, state = 2;
 }
 constexpr int64_t kProducts = 16;  // multiplications of codes in that time
 
@@ -122,6 +122,12 @@ SSMQUANT_EXPORT void ssmquant_deployed_linear(const LinearCall* call) {
   const int64_t work = call->batch * call->rows * call->outputs * (call->x.padded / kProducts + 1);
   share(useful_threads(*call, work), tasks_of(call->batch, call->rows),
         [&](int64_t i, int64_t) { run(*call, part_of(call->rows, i)); });
+}
+
+SSMQUANT_EXPORT void ssmquant_deployed_blend(const BlendCall* call) {
+  const auto run = kPaths.found[call->path]->blend;
+  share(useful_threads(*call, call->batch * call->rows * call->columns * cost::blend),
+        tasks_of(call->batch, call->rows), [&](int64_t i, int64_t) { run(*call, part_of(call->rows, i)); });
 }
 
 // Bytes of scratch that a call needs.

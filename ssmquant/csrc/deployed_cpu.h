@@ -116,8 +116,20 @@ struct ProjectCall {
   Quantizer quantizer;  // without low and high
   Weights weights;
   const float* bias;  // (tiles * lanes), or null
+  Values residual;    // is added, times gain; data: or null. Next to each other in a row
+  const float* gain;  // (outputs), or null for 1
   void* workspace;    // ssmquant_deployed_project_workspace bytes
   float* y;           // (batch, rows, outputs)
+};
+
+// x * gain + v * scale, of rows whose columns are next to each other.
+struct BlendCall {
+  int64_t path, threads;
+  int64_t batch, rows, columns;
+  Values x, v;
+  const float* gain;   // (columns), or null for 1
+  const float* scale;  // (batch, columns)
+  float* y;            // (batch, rows, columns)
 };
 
 struct Window {  // of a convolution with stride 1
@@ -138,7 +150,7 @@ struct ConvCall {
   float* y;             // (batch, height, width, outputs)
 };
 
-// A depthwise convolution, on values that are quantized while they are read.
+// A depthwise convolution, on values that are quantized while they are read, and an activation.
 struct DepthwiseCall {
   int64_t path, threads;
   int64_t batch, height, width, channels;
@@ -146,7 +158,7 @@ struct DepthwiseCall {
   Values x;       // (batch, height, width, channels)
   Quantizer quantizer;
   const float *weights, *bias;  // (taps, tiles * lanes), (tiles * lanes)
-  int64_t silu;
+  int64_t act;                  // 1: SiLU, 2: GELU
   float* y;  // (batch, height, width, channels)
 };
 
@@ -210,6 +222,7 @@ struct DeployedPath {
   void (*moments)(const MomentsCall&, const Part&, double* moments);
   void (*gate)(const GateCall&, const Part&, double* moments);
   void (*linear)(const LinearCall&, const Part&);
+  void (*blend)(const BlendCall&, const Part&);
   void (*project)(const ProjectCall&, const Part&, void* workspace);
   void (*prepare)(const CoreCall&, const Part&, void* workspace);  // all that a scan needs
   void (*conv)(const ConvCall&, int64_t sample, int64_t y);

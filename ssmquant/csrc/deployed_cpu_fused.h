@@ -65,6 +65,31 @@ void project(const ProjectCall& call, const Part& part, void* workspace) {
   }
   float* const y = call.y + (part.sample * call.rows + part.first) * call.outputs;
   linear_rows(codes, part.count, call.quantizer, call.weights, call.bias, call.outputs, y);
+  if (call.residual.data == nullptr) return;
+  const float* x = row_of(call.residual, part);
+  for (int64_t r = 0; r < part.count; ++r) {
+    float* const to = y + r * call.outputs;
+    for (int64_t c = 0; c < call.outputs; c += W) {
+      const int64_t some = call.outputs - c;
+      V value = load_some(x + r * call.residual.row + c, some);
+      if (call.gain != nullptr) value = value * load_some(call.gain + c, some);
+      store_some(to + c, value + load_some(to + c, some), some);
+    }
+  }
+}
+
+void blend(const BlendCall& call, const Part& part) {
+  const float *x = row_of(call.x, part), *v = row_of(call.v, part), *scale = call.scale + part.sample * call.columns;
+  float* const y = call.y + (part.sample * call.rows + part.first) * call.columns;
+  for (int64_t r = 0; r < part.count; ++r) {
+    for (int64_t c = 0; c < call.columns; c += W) {
+      const int64_t some = call.columns - c;
+      V value = load_some(x + r * call.x.row + c, some);
+      if (call.gain != nullptr) value = value * load_some(call.gain + c, some);
+      value = value + load_some(v + r * call.v.row + c, some) * load_some(scale + c, some);
+      store_some(y + r * call.columns + c, value, some);
+    }
+  }
 }
 
 // Codes of some columns of each direction.

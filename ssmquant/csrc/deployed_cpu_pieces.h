@@ -262,6 +262,18 @@ struct Normal {
   }
 };
 
+// x * (1 + erf(x / sqrt(2))) / 2, with erf by Abramowitz and Stegun, 7.1.26: to 1.5e-7.
+SSMQUANT_INLINE V gelu(V x) {
+  const V near = at_most(16.0f, at_least(-16.0f, x));  // beyond, nothing lies outside; a NaN stays one
+  const V size = at_least(near, -near) * 0.70710678f;
+  V e[1] = {size * size * float(-kLog2e)};
+  exp2<1>(e, 0.0f);
+  const V t = 1.0f / (1.0f + 0.3275911f * size);
+  const V p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  const V outside = near * (0.5f * p * e[0]);
+  return at_least(0.0f, x) - at_least(outside, -outside);
+}
+
 SSMQUANT_INLINE V silu(V x) {
   V e[1] = {x * float(-kLog2e)};
   exp2<1>(e, 0.0f);

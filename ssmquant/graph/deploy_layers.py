@@ -5,6 +5,7 @@ Results of convolutions are channels last, where nothing reads them that needs a
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -35,10 +36,15 @@ _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.Re
 
 
 def _linear(
-    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: deployed.LayerNorm
+    x: Tensor,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    norm: deployed.LayerNorm,
+    residual: deployed.Residual = None,
 ) -> Tensor:
-    _check(x)
-    return deployed.linear(x, of_x, weight, bias, norm)
+    _check(x, *(residual or ())[:1])
+    return deployed.linear(x, of_x, weight, bias, norm, residual)
 
 
 def _gated_linear(
@@ -48,10 +54,10 @@ def _gated_linear(
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
+    residual: deployed.Residual = None,
 ) -> Tensor:
-    _check(x)
-    _check(z)
-    return deployed.gated_linear(x, z, norm, of_x, weight, bias)
+    _check(x, z, *(residual or ())[:1])
+    return deployed.gated_linear(x, z, norm, of_x, weight, bias, residual)
 
 
 def _conv2d(
@@ -68,13 +74,20 @@ def _conv2d(
     return y if last else y.contiguous()
 
 
-def _check(x: Tensor) -> None:
+def _blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
+    _check(x, v, scale)
+    if scale.shape != (*v.shape[:1], v.shape[-1], 1, 1) or x.shape != v.shape:
+        raise Unfit
+    return deployed.blend(x, gain, v, scale)
+
+
+def _check(*tensors: Any) -> None:
     """The kernels are for float32, and for something."""
-    if x.dtype != torch.float32 or not x.numel():
+    if any(t.dtype != torch.float32 or not t.numel() for t in tensors):
         raise Unfit
 
 
-_OURS = (_linear, _gated_linear, _conv2d)
+_OURS = (_linear, _gated_linear, _blend, _conv2d)
 
 
 def _is_core(node: fx.Node) -> bool:
@@ -91,6 +104,7 @@ def called(model: nn.Module, node: Any, prefix: str) -> nn.Module | None:
 class _Layers:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self.graph, self.model = graph, model
+        self.gone: set[fx.Node] = set()
         # What is written to in place may be another value where a kernel would read it.
         self.written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
 
@@ -173,7 +187,7 @@ class _Layers:
                 if not self._any_strides(node):
                     new = self.graph.call_method("contiguous", (new,))
             else:
-                if packed.shape[1] == 1 and (act := self._silu(node)) is not None:
+                if packed.shape[1] == 1 and (act := self._activation(node)) is not None:
                     last = act
                 module = None if act is None else self._owner(act)
                 args = (value, *owners, bias, dilation, module, self._any_strides(last))
@@ -199,10 +213,16 @@ class _Layers:
     def _erase(self, *nodes: fx.Node) -> None:
         """Nodes that nothing reads any more, and what led to them alone."""
         for node in nodes:
-            if node.users or node.op in ("placeholder", "get_attr") or node.meta.get("mutates"):
+            if (
+                node in self.gone
+                or node.users
+                or node.op in ("placeholder", "get_attr")
+                or node.meta.get("mutates")
+            ):
                 continue
             before = node.all_input_nodes
             self.graph.erase_node(node)
+            self.gone.add(node)
             self._erase(*(n for n in before if is_move(n) or self._is_plain(n)))
 
     def _is_plain(self, node: fx.Node) -> bool:
@@ -279,12 +299,103 @@ class _Layers:
             return type(module) is nn.SiLU and not hooks_of(module)
         return node.target is F.silu
 
-    def _silu(self, node: fx.Node) -> fx.Node | None:
-        """A SiLU module of a layer's result, if nothing else reads that."""
+    def _activation(self, node: fx.Node) -> fx.Node | None:
+        """A SiLU or GELU module of a layer's result, if nothing else reads that."""
         user = next(iter(node.users)) if len(node.users) == 1 else None
         if user is None or user.op != "call_module" or user.args != (node,):
             return None
-        return user if type(self.model.get_submodule(str(user.target))) is nn.SiLU else None
+        module = self.model.get_submodule(str(user.target))
+        known = type(module) is nn.SiLU or (type(module) is nn.GELU and module.approximate == "none")
+        return user if known else None
+
+    def sum(self, node: fx.Node) -> bool:
+        """Makes a sum part of the kernel that makes one of its terms, or one kernel of a sum and its factors."""
+        if op_name(node) != "add" or len(node.args) != 2 or node.kwargs or node.meta.get("mutates"):
+            return False
+        for value, other in (node.args, node.args[::-1]):
+            if not isinstance(value, fx.Node) or not isinstance(other, fx.Node):
+                return False
+            if (
+                shape_of(value) != shape_of(node)
+                or shape_of(other) != shape_of(node)
+                or not self.is_fixed(node)
+            ):
+                continue
+            if self._residual(node, value, other) or self._blend(node, value, other):
+                return True
+        return False
+
+    def _residual(self, node: fx.Node, value: fx.Node, other: fx.Node) -> bool:
+        layer, between = value, []
+        while len(layer.users) == 1 and self._passes(layer):
+            between.append(layer)
+            layer = layer.args[0]  # type: ignore[assignment]
+        if layer.target not in (_linear, _gated_linear) or len(layer.users) != 1:
+            return False
+        if len(layer.args) != (5 if layer.target is _linear else 6) or layer is other or layer.kwargs:
+            return False
+        if not self.is_fixed(*layer.args[:2], other):
+            return False
+        x, gain = self._scaled(other, node)
+        with self.graph.inserting_before(node):
+            new = self.graph.call_function(layer.target, (*layer.args, (x, gain)))
+        new.meta.update(layer.meta)
+        new.meta["shape"] = shape_of(node)
+        node.replace_all_uses_with(new)
+        self._erase(node, *between, layer, other)
+        return True
+
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether a module gives back what it gets: of a deployed model, which is in eval mode."""
+        if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+            return False
+        module = self.model.get_submodule(str(node.target))
+        return isinstance(module, (nn.Identity, nn.Dropout)) or type(module).__name__ == "DropPath"
+
+    def _scaled(self, node: fx.Node, user: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """(x, gain) where ``node``, which only ``user`` reads, is x by a vector of its last axis."""
+        if op_name(node) == "mul" and list(node.users) == [user] and len(node.args) == 2 and not node.kwargs:
+            for x, gain in (node.args, node.args[::-1]):
+                shape = shape_of(x) if isinstance(x, fx.Node) else None
+                if shape is None or not isinstance(gain, fx.Node) or gain.op != "get_attr":
+                    continue
+                found = operator.attrgetter(str(gain.target))(self.model)
+                fits = (
+                    isinstance(found, Tensor) and found.shape == shape[-1:] and found.dtype == torch.float32
+                )
+                if fits and shape == shape_of(node) and self.is_fixed(x, gain):
+                    assert isinstance(x, fx.Node)
+                    return x, gain
+        return node, None
+
+    def _blend(self, node: fx.Node, value: fx.Node, other: fx.Node) -> bool:
+        """The sum of x and v * scale: v an image with channels last, scale one of each channel and sample."""
+        v = self._any_layout(value)
+        if len(v.users) != 1 or op_name(v) != "permute" or tuple(v.args[1:]) != (0, 2, 3, 1):
+            return False
+        product = v.args[0]
+        if op_name(product) != "mul" or len(product.users) != 1 or len(product.args) != 2 or product.kwargs:
+            return False
+        for image, scale in (product.args, product.args[::-1]):
+            shape, whole = (shape_of(n) if isinstance(n, fx.Node) else None for n in (scale, image))
+            if (
+                shape is None
+                or whole is None
+                or whole != shape_of(product)
+                or not self.is_fixed(image, scale, other)
+            ):
+                continue
+            if len(whole) != 4 or shape != (*whole[:2], 1, 1) or whole[2:] == (1, 1):
+                continue
+            x, gain = self._scaled(other, node)
+            with self.graph.inserting_before(node):
+                last = self.graph.call_method("permute", (image, 0, 2, 3, 1))
+                new = self.graph.call_function(_blend, (x, gain, last, scale))
+            new.meta.update(node.meta)
+            node.replace_all_uses_with(new)
+            self._erase(node, value, v, product, other)
+            return True
+        return False
 
     def drop_copy(self, node: fx.Node) -> None:
         """Leaves out what makes a result of kernels contiguous for readers that take any strides."""
@@ -365,6 +476,9 @@ def deploy_layers(graph: fx.Graph, model: nn.Module) -> bool:
     for node in list(graph.nodes):
         if node.target in (F.linear, F.conv2d):
             changed |= layers.layer(node)
+    for node in list(graph.nodes):
+        if node not in layers.gone:
+            layers.sum(node)
     for node in list(graph.nodes):
         layers.drop_copy(node)
     return changed

@@ -24,6 +24,7 @@ from ssmquant.quantizers import DLS, Quantizer
 from ssmquant.quantizers.bank import hooks_of
 
 __all__ = [
+    "blend",
     "coded",
     "conv2d",
     "dynamic",
@@ -196,10 +197,28 @@ def _project(
     bias: Tensor | None,
     norm: Norm | None = None,
     z: Tensor | None = None,
+    residual: Residual = None,
 ) -> Tensor:
     """``_product`` of a static quantizer, and of ``norm(x) * silu(z)``, without values or codes of all rows."""
     weights = _matrix(weight, (weight.shape[0], x.shape[2]))
-    return cpu.project(x, _grid(of_x, _no_moments, 0), weights, _bias(bias), norm=norm, z=z)
+    if residual is not None:
+        rows, gain = residual
+        residual = _dense(rows).reshape(*x.shape[:2], -1), None if gain is None else gain.contiguous()
+    return cpu.project(
+        x, _grid(of_x, _no_moments, 0), weights, _bias(bias), norm=norm, z=z, residual=residual
+    )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Columns next to each other."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _added(y: Tensor, residual: Residual) -> Tensor:
+    if residual is None:
+        return y
+    rows, gain = residual
+    return y + (rows if gain is None else rows * gain)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -207,6 +226,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
+Residual = tuple[Tensor, Tensor | None] | None
+"""Of the result's shape, and what its columns are multiplied by (None: 1) before they are added."""
 LayerNorm = tuple[Any, ...] | None
 """None, ``(module,)``, or ``(weight, bias, eps)``: a layer norm over the last axis."""
 
@@ -227,7 +248,12 @@ def _fused_norm(norm: LayerNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
 
 
 def linear(
-    x: Tensor, of_x: nn.Module, weight: PackedTensor, bias: Tensor | None, norm: LayerNorm = None
+    x: Tensor,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    norm: LayerNorm = None,
+    residual: Residual = None,
 ) -> Tensor:
     """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x."""
     x, fused = _fused_norm(norm, x)
@@ -236,8 +262,8 @@ def linear(
     if not isinstance(q, DLS) or q.stats_axis is None:  # samples do not matter
         rows = rows.flatten(0, 1)[None]
     if static(of_x):
-        return _project(rows, of_x, weight, bias, fused).view(*x.shape[:-1], -1)
-    return _product(rows, of_x, weight, bias, fused).view(*x.shape[:-1], -1)
+        return _project(rows, of_x, weight, bias, fused, residual=residual).view(*x.shape[:-1], -1)
+    return _added(_product(rows, of_x, weight, bias, fused).view(*x.shape[:-1], -1), residual)
 
 
 def gated_linear(
@@ -247,14 +273,22 @@ def gated_linear(
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
+    residual: Residual = None,
 ) -> Tensor:
     """``linear`` of ``norm(x) * silu(z)``, all (samples, .., columns)."""
     x, fused = _fused_norm(norm, x)
     x3, z3 = (_rows(t if t.stride(-1) == 1 else t.contiguous()) for t in (x, z))
     if static(of_x):
-        return _project(x3, of_x, weight, bias, fused, z3).view(*x.shape[:-1], -1)
+        return _project(x3, of_x, weight, bias, fused, z3, residual).view(*x.shape[:-1], -1)
     y, moments = cpu.gate(x3.unsqueeze(2), z3.unsqueeze(2), fused, with_moments=True)
-    return _product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1)
+    return _added(_product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1), residual)
+
+
+def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
+    """``x * gain + v * scale``: x and v (B, H, W, C), any strides, gain (C,) or None for 1, scale (B, C, 1, 1)."""
+    x3, v3 = (_dense(t).flatten(1, 2) for t in (x, v))
+    gain = None if gain is None else gain.contiguous()
+    return cpu.blend(x3, gain, v3, scale.flatten(1).contiguous()).view(x.shape)
 
 
 def conv2d(
@@ -267,7 +301,7 @@ def conv2d(
 ) -> Tensor:
     """A convolution of the quantized x, (B, C, H, W) with any strides, that keeps its size.
 
-    Dense (1x1 also of values that are clamped), or depthwise, then with SiLU if ``act`` is one.
+    Dense (1x1 also of values that are clamped), or depthwise, then with ``act``, a SiLU or GELU.
 
     Returns:
         (B, outputs, H, W), channels last.
@@ -279,10 +313,10 @@ def conv2d(
         grid = _grid(of_x, lambda: cpu.moments(image), x.numel() // batch)
         taps = _kept(weight, "taps", lambda: cpu.by_lanes(weight().float().reshape(outputs, -1).T))
         zeros = x.new_zeros(outputs) if bias is None else bias
-        silu = act is not None and not hooks_of(act)
-        y = cpu.depthwise(image, grid, taps, cpu.by_lanes(zeros), (kernel[0], kernel[1]), dilation, silu)
+        own = None if act is None or hooks_of(act) else "gelu" if type(act) is nn.GELU else "silu"
+        y = cpu.depthwise(image, grid, taps, cpu.by_lanes(zeros), (kernel[0], kernel[1]), dilation, own)
         y = y.permute(0, 3, 1, 2)
-        return y if act is None or silu else act(y)
+        return y if act is None or own is not None else act(y)
     if kernel == [1, 1]:
         return linear(x.permute(0, 2, 3, 1), of_x, weight, bias).permute(0, 3, 1, 2)
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
@@ -398,9 +432,9 @@ def sequence_core(
     grid = _grid(of_taps, lambda: cpu.moments(image), x[0].numel())
     bias = cpu.by_lanes(x.new_zeros(x.shape[2]) if taps_bias is None else taps_bias)
     weights = _kept(taps, ("sequence", reverse, shift), spread)
-    silu = act is None or not hooks_of(act)
+    silu = "silu" if act is None or not hooks_of(act) else None
     y = cpu.depthwise(image, grid, weights, bias, (1, 2 * reach + 1), (1, 1), silu).squeeze(1)
-    if act is not None and not silu:
+    if act is not None and silu is None:
         y = act(y)
     return scan_core(y, _order(x.shape[1], reverse), ranks, places, *modules, softplus=softplus)
 

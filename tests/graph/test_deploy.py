@@ -99,12 +99,27 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     return norm[0](x) if len(norm) == 1 else F.layer_norm(x, x.shape[-1:], *norm)
 
 
-def plain_linear(x: Tensor, of_x: Any, weight: Any, bias: Any, norm: Any = None) -> Tensor:
-    return F.linear(quantized(normed(norm, x), of_x), weight().flatten(1), bias)
+def plain_linear(
+    x: Tensor, of_x: Any, weight: Any, bias: Any, norm: Any = None, residual: Any = None
+) -> Tensor:
+    return added(F.linear(quantized(normed(norm, x), of_x), weight().flatten(1), bias), residual)
 
 
-def plain_gate(x: Tensor, z: Tensor, norm: Any, of_x: Any, weight: Any, bias: Any) -> Tensor:
-    return F.linear(quantized(normed(norm, x) * F.silu(z), of_x), weight(), bias)
+def plain_gate(
+    x: Tensor, z: Tensor, norm: Any, of_x: Any, weight: Any, bias: Any, residual: Any = None
+) -> Tensor:
+    return added(F.linear(quantized(normed(norm, x) * F.silu(z), of_x), weight(), bias), residual)
+
+
+def added(y: Tensor, residual: Any) -> Tensor:
+    if residual is None:
+        return y
+    x, gain = residual
+    return y + (x if gain is None else x * gain)
+
+
+def plain_blend(x: Tensor, gain: Any, v: Tensor, scale: Tensor) -> Tensor:
+    return (x if gain is None else x * gain) + v * scale.flatten(1)[:, None, None]
 
 
 def plain_conv(x: Tensor, of_x: Any, weight: Any, bias: Any, dilation: Any, act: Any = None) -> Tensor:
@@ -161,6 +176,7 @@ def plain_sequence(
 PLAIN = {
     "linear": plain_linear,
     "gated_linear": plain_gate,
+    "blend": plain_blend,
     "conv2d": plain_conv,
     "scan_core": plain_core,
     "sequence_core": plain_sequence,
@@ -206,7 +222,7 @@ def test_every_call_computes_what_it_stands_for(family: str, config: str, checke
     y = fused(model, x)
     assert y.shape == unfused(model, x).shape
     if family == "mambair":
-        assert checked["scan_core"] == checked["gated_linear"] == 2
+        assert checked["scan_core"] == checked["gated_linear"] == checked["blend"] == 2
         assert checked["conv2d"] >= 8
     if family == "vim":
         depth = checked["gated_linear"]

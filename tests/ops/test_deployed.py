@@ -221,14 +221,53 @@ def test_a_projection_is_its_parts(
     else:
         codes = cpu.encode(x.unsqueeze(2), grid, norm=norm, path=path)
     want = cpu.linear(codes, grid, weights, bias, path)
+    more, gain = torch.randn(batch, rows, outputs + 1)[..., 1:], torch.randn(outputs)
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             got = cpu.project(x, grid, weights, bias, norm=norm, z=z, path=path)
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            for g in (None, gain):
+                got = cpu.project(x, grid, weights, bias, norm=norm, z=z, residual=(more, g), path=path)
+                total = want.double() + more * (1 if g is None else g.double())
+                torch.testing.assert_close(got.double(), total, rtol=1e-5, atol=1e-5, equal_nan=True)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@FEW
+@given(st.integers(1, 3), st.integers(1, 140), st.integers(1, 70), st.booleans(), seeds)
+def test_blend(path: int, batch: int, rows: int, columns: int, scaled: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, v = torch.randn(batch, rows, columns + 2)[..., 2:], torch.randn(batch, rows, columns)
+    gain, scale = torch.randn(columns) if scaled else None, torch.randn(batch, columns)
+    v[0, 0, 0] = math.nan
+    got = cpu.blend(x, gain, v, scale, path)
+    want = x.double() * (1 if gain is None else gain.double()) + v.double() * scale.double()[:, None]
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gelu(path: int) -> None:
+    x = torch.cat((torch.linspace(-12, 12, 5001), torch.tensor([math.inf, -60.0, 1e30, -1e30, math.nan])))
+    x = x.view(1, 1, -1, 1)
+    grid = Grid(
+        torch.tensor([24 / 255]), torch.tensor([0.0]), -128, 127
+    )  # only the bias reaches the activation
+    zero = torch.zeros(1, 1)
+    values = x.flatten()
+    for value in values[::97].tolist() + values[-5:].tolist():
+        bias = cpu.by_lanes(torch.tensor([value]), path)
+        y = cpu.depthwise(x[:, :, :1], grid, cpu.by_lanes(zero, path), bias, (1, 1), (1, 1), "gelu", path)
+        want = (
+            F.gelu(torch.tensor(max(value, -60.0)).double())
+            if value == value
+            else torch.tensor(value).double()
+        )
+        torch.testing.assert_close(y.flatten()[0].double(), want, rtol=1e-6, atol=2e-7 * max(1.0, min(abs(value), 12)),
+                                   equal_nan=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -239,7 +278,7 @@ def test_a_projection_is_its_parts(
     st.integers(1, 70),
     st.integers(1, 20),
     st.sampled_from([(3, 3, 1), (1, 1, 1), (3, 3, 2), (5, 3, 1), (1, 7, 2)]),
-    st.booleans(),
+    st.sampled_from([None, "silu", "gelu"]),
     seeds,
 )
 def test_convolutions(
@@ -249,7 +288,7 @@ def test_convolutions(
     width: int,
     channels: int,
     form: tuple[int, int, int],
-    silu: bool,
+    act: str | None,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
@@ -272,12 +311,13 @@ def test_convolutions(
         close(y.permute(0, 3, 1, 2), want)
 
         y = cpu.depthwise(
-            pixels, clamped, cpu.by_lanes(depth, path), cpu.by_lanes(own, path), kernel, spread, silu, path
+            pixels, clamped, cpu.by_lanes(depth, path), cpu.by_lanes(own, path), kernel, spread, act, path
         )
         x = decoded(cpu.encode(pixels, clamped, path=path), clamped, channels).permute(0, 3, 1, 2)
         single = depth.T.reshape(channels, 1, down, right).double()
         want = F.conv2d(x, single, own.double(), 1, border, dilation, channels)
-        close(y.permute(0, 3, 1, 2), F.silu(want) if silu else want)
+        want = F.silu(want) if act == "silu" else F.gelu(want) if act == "gelu" else want
+        close(y.permute(0, 3, 1, 2), want)
 
 
 class Core:

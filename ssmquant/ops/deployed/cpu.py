@@ -24,6 +24,7 @@ __all__ = [
     "MOST_SPAN",
     "MOST_STATES",
     "NAME",
+    "blend",
     "by_lanes",
     "conv",
     "core",
@@ -47,6 +48,7 @@ MOST_INPUTS = 4096
 """Of a linear layer on values."""
 MOST_SPAN = 16
 """Pixels from the first to the last tap of a depthwise convolution."""
+_ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 _PAD, _SLACK, _MOMENTS = 16, 64, 5  # of deployed_cpu.h
 
 
@@ -135,7 +137,18 @@ class _ProjectCall(ctypes.Structure):
         ("norm", _Norm),
         ("quantizer", _Quantizer),
         ("weights", _Weights),
-        *_pointers("bias", "workspace", "y"),
+        *_pointers("bias"),
+        ("residual", _Values),
+        *_pointers("gain", "workspace", "y"),
+    ]
+
+
+class _BlendCall(ctypes.Structure):
+    _fields_ = [
+        *_integers("path", "threads", "batch", "rows", "columns"),
+        ("x", _Values),
+        ("v", _Values),
+        *_pointers("gain", "scale", "y"),
     ]
 
 
@@ -161,7 +174,7 @@ class _DepthwiseCall(ctypes.Structure):
         ("x", _Values),
         ("quantizer", _Quantizer),
         *_pointers("weights", "bias"),
-        *_integers("silu"),
+        *_integers("act"),
         *_pointers("y"),
     ]
 
@@ -201,6 +214,7 @@ def _found() -> ctypes.CDLL | str:
         "ranges": _RangesCall,
         "linear": _LinearCall,
         "project": _ProjectCall,
+        "blend": _BlendCall,
         "conv": _ConvCall,
         "depthwise": _DepthwiseCall,
         "delta_moments": _ScanCall,
@@ -405,6 +419,7 @@ def project(
     *,
     norm: Norm | None = None,
     z: Tensor | None = None,
+    residual: tuple[Tensor, Tensor | None] | None = None,
     path: int = 0,
 ) -> Tensor:
     """``linear`` of the codes of ``norm(x)``, or of ``norm(x) * silu(z)``: (batch, rows, outputs).
@@ -413,6 +428,8 @@ def project(
         x: (batch, rows, inputs), any strides; with a norm or a z, columns next to each other.
         grid: without ``low`` and ``high``.
         z: as x.
+        residual: (batch, rows, outputs), columns next to each other, and its gain, (outputs,), contiguous, or None:
+            their product is added.
     """
     batch, rows, inputs = x.shape
     y = torch.empty(batch, rows, weights.outputs)
@@ -420,12 +437,30 @@ def project(
     call.x, call.norm = _values(x.unsqueeze(2)), _norm(norm)
     if z is not None:
         call.z = _values(z.unsqueeze(2))
+    if residual is not None:
+        call.residual = _values(residual[0].unsqueeze(2))
+        call.gain = None if residual[1] is None else residual[1].data_ptr()
     call.quantizer, call.weights = _quantizer(grid), _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
     library = _library()
     scratch = torch.empty(library.ssmquant_deployed_project_workspace(call), dtype=torch.uint8)
     call.workspace = scratch.data_ptr()
     library.ssmquant_deployed_project(call)
+    return y
+
+
+def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor, path: int = 0) -> Tensor:
+    """``x * gain + v * scale``, (batch, rows, columns).
+
+    x, v: columns next to each other; gain: (columns,); scale: (batch, columns), both contiguous.
+    """
+    batch, rows, columns = x.shape
+    y = torch.empty(batch, rows, columns)
+    call = _BlendCall(path, torch.get_num_threads(), batch, rows, columns)
+    call.x, call.v = _values(x.unsqueeze(2)), _values(v.unsqueeze(2))
+    call.gain, call.scale = None if gain is None else gain.data_ptr(), scale.data_ptr()
+    call.y = y.data_ptr()
+    _library().ssmquant_deployed_blend(call)
     return y
 
 
@@ -464,19 +499,20 @@ def depthwise(
     bias: Tensor,
     kernel: tuple[int, int],
     dilation: tuple[int, int],
-    silu: bool = False,
+    act: str | None = None,
     path: int = 0,
 ) -> Tensor:
-    """A convolution of each channel as ``conv`` has it, of quantized values, and SiLU: of the shape of x.
+    """A convolution of each channel as ``conv`` has it, of quantized values, and ``act``: of the shape of x.
 
     Args:
         x: (batch, height, width, channels), any strides.
         weights: values, (taps, channels) from ``by_lanes``; bias: the same, (channels,).
+        act: "silu", "gelu" (to 1.5e-7 of the exact one), or None.
     """
     window = _Window(*kernel, *dilation)
     y = torch.empty(x.shape)
     call = _DepthwiseCall(path, torch.get_num_threads(), *x.shape, window)
-    call.x, call.quantizer, call.silu = _values(x), _quantizer(grid), silu
+    call.x, call.quantizer, call.act = _values(x), _quantizer(grid), _ACTIVATIONS[act]
     call.weights, call.bias, call.y = weights.data_ptr(), bias.data_ptr(), y.data_ptr()
     _library().ssmquant_deployed_depthwise(call)
     return y
