@@ -65,7 +65,7 @@ def order_of(terms: Sequence[Any], shape: tuple[int, ...]) -> Tensor | None:
     if not directions or elements.shape not in stacks:
         return None
     elements = elements.reshape(batch, -1, channels, pixels)
-    order = elements[0, :, 0]
+    order = elements[0, :, 0].clone()  # not a view, which would keep the numbers of all elements
     rows = count((batch, 1, channels, 1), order.device) * pixels
     straight = count((pixels,), order.device).expand_as(order)
     fits = torch.equal(order.sort(1).values, straight) and torch.equal(elements, rows + order[None, :, None])

@@ -7,7 +7,7 @@ is kept as long as their tensors do not change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ssmquant.modules.activation import ActivationQuantizer, FrozenRange
 from ssmquant.modules.packed import PackedTensor
@@ -172,8 +173,17 @@ def plain(value: Any) -> Any:
 # ---- projections and convolutions ------------------------------------------------------------------------------------
 
 
+_padded: MutableMapping[Tensor, tuple[tuple[int, int], Tensor]] = WeakTensorKeyDictionary()
+
+
 def _bias(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else cpu.by_lanes(bias)
+    """As kernels want it; what was made of the same tensor before, if it has not changed."""
+    if bias is None or bias.is_inference():
+        return None if bias is None else cpu.by_lanes(bias)
+    stamp, known = (bias.data_ptr(), bias._version), _padded.get(bias)
+    if known is None or known[0] != stamp:
+        known = _padded[bias] = stamp, cpu.by_lanes(bias.detach())
+    return known[1]
 
 
 def _product(
@@ -312,9 +322,10 @@ def conv2d(
         batch = x.shape[0]
         grid = _grid(of_x, lambda: cpu.moments(image), x.numel() // batch)
         taps = _kept(weight, "taps", lambda: cpu.by_lanes(weight().float().reshape(outputs, -1).T))
-        zeros = x.new_zeros(outputs) if bias is None else bias
+        bias = _bias(x.new_zeros(outputs) if bias is None else bias)
         own = None if act is None or hooks_of(act) else "gelu" if type(act) is nn.GELU else "silu"
-        y = cpu.depthwise(image, grid, taps, cpu.by_lanes(zeros), (kernel[0], kernel[1]), dilation, own)
+        assert bias is not None
+        y = cpu.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own)
         y = y.permute(0, 3, 1, 2)
         return y if act is None or own is not None else act(y)
     if kernel == [1, 1]:
@@ -430,7 +441,8 @@ def sequence_core(
 
     image = x.unsqueeze(1)
     grid = _grid(of_taps, lambda: cpu.moments(image), x[0].numel())
-    bias = cpu.by_lanes(x.new_zeros(x.shape[2]) if taps_bias is None else taps_bias)
+    bias = _bias(x.new_zeros(x.shape[2]) if taps_bias is None else taps_bias)
+    assert bias is not None
     weights = _kept(taps, ("sequence", reverse, shift), spread)
     silu = "silu" if act is None or not hooks_of(act) else None
     y = cpu.depthwise(image, grid, weights, bias, (1, 2 * reach + 1), (1, 1), silu).squeeze(1)

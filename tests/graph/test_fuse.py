@@ -15,6 +15,7 @@ from ssmquant import QConfig, zoo
 from ssmquant.graph import runtime as runtime_module
 from ssmquant.graph.fuse import Unfit, fuse
 from ssmquant.graph.layers import faster_layers
+from ssmquant.graph.orders import count, order_of
 from ssmquant.graph.regions import compile_graph
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.ops import selective_scan
@@ -555,3 +556,11 @@ def test_zoo(name: str) -> None:
     want, _ = step(p, record(p).run, x)
     got, _ = step(p, compile_graph(faster_layers(graph, p))[0], x)
     assert (got - want).norm() <= 0.02 * want.norm()  # a value on a tie, rounded otherwise, spreads
+
+
+def test_orders_do_not_keep_the_numbers_of_all_elements() -> None:
+    shape = (2, 3, 4, 5)
+    elements = count(shape).flatten(2)
+    order = order_of([torch.stack((elements, elements.flip(-1)), 1)], shape)
+    assert order is not None
+    assert order.untyped_storage().nbytes() == 2 * 20 * 4
