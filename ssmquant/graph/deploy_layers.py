@@ -140,6 +140,33 @@ class _Layers:
         self._erase(node, x, weight)
         return True
 
+    def product(self, node: fx.Node) -> bool:
+        """Replaces ``weight @ x``, where x has a column for each row of a linear layer's input."""
+        if op_name(node) not in ("matmul", "mm") or len(node.args) != 2 or node.kwargs:
+            return False
+        weight, x = node.args
+        of_x, packed = self.called(x, ACTIVATIONS), self.called(weight, WEIGHTS)
+        shape = shape_of(node)
+        if of_x is None or not isinstance(packed, PackedTensor) or not deployed.takes_weight(packed):
+            return False
+        if shape is None or len(shape) != 2 or len(packed.shape) != 2 or not deployed.static(of_x):
+            return False  # a dynamic range would be of one row of many samples
+        assert isinstance(x, fx.Node)
+        assert isinstance(weight, fx.Node)
+        with self.graph.inserting_before(node):
+            turned = self.graph.call_method("t", (x.args[0],))
+            rows = self.graph.call_function(
+                _linear, (turned, self._owner(x), self._owner(weight), None, None)
+            )
+            new = self.graph.call_method("t", (rows,))
+        rows.meta["shape"] = shape[::-1]
+        if "site" in node.meta:
+            rows.meta["kernels"] = {node.meta["site"]: "products of codes"}
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        self._erase(node, x, weight)
+        return True
+
     def _linear(
         self, node: fx.Node, x: fx.Node, of_x: nn.Module, weight: fx.Node, packed: PackedTensor, bias: Any
     ) -> fx.Node | None:
@@ -474,8 +501,7 @@ def deploy_layers(graph: fx.Graph, model: nn.Module) -> bool:
     layers = _Layers(graph, model)
     changed = False
     for node in list(graph.nodes):
-        if node.target in (F.linear, F.conv2d):
-            changed |= layers.layer(node)
+        changed |= layers.layer(node) if node.target in (F.linear, F.conv2d) else layers.product(node)
     for node in list(graph.nodes):
         if node not in layers.gone:
             layers.sum(node)

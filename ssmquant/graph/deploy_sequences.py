@@ -32,10 +32,34 @@ __all__ = ["deploy_sequences"]
 _MOST_SHAPES = 64
 
 
-def _columns(first: int, columns: int, width: int, reverse: bool, batch: int, length: int) -> Tensor:
-    """The numbers that some columns of rows (batch, length, width) have, as (batch, columns, length)."""
-    rows = count((batch, length, width))[:, :, first : first + columns].transpose(1, 2)
-    return rows.flip(-1) if reverse else rows
+class _Rows:
+    """Where sequences come from: rows, (B, L, E), or columns of all samples, (E, B * L)."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+        shape = traced_shape(node)
+        self.columns = len(shape) == 2
+        self.width = shape[0] if self.columns else shape[-1]
+        if len(shape) not in (2, 3):
+            raise NoMatch
+
+    def shape(self, batch: int, length: int) -> tuple[int, ...]:
+        return (self.width, batch * length) if self.columns else (batch, length, self.width)
+
+    def sequence(self, first: int, channels: int, reverse: bool, batch: int, length: int) -> Tensor:
+        """The numbers of some columns' elements, as (B, channels, L)."""
+        elements = count(self.shape(batch, length))
+        if self.columns:
+            found = elements[first : first + channels].view(channels, batch, length).transpose(0, 1)
+        else:
+            found = elements[:, :, first : first + channels].transpose(1, 2)
+        return found.flip(-1) if reverse else found
+
+    def place(self, found: Tensor) -> tuple[int, bool]:
+        """Which columns (B, channels, L) seems to be, and whether it is turned round."""
+        reverse = bool(found[0, 0, 0] > found[0, 0, -1])
+        element = int(found[0, 0, -1 if reverse else 0])
+        return element // (found.shape[0] * found.shape[2]) if self.columns else element, reverse
 
 
 class _Chain:
@@ -124,7 +148,8 @@ class _Result:
 
     node: fx.Node  # of the old graph: (B, D, L) in the order of the rows
     rows: fx.Node  # of the new one: (B, L, D)
-    source: fx.Node  # of the old one: the rows that were read
+    read: fx.Node  # of the old one: where the sequence came from
+    source: fx.Node  # of the new one: these rows, (B, L, E)
     gate: int | None  # where in them the gate's columns begin
 
 
@@ -169,8 +194,8 @@ class _Matcher:
             return (batch * length, width) if flat else (batch, length, width)
 
         def wanted(first: int, batch: int, length: int) -> Tensor:
-            found = _columns(first, columns, width, False, batch, length)
-            return found if turn is None else turn(found)
+            made = count((batch, length, width))[:, :, first : first + columns].transpose(1, 2)
+            return made if turn is None else turn(made)
 
         return int(self.chain(source, target, shape, wanted).flatten()[0])
 
@@ -192,12 +217,8 @@ class _Matcher:
         options = _conv_options(conv)
         of_conv, weight = d.quantizer(options["input"]), d.weight(options["weight"], 1)
         taps = traced_shape(weight)[-1]
-        rows = d.source(of_conv.args[0])
-        if (
-            len(traced_shape(rows)) != 3
-            or traced_shape(weight) != (channels, 1, taps)
-            or options["groups"] != channels
-        ):
+        rows = _Rows(d.source(of_conv.args[0]))
+        if traced_shape(weight) != (channels, 1, taps) or options["groups"] != channels:
             raise NoMatch
         first, reverse = self._sequence(rows, of_conv.args[0], channels)
 
@@ -262,41 +283,40 @@ class _Matcher:
             )  # fmt: skip
             sizes = tuple(tuple(d.copy[n] for n in chain.sizes) for chain in self.chains)
             owners = tuple(d.owner(m) if m is not act else m for m in modules)
-            new = d.graph.call_function(core, (d.copy[rows], sizes, owners))
+            source = d.copy[rows.node]
+            if rows.columns:
+                batch = d.graph.call_method("size", (d.owner(of_conv.args[0]), 0))
+                turned = d.graph.call_method("t", (source,))
+                source = d.graph.call_method("reshape", (turned, batch, -1, rows.width))
+            source.meta["shape"] = (self.batch, self.length, rows.width)
+            new = d.graph.call_function(core, (source, sizes, owners))
         new.meta["shape"] = (self.batch, self.length, channels)
         sites = (n.meta["site"] for n in (self.scan, conv, made, steps) if "site" in n.meta)
         new.meta["kernels"] = dict.fromkeys(sites, KERNEL)
         d.dead |= {self.scan, outputs[0], steps, made, silu, conv, node}
         d.dead |= {n for n in (a, skip, bias) if isinstance(n, fx.Node) and n.op == "call_module"}
         d.changed = True
-        return _Result(node, new, rows, gate)
+        return _Result(node, new, rows.node, source, gate)
 
     def _is_silu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return type(self.d.model.get_submodule(str(node.target))) is nn.SiLU
         return node.target is F.silu
 
-    def _sequence(self, rows: fx.Node, target: Any, channels: int) -> tuple[int, bool]:
+    def _sequence(self, rows: _Rows, target: Any, channels: int) -> tuple[int, bool]:
         """Which columns of the rows the sequence has, and whether it is turned round."""
-        width = traced_shape(rows)[-1]
-        chain = _Chain(rows, target, lambda batch, length: (batch, length, width), lambda *_: torch.empty(0))
+        chain = _Chain(rows.node, target, rows.shape, lambda *_: torch.empty(0))
         found = chain.moved(self.batch, self.length, traced_size)
         if found is None or tuple(found.shape) != (self.batch, channels, self.length):
             raise NoMatch
-        reverse = bool(found[0, 0, 0] > found[0, 0, -1])
-        first = int(found[0, 0, -1 if reverse else 0])
-        self._in_order(rows, target, first, channels, reverse)
+        first, reverse = rows.place(found)
+        self.chain(
+            rows.node, target, rows.shape, lambda _, *size: rows.sequence(first, channels, reverse, *size)
+        )
         return first, reverse
 
-    def _in_order(self, rows: fx.Node, target: Any, first: int, channels: int, reverse: bool) -> None:
-        width = traced_shape(rows)[-1]
-        self.chain(
-            rows, target, lambda batch, length: (batch, length, width),
-            lambda _, batch, length: _columns(first, channels, width, reverse, batch, length),
-        )  # fmt: skip
-
-    def _gate(self, rows: fx.Node, z: Any, channels: int, reverse: bool) -> int:
-        if self.d.source(z) is not rows:
+    def _gate(self, rows: _Rows, z: Any, channels: int, reverse: bool) -> int:
+        if self.d.source(z) is not rows.node:
             raise NoMatch
         first, turned = self._sequence(rows, z, channels)
         if turned != reverse and self.length > 1:
@@ -372,6 +392,13 @@ def _conv_options(node: fx.Node) -> dict[str, Any]:
 _SCALES: dict[str, Any] = {"div": operator.truediv, "truediv": operator.truediv, "mul": operator.mul}
 
 
+def _dims(node: fx.Node) -> tuple[int, ...]:
+    """The axes that a node names, one by one or in a list."""
+    given = node.args[1] if len(node.args) == 2 else node.args[1:]
+    dims = tuple(given) if isinstance(given, (list, tuple)) else ()
+    return dims if all(isinstance(d, int) for d in dims) else ()
+
+
 def _is_scaled(node: fx.Node, value: fx.Node) -> bool:
     return (
         len(node.args) == 2
@@ -405,7 +432,7 @@ class _Ends:
         if total is None or op_name(total) != "add" or total.kwargs or len(set(total.args)) != 2:
             return None
         both: list[Any] = [self.found.get(n) for n in total.args if isinstance(n, fx.Node)]
-        alike = [r for r in both if r is not None and (r.source, r.gate) == (result.source, result.gate)]
+        alike = [r for r in both if r is not None and (r.read, r.gate) == (result.read, result.gate)]
         if len(alike) != 2 or any(len(r.node.users) != 1 for r in alike):
             return None
         with self.d.graph.inserting_before(self.d.copy[total]):
@@ -426,9 +453,9 @@ class _Ends:
             name = op_name(user)
             if name in _SCALES and _is_scaled(user, last):
                 scales.append((_SCALES[name], user.args[1]))
-            elif name == "transpose" and set(user.args[1:]) in ({1, 2}, {-1, -2}, {1, -1}, {-2, 2}):
+            elif name == "transpose" and {d % 3 for d in _dims(user)} == {1, 2}:
                 columns = not columns
-            elif name == "permute" and tuple(user.args[1:]) in ((0, 2, 1), ((0, 2, 1),)):
+            elif name == "permute" and _dims(user) == (0, 2, 1):
                 columns = not columns
             elif name != "contiguous" or len(user.args) != 1:
                 break
@@ -443,7 +470,7 @@ class _Ends:
                 rows.meta["shape"] = shape
             if result.gate is not None:
                 at: Any = (Ellipsis, slice(result.gate, result.gate + shape[-1]))
-                z = graph.call_function(operator.getitem, (self.d.copy[result.source], at))
+                z = graph.call_function(operator.getitem, (result.source, at))
                 silu = graph.call_function(F.silu, (z,))
                 rows = graph.call_function(operator.mul, (rows, silu))
                 for n in (z, silu, rows):

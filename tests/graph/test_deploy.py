@@ -305,7 +305,13 @@ class MambaBlock(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.inp(x.flatten(2).transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)
+        b = x.shape[0]
+        x = x.flatten(2).transpose(1, 2)
+        if self.form == "columns":  # as mamba_ssm has it
+            y = self.inp.weight @ x.permute(2, 0, 1).reshape(6, -1)
+            x, z = y.view(40, b, -1).permute(1, 0, 2).chunk(2, dim=1)
+        else:
+            x, z = self.inp(x).transpose(1, 2).chunk(2, dim=1)
         if self.form == "both":
             y = self.scan(x, z) + self.scan(x.flip(-1), z.flip(-1)).flip(-1)
         elif self.form == "turned":  # it does not come back to the order of the rows
@@ -316,11 +322,11 @@ class MambaBlock(nn.Module):
             y = self.scan(x, None) * F.silu(z)
         else:
             y = self.scan(x, z)
-        return self.out(y.transpose(1, 2))
+        return self.out(y.permute([0, 2, 1]) if self.form == "columns" else y.transpose(1, 2))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("form", ["linear", "matmul", "both", "behind", "turned", "other gate"])
+@pytest.mark.parametrize("form", ["linear", "matmul", "columns", "both", "behind", "turned", "other gate"])
 def test_sequences_of_foreign_code(form: str, bits: int, checked: dict[str, int]) -> None:
     torch.manual_seed(0)
     x = torch.rand(2, 6, 5, 4)
