@@ -11,7 +11,9 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,9 @@ def load_any(path: str | os.PathLike[str]) -> tuple[nn.Module, str]:
 def _restore(args: argparse.Namespace) -> None:
     from ssmquant.restore import model_scale, open_image, restore_image, save_image
     from ssmquant.restore.pictures import check_target
+    from ssmquant.restore.tiling import check_tile
 
+    check_tile(args.tile, args.overlap)
     source, target = Path(args.image), Path(args.output)
     if target.is_dir() or not target.parent.is_dir():
         raise ConfigError(
@@ -52,11 +56,57 @@ def _restore(args: argparse.Namespace) -> None:
     check_target(target, image.mode)  # before the work, not after it
     model, kind = load_any(args.model)
     model = model.to(device)
-    result = restore_image(model, image, model_scale(model), args.tile, args.overlap)
+    with _progress("restoring") as progress:
+        result = restore_image(
+            model,
+            image,
+            model_scale(model),
+            args.tile,
+            args.overlap,
+            statistics=args.statistics,
+            progress=progress,
+        )
     save_image(result, target)
     print(
         f"{target}: {image.width}x{image.height} -> {result.width}x{result.height}, {kind} model on {device}"
     )
+
+
+_SECONDS = 10.0
+"""Between two plain lines of progress."""
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback for calls that are done and all: a bar on a terminal, else a line on stderr every ten seconds."""
+    if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tiles"))
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS:
+            last = time.monotonic()
+            print(f"{title}: {done} of {total} tiles", file=sys.stderr, flush=True)
+
+    yield line
+
+
+def _tile(text: str) -> int | str | None:
+    """The argument of ``--tile``; 0 is the whole picture."""
+    if text == "auto":
+        return text
+    try:
+        return int(text) or None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected pixels, 0 or auto, not {text!r}") from None
 
 
 def _device(name: str) -> torch.device:
@@ -217,10 +267,22 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", required=True, metavar="OUT", help="picture to write; the suffix is the format"
     )
     restore.add_argument(
-        "--tile", type=int, metavar="N", help="work in tiles of N input pixels (for big pictures)"
+        "--tile",
+        type=_tile,
+        default="auto",
+        metavar="N",
+        help="work in tiles of N x N input pixels; 0: the whole picture at once; auto (default): tiles of 256 for "
+        "pictures of more than 512 x 512 pixels",
     )
     restore.add_argument(
         "--overlap", type=int, default=32, metavar="N", help="pixels that tiles share (default 32)"
+    )
+    restore.add_argument(
+        "--statistics",
+        choices=("picture", "tile"),
+        default="picture",
+        help="where ranges of dynamic DLS come from when there are tiles: a pass over the whole picture before "
+        "(default), or each tile, which is faster and may show seams",
     )
     restore.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     restore.add_argument("--force", action="store_true", help="replace an existing output")

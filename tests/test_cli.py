@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,12 @@ def test_restores_with_a_quantized_file(
     assert "quantized model" in capsys.readouterr().out
     with Image.open(out) as image:
         assert image.size == (36, 22)
+        pixels = np.asarray(image)
+    more = ("--tile", "16", "--overlap", "4", "--statistics", "tile", "--force", "--device", "cpu")
+    assert run("restore", picture, "--model", quantized, "-o", out, *more) == 0
+    with Image.open(out) as image:
+        assert not np.array_equal(np.asarray(image), pixels)  # ranges of each tile, not of the picture
+    capsys.readouterr()
     assert run("summary", quantized) == 0
     assert "quantized" in capsys.readouterr().out
 
@@ -185,15 +192,89 @@ def test_summary_of_a_factory(
     assert "gave a int" in failure(capsys, "summary", "builtins:int")
 
 
-def test_a_bad_tile_is_refused(model_file: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_tile_is_refused(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = picture.with_name("out.png")
-    assert "twice the overlap" in failure(
-        capsys, "restore", picture, "--model", model_file, "-o", out, "--tile", "20"
-    )
+
+    def refused(*options: str) -> str:
+        """Before anything is read: there is no such model."""
+        return failure(capsys, "restore", picture, "--model", "m", "-o", out, *options)
+
+    assert "twice the overlap" in refused("--tile", "20")
+    assert "at least 16 pixels" in refused("--tile", "8", "--overlap", "2")
+    assert "at least 16 pixels" in refused("--tile", "-256")
+    assert "twice the overlap" in refused("--overlap", "-1")
     assert not out.exists()
 
 
-@pytest.mark.parametrize("args", [[], ["restore"], ["frobnicate"], ["summary"], ["restore", "a", "--model"]])
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    path = tmp_path / "wide.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 40), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_tiles_and_progress(
+    model_file: Path, wide: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def restored(*options: str) -> tuple[np.ndarray, str]:
+        out = wide.with_name("out.png")
+        device = ("--device", "cpu", "--force")
+        assert run("restore", wide, "--model", model_file, "-o", out, *device, *options) == 0
+        with Image.open(out) as image:
+            return np.asarray(image), capsys.readouterr().err
+
+    tiles = ("--tile", "16", "--overlap", "4")  # from 0, 12 and 24
+    whole, said = restored()
+    assert said == ""
+    assert np.array_equal(restored("--tile", "0")[0], whole)
+    assert np.array_equal(restored("--tile", "auto")[0], whole)
+    cut, said = restored(*tiles)
+    assert said == ""  # a line every ten seconds at most
+    assert 0 < np.abs(cut.astype(int) - whole).max() < 64
+
+    monkeypatch.setattr(cli, "_SECONDS", 0.0)
+    assert restored(*tiles)[1].splitlines() == [f"restoring: {i} of 3 tiles" for i in range(4)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    again, said = restored(*tiles)
+    assert "3/3 tiles" in re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", said)
+    assert np.array_equal(again, cut)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert "restoring: 3 of 3 tiles" in restored(*tiles)[1]
+
+
+def test_a_broken_model_writes_nothing(
+    model_file: Path, wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ssmquant.io import load_float, save_float
+
+    model = load_float(model_file)
+    torch.nn.init.constant_(model.upsample[0].bias, torch.nan)
+    save_float(model, tmp_path / "nan.safetensors")
+    out = tmp_path / "out.png"
+    more = ("--device", "cpu", "--tile", "16", "--overlap", "4")
+    assert "not finite" in failure(
+        capsys, "restore", wide, "--model", tmp_path / "nan.safetensors", "-o", out, *more
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nan.safetensors", "wide.png"]
+
+
+RESTORE = ["restore", "a", "--model", "m", "-o", "b"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["restore"],
+        ["frobnicate"],
+        ["summary"],
+        ["restore", "a", "--model"],
+        [*RESTORE, "--tile", "big"],
+        [*RESTORE, "--tile", "3.5"],
+        [*RESTORE, "--statistics", "row"],
+    ],
+)
 def test_usage_errors(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(args)

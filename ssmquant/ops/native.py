@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from ssmquant.ops import cache
@@ -126,18 +127,23 @@ class Kernels:
         return tuple(name(i).decode() for i in range(count()))
 
 
-def build(folder: str | os.PathLike[str]) -> Path:
+def build(folder: str | os.PathLike[str], flags: Sequence[str] = ()) -> Path:
     """Compile the library into ``folder``, where a wheel that carries it as ``ssmquant/lib`` will find it.
+
+    Args:
+        folder: made if it is not there.
+        flags: more options for compiling and linking, after ours. What they make has a name of its own, under which
+            no process looks for it: who wants it loads it. ``tests/ops/test_sanitizers.py`` does.
 
     Raises:
         RuntimeError: there is no compiler, or it failed; the message has its output.
         OSError: the folder cannot be made or written to.
     """
     try:
-        content = _compile(_compiler())
+        content = _compile(_compiler(), flags)
     except _Failed as error:
         raise RuntimeError(f"cannot build ssmquant's CPU kernels: {error}") from None
-    path = Path(folder) / _ready_made_name()
+    path = Path(folder) / _ready_made_name(flags)
     cache.publish(path, content)
     return path
 
@@ -226,9 +232,9 @@ def _ingredients() -> list[str | bytes]:
     return parts
 
 
-def _ready_made_name() -> str:
+def _ready_made_name(flags: Sequence[str] = ()) -> str:
     """Says what it was made of, so that one left behind by another version is passed by."""
-    return f"ssmquant_cpu-{cache.key(*_ingredients())}.so"
+    return f"ssmquant_cpu-{cache.key(*_ingredients(), *flags)}.so"
 
 
 def _compiler() -> list[str]:
@@ -283,22 +289,24 @@ def _finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def _compile(command: list[str]) -> bytes:
-    """The library, as the content of a file. Its parts are compiled side by side."""
+def _compile(command: list[str], more: Sequence[str] = ()) -> bytes:
+    """The library, as the content of a file. Its parts are compiled side by side, one a processor."""
     try:
         with tempfile.TemporaryDirectory(prefix="ssmquant-", ignore_cleanup_errors=True) as folder:
             objects = []
             with contextlib.ExitStack() as stack:
-                running = []
+                running: list[subprocess.Popen[str]] = []
                 for name, (source, *flags) in _units().items():
+                    if len(running) >= (os.cpu_count() or 1):  # one takes up to 300 MB
+                        _finish(running.pop(0))
                     objects.append(os.path.join(folder, f"{name}.o"))
-                    line = [*command, *_FLAGS, *flags, "-c", str(_SOURCES / source), "-o", objects[-1]]
+                    line = [*command, *_FLAGS, *flags, *more, "-c", str(_SOURCES / source), "-o", objects[-1]]
                     running.append(stack.enter_context(_start(line)))
                     stack.callback(running[-1].kill)  # for those still running when another has failed
                 for process in running:
                     _finish(process)
             path = Path(folder) / "library.so"
-            _finish(_start([*command, *_LINK, *objects, "-o", str(path)]))
+            _finish(_start([*command, *_LINK, *more, *objects, "-o", str(path)]))
             return path.read_bytes()
     except OSError as error:
         raise _Failed(f"nowhere to compile: {error}") from None

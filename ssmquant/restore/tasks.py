@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssmquant.errors import ConfigError
 from ssmquant.restore.metrics import psnr, ssim
 from ssmquant.restore.pictures import downscale, open_image, pillow, to_image, to_tensor
-from ssmquant.restore.tiling import restore_tensor
+from ssmquant.restore.tiling import Tile, restore_tensor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,7 +77,7 @@ def evaluate(
     model: nn.Module | None,
     images: Sequence[tuple[str, Image.Image]],
     task: Task,
-    tile: int | None = None,
+    tile: Tile = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     each: Callable[[str, Tensor], None] | None = None,
 ) -> list[dict[str, Any]]:
