@@ -512,7 +512,7 @@ def test_tiles_agree_where_they_share_pixels(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_model_without_graphs_is_traced_at_the_size_of_its_example() -> None:
-    """Models from files have none; at the size of a tile it takes ten times as long and a gigabyte."""
+    """Models from files have none; at the size of a tile it takes longer, and more memory than the tile."""
     model = pointwise()
     runtime_of(model).records = []
     restore_tensor(model, uneven(40, 56), 1)

@@ -84,7 +84,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and quantized models traced at the size of their example.
 
     One that comes from a file, or from another device, may have no graph yet: to find one at the size of a tile takes
-    ten times the time, and a gigabyte.
+    twice as long, and hundreds of MiB.
     """
     for m in list(model.modules()):
         if is_prepared(m):
