@@ -202,6 +202,8 @@ class _Matcher:
     def match(self) -> _Result:
         d = self.d
         arguments: tuple[Any, ...] = self.scan.args
+        if len(arguments) != 9:
+            raise NoMatch
         u, delta, a, b, c, skip, z, bias, softplus = arguments
         outputs = [n for n in self.scan.users if n.users]
         if any(self.scan.kwargs.values()) or not isinstance(softplus, bool) or len(outputs) != 1:
