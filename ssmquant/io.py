@@ -351,6 +351,8 @@ def _fill_activation(runtime: Runtime, p: Point, e: dict[str, Any], reader: Read
             raise reader.fail(f"'{p.name}': {name} is not finite")
         state[name] = value.reshape(own[name].shape).to(own[name].dtype)
     quantizer.load_state_dict(state)
+    if not quantizer.ready:  # a deployed model would not run
+        raise reader.fail(f"'{p.name}' has no range")
     runtime.activations[p.key] = ActivationQuantizer(p.name, quantizer)
 
 

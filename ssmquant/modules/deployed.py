@@ -86,8 +86,8 @@ def _static_grid(q: Quantizer) -> Grid:
     scale, shift = (t.detach().float().reshape(1).clone() for t in (affine.scale, affine.shift))
     qmin, qmax = q.qmin, q.qmax
     if isinstance(q, FrozenRange):  # whose ends are levels
-        ends = sorted(int(((end + q.beta) / q.alpha).round()) for end in (q.lo, q.hi))
-        qmin, qmax = max(qmin, ends[0]), min(qmax, ends[1])
+        ends = ((torch.stack((q.lo, q.hi)) + q.beta) / q.alpha).round().nan_to_num()
+        qmin, qmax = ends.clamp(qmin, qmax).sort(dim=0).values.flatten().int().tolist()  # they may be far off
     return Grid(scale, shift, qmin, qmax)
 
 

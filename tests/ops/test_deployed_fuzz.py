@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, reject, settings
+from hypothesis import Phase, assume, example, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import FormatError, NotCalibratedError, QConfig
+from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules import PackedTensor, deployed
 from ssmquant.ops import selective_scan
 from ssmquant.ops.deployed import cpu
@@ -31,7 +32,8 @@ from ssmquant.quantizers import DLS
 from ssmquant.quantizers.affine import Affine
 from tests.graph import test_deploy as plain
 from tests.small import Scanner, images, prepared_and_calibrated
-from tests.test_io import loaded, meta_of, with_meta, with_tensor, written
+from tests.strategies import learnt
+from tests.test_io import loaded, meta_of, read, with_meta, with_tensor, written
 
 _reason = cpu.unavailable(torch.device("cpu"))
 needs_kernels = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -132,6 +134,8 @@ class Scans(nn.Module):
 
 def converted(model: nn.Module, config: QConfig, x: Tensor, frozen: bool) -> Any:
     prepared = prepared_and_calibrated(model.eval(), config, x)
+    for wrapper in runtime_of(prepared).activations.values():  # ranges that no search has found
+        learnt(wrapper.quantizer, amount=0.2)
     try:
         return ssmquant.convert(prepared, dls="frozen" if frozen else "dynamic")
     except NotCalibratedError:  # quantized values in front of it were nothing but zeros
@@ -301,10 +305,12 @@ def test_layers(
 
 @needs_kernels
 @few(max_examples=8)
+@example(QConfig.recommended(4, 4, keep_first_last=False), 17, 10, 3, 3, [(5, 7), (6, 6)], False, 0)
+@example(QConfig.recommended(2, 2, keep_first_last=False), 20, 16, 4, 1, [(7, 6), (4, 3)], False, 1)
 @given(
     configs(),
     WIDTHS,
-    st.integers(1, 17),
+    st.sampled_from([1, 2, 3, 4, 8, 10, 16, 17]),
     st.integers(1, 6),
     st.sampled_from([1, 3]),
     st.lists(st.tuples(SIZES, SIZES), min_size=2, max_size=3),
@@ -383,7 +389,9 @@ def check(content: bytes) -> bool:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB on Linux
 
 
-FILES = st.sampled_from([(2,), (4,), (8,), (4, "dls"), (8, "dls", True), (2, "minmax")])
+KINDS = ((2,), (4,), (8,), (4, "dls"), (2, "minmax"))
+FILES = st.sampled_from(KINDS)
+FROZEN = (8, "dls", True)
 
 
 @few(max_examples=40)
@@ -417,19 +425,44 @@ def test_files_with_another_byte_in_the_metadata(kind: Any, data: st.DataObject)
 NUMBERS = st.sampled_from([0.0, -0.0, -1.0, 1e-45, -1e-30, 1e38, -3e38, math.nan, math.inf, -math.inf])
 
 
+def states(content: bytes) -> list[str]:
+    """What the numbers in a file's ``quantizers`` are."""
+    tables = [e["state"] for e in meta_of(content)["activations"]]
+    return [name for table in tables for name, shape, _ in table for _ in range(math.prod(shape))]
+
+
+def with_number(content: bytes, key: str, at: int, value: float) -> bytes:
+    def change(t: Tensor) -> Tensor:
+        t[at] = value
+        return t
+
+    return with_tensor(content, key, change)
+
+
 @few(max_examples=30)
 @given(FILES, st.data())
 def test_files_with_another_number(kind: Any, data: st.DataObject) -> None:
-    key = data.draw(st.sampled_from(["scales", "quantizers", "float32"]))
     content = file_of(*kind)
-
-    def change(t: Tensor) -> Tensor:
-        t[data.draw(st.integers(0, len(t) - 1))] = data.draw(NUMBERS)
-        return t
-
-    check(with_tensor(content, key, change))
+    key = data.draw(st.sampled_from(["scales", "quantizers", "float32"]))
+    at = data.draw(st.integers(0, len(read(content)[0][key]) - 1))
+    assume(key != "quantizers" or states(content)[at] != "initialized")  # the test below
+    check(with_number(content, key, at, data.draw(NUMBERS)))
 
 
-@pytest.mark.parametrize("kind", [(2,), (4,), (8,), (4, "dls"), (8, "dls", True), (2, "minmax")])
+def test_a_file_whose_quantizer_has_no_range() -> None:
+    content = file_of(4)
+    with pytest.raises(FormatError, match="has no range"):
+        loaded(with_number(content, "quantizers", states(content).index("initialized"), 0.0), model())
+
+
+@needs_kernels
+@pytest.mark.parametrize(("name", "value"), [("alpha", 0.0), ("lo", -3e38), ("hi", 3e38)])
+def test_a_file_with_a_frozen_range_out_of_reach(name: str, value: float) -> None:
+    content = file_of(*FROZEN)
+    last = max(i for i, n in enumerate(states(content)) if n == name)  # first come those of LSQ
+    check(with_number(content, "quantizers", last, value))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, FROZEN])
 def test_files_as_they_were_written_load(kind: Any) -> None:
     assert check(file_of(*kind))
