@@ -271,7 +271,7 @@ WIDTHS = st.sampled_from([1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 40])
 
 
 @needs_kernels
-@few(max_examples=12)
+@few(max_examples=10)
 @given(
     configs(),
     WIDTHS,
@@ -401,7 +401,7 @@ def test_truncated_files(kind: Any, data: st.DataObject) -> None:
     assert not check(content[: data.draw(st.integers(0, len(content) - 1))])
 
 
-@few(max_examples=40)
+@few(max_examples=25)
 @given(FILES, st.data())
 def test_files_with_another_byte(kind: Any, data: st.DataObject) -> None:
     content = bytearray(file_of(*kind))
@@ -439,7 +439,7 @@ def with_number(content: bytes, key: str, at: int, value: float) -> bytes:
     return with_tensor(content, key, change)
 
 
-@few(max_examples=30)
+@few(max_examples=20)
 @given(FILES, st.data())
 def test_files_with_another_number(kind: Any, data: st.DataObject) -> None:
     content = file_of(*kind)
