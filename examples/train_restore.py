@@ -71,6 +71,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--a-bits", type=int, default=4)
     add("--calibration", type=int, default=8, metavar="BATCHES")
     add("--init", type=Path, metavar="FILE", help="float model (.safetensors) to start from")
+    add(
+        "--body",
+        type=Path,
+        metavar="FILE",
+        help="float model of another scale to start all but the enlarging part from",
+    )
     add("--out", type=Path, default=Path("runs/restore"))
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt if it is there")
     add("--checkpoint-every", type=int, default=1000, metavar="STEPS")
@@ -94,13 +100,29 @@ def build(args: argparse.Namespace, task: Task) -> nn.Module:
         config["args"]["drop_path_rate"] = args.drop_path
         if task.scale == 1:  # restores at the same size by a residual
             config["args"].update(upsampler="", is_light_sr=True)
-        return ssmquant.zoo.build(config)
+        new: nn.Module = ssmquant.zoo.build(config)
+        if args.body is not None:
+            start_body(new, load_float(args.body))
+        return new
     model: nn.Module = load_float(args.init)
     if model_scale(model) != task.scale:
         raise ConfigError(
             f"{args.init} enlarges {model_scale(model)} times, the task {task.scale} times: give --scale"
         )
     return model
+
+
+def start_body(model: nn.Module, other: nn.Module) -> None:
+    """Copy what ``other`` has of the same name and shape.
+
+    Raises:
+        ConfigError: that is less than half of ``model``.
+    """
+    own = model.state_dict()
+    same = {k: v for k, v in other.state_dict().items() if k in own and own[k].shape == v.shape}
+    if 2 * sum(v.numel() for v in same.values()) < sum(v.numel() for v in own.values()):
+        raise ConfigError("--body: the model in that file is another one")
+    model.load_state_dict(same, strict=False)
 
 
 def train(args: argparse.Namespace, task: Task) -> tuple[nn.Module, float | None, Result, dict[str, Any]]:

@@ -33,7 +33,8 @@ __all__ = [
     "write",
 ]  # fmt: skip
 
-FORMAT, FLOAT_FORMAT, VERSION = "ssmquant", "ssmquant-float", "1"
+FORMAT, VERSION = "ssmquant", "2"
+FLOAT_FORMAT, FLOAT_VERSION = "ssmquant-float", "1"
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool,
@@ -211,7 +212,9 @@ def save_float(model: nn.Module, path: str | os.PathLike[str], *, half: bool = F
     for name, t in model.state_dict().items():
         t = t.detach().cpu()
         state[name] = (t.half() if half and t.dtype == torch.float32 else t).contiguous().clone()
-    write(path, state, {"format": FLOAT_FORMAT, "format_version": VERSION, "zoo": json.dumps(description)})
+    write(
+        path, state, {"format": FLOAT_FORMAT, "format_version": FLOAT_VERSION, "zoo": json.dumps(description)}
+    )
 
 
 def load_float(path: str | os.PathLike[str]) -> Any:
@@ -222,8 +225,8 @@ def load_float(path: str | os.PathLike[str]) -> Any:
         FormatError: the file is not one of these, or does not fit the model that it describes.
     """
     metadata, state = read(path)
-    if metadata.get("format") != FLOAT_FORMAT or metadata.get("format_version") != VERSION:
-        raise FormatError(f"{path} is not a float model of ssmquant (format version {VERSION})")
+    if metadata.get("format") != FLOAT_FORMAT or metadata.get("format_version") != FLOAT_VERSION:
+        raise FormatError(f"{path} is not a float model of ssmquant (format version {FLOAT_VERSION})")
     try:
         model = build_zoo(json.loads(metadata.get("zoo", "")), sum(t.numel() for t in state.values()))
         load_checkpoint(model, state)

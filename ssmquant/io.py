@@ -1,21 +1,22 @@
 """A deployed model as one safetensors file. Nothing is ever unpickled, and everything read is checked.
 
-Layout (format version 1). So that the header stays small, tensors of a kind are one flat tensor:
+Layout (format version 2). So that the header stays small, tensors of a kind are one flat tensor:
 
-- ``meta``: zlib-compressed JSON (uint8): configuration, example input, tables of what follows, a hash of the site list;
+- ``meta``: zlib-compressed JSON (uint8): configuration, example input, a table of all quantized operands with the flags
+  of their quantizers, one of the float tensors; in both, what is usual is left out;
 - ``codes``: the packed codes (``ssmquant.pack``) of all weights and static operands, one after the other (uint8); of
   an operand whose entry says ``alike`` a single one, which all its elements have;
-- ``scales``: for each of them ``scale``, ``shift`` and, if clamped, ``lo``, ``hi`` (float32);
-- ``quantizers``: the state of the activation quantizers (float32; flags as 0 or 1);
+- ``scales``: for each of them ``scale`` (of those ``alike`` it is 1 and left out), ``shift`` unless it follows from the
+  scale, and, if clamped, ``lo``, ``hi`` (float32);
+- ``quantizers``: the state of the activation quantizers (float32);
 - ``float32``, ``float16`` ...: the parameters and buffers that stay in float, by stored dtype.
 
-``load`` traces the model again on fake tensors and compares its sites with the file's.
+``load`` traces the model again on fake tensors and compares its quantized operands with the file's.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -66,14 +67,9 @@ _META_LIMIT = 16 * 2**20
 # ---- save ----------------------------------------------------------------------------------------------------------
 
 
-def _site_hash(points: list[dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(points, sort_keys=True).encode()).hexdigest()
-
-
-def _point_table(points: list[Point]) -> list[dict[str, Any]]:
-    return [
-        {"name": p.name, "what": p.what, "bits": p.scheme.bits, "method": p.scheme.method} for p in points
-    ]
+def _identity(p: Point) -> dict[str, Any]:
+    """What a point of the file and of the model must have in common."""
+    return {"name": p.name, "what": p.what, "bits": p.scheme.bits, "method": p.scheme.method}
 
 
 def _all_points(runtime: Runtime) -> list[Point]:
@@ -105,20 +101,17 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     codes: list[Tensor] = []
     scales: list[Tensor] = []
     state: list[Tensor] = []
-    operands: list[dict[str, Any]] = []
-    activations: list[dict[str, Any]] = []
+    table = []
     for p in points:
         if p.what == "activation":
             wrapper = runtime.activations[p.key]
             assert isinstance(wrapper, ActivationQuantizer)
-            table = []
-            for k, v in wrapper.quantizer.state_dict().items():
-                table.append([k, list(v.shape), NAMES[v.dtype]])
-                state.append(v.detach().float().reshape(-1).cpu())
-            frozen = isinstance(wrapper.quantizer, FrozenRange)
-            activations.append(
-                {"name": p.name, "frozen": frozen, "axis": wrapper.quantizer.axis, "state": table}
-            )
+            own = wrapper.quantizer.state_dict()
+            values = {k: v for k, v in own.items() if v.is_floating_point()}
+            flags = {k: bool(v) for k, v in own.items() if k not in values}
+            state += [v.detach().float().reshape(-1).cpu() for v in values.values()]
+            frozen = {"frozen": True} if isinstance(wrapper.quantizer, FrozenRange) else {}
+            table.append({**_identity(p), "values": list(values), "flags": flags, **frozen})
             continue
         packed = runtime.weights[p.key]
         assert isinstance(packed, PackedTensor)
@@ -127,12 +120,13 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
                 "save: scales are stored in float32, and this model computes in float64; prepare it in float32"
             )
         codes.append(packed.codes.cpu())
-        parts = [packed.scale, packed.shift, packed.lo, packed.hi]
+        parts = [None if packed.alike else packed.scale, packed.shift, packed.lo, packed.hi]
         scales += [t.float().reshape(-1).cpu() for t in parts if t is not None]
-        operands.append({
-            "name": p.name, "shape": list(packed.shape), "bits": packed.bits, "code_min": packed.code_min,
-            "dtype": NAMES[packed.dtype], "groups": list(packed.scale.shape), "clamped": packed.lo is not None,
-            "shift": packed.rule, **({"alike": True} if packed.alike else {}),
+        options = {"clamped": packed.lo is not None, "alike": packed.alike}
+        table.append({
+            **_identity(p), "shape": list(packed.shape), "groups": list(packed.scale.shape),
+            "code_min": packed.code_min, "dtype": NAMES[packed.dtype], "shift": packed.rule,
+            **{k: True for k, given in options.items() if given},
         })  # fmt: skip
     floats: dict[str, list[Tensor]] = {}
     float_table = []
@@ -140,14 +134,15 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
         dtype_name(t)
         stored = runtime.float_dtype if runtime.float_dtype is not None and t.is_floating_point() else t.dtype
         floats.setdefault(NAMES[stored], []).append(t.detach().to(stored).reshape(-1).cpu())
-        float_table.append([name, list(t.shape), NAMES[t.dtype], NAMES[stored]])
-    sites = _point_table(points)
+        float_table.append(
+            [name, list(t.shape), NAMES[t.dtype], *([NAMES[stored]] if stored != t.dtype else [])]
+        )
     meta = {
         "config": runtime.config.to_dict(), "method": runtime.method,
         "adapter": runtime.adapter.name if runtime.adapter else None, "platform": runtime.platform,
         "class": f"{type(deployed).__module__}.{type(deployed).__qualname__}",
-        "zoo": getattr(deployed, "zoo_config", None), "example": encode(runtime.example), "sites": sites,
-        "sites_sha256": _site_hash(sites), "operands": operands, "activations": activations, "float": float_table,
+        "zoo": getattr(deployed, "zoo_config", None), "example": encode(runtime.example), "points": table,
+        "float": float_table,
     }  # fmt: skip
     blob = zlib.compress(json.dumps(meta, separators=(",", ":")).encode(), 9)
     tensors = {
@@ -186,8 +181,7 @@ def _meta(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> di
     except (zlib.error, ValueError, RecursionError) as e:
         raise FormatError(f"{path}: the metadata cannot be read ({type(e).__name__})") from None
     kinds: dict[str, Any] = {
-        "config": dict, "method": str, "sites": list, "sites_sha256": str, "operands": list, "activations": list,
-        "float": list, "example": dict, "class": str,
+        "config": dict, "method": str, "points": list, "float": list, "example": dict, "class": str,
     }  # fmt: skip
     for key, kind in kinds.items():
         if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
@@ -258,10 +252,9 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
             f"the model does not run on the file's example input ({type(e).__name__}: {e})"
         ) from e
     points = _all_points(runtime)
-    sites = _point_table(points)
-    if sites != meta["sites"] or _site_hash(sites) != meta["sites_sha256"]:
-        theirs, ours = {s["name"] for s in meta["sites"]}, {s["name"] for s in sites}
-        odd = sorted(theirs ^ ours)[:3] or ["the schemes"]
+    theirs, ours = meta["points"], [_identity(p) for p in points]
+    if [{k: e.get(k) for k in ("name", "what", "bits", "method")} for e in theirs] != ours:
+        odd = sorted({e["name"] for e in theirs} ^ {e["name"] for e in ours})[:3] or ["the schemes"]
         raise reader.fail(
             f"made for another model or configuration: its {len(theirs)} quantized operands and the model's "
             f"differ ({', '.join(odd)} ...)"
@@ -282,19 +275,15 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
 
 def _fill_points(model: nn.Module, points: list[Point], meta: dict[str, Any], reader: Reader) -> None:
     runtime = runtime_of(model)
-    operands = {e["name"]: e for e in meta["operands"]}
-    activations = {e["name"]: e for e in meta["activations"]}
-    for p in points:
+    for p, e in zip(points, meta["points"], strict=True):
         if p.what == "activation":
-            _fill_activation(runtime, p, activations[p.name], reader)
+            _fill_activation(runtime, p, e, reader)
             continue
-        e = operands[p.name]
-        shape, groups, bits = read_shape(e["shape"]), read_shape(e["groups"]), e["bits"]
+        assert p.scheme.bits is not None
+        shape, groups = read_shape(e["shape"]), read_shape(e["groups"])
         expected, dtype = _operand(model, p)
-        if shape != expected or bits != p.scheme.bits:
-            raise reader.fail(
-                f"'{p.name}' has shape {list(shape)} at {bits} bits, the model's is {list(expected)}"
-            )
+        if shape != expected:
+            raise reader.fail(f"'{p.name}' has shape {list(shape)}, the model's is {list(expected)}")
         fits = len(groups) in (0, len(shape)) and all(
             g in (1, s) for g, s in zip(groups, shape, strict=False)
         )
@@ -302,21 +291,18 @@ def _fill_points(model: nn.Module, points: list[Point], meta: dict[str, Any], re
             raise reader.fail(f"'{p.name}' is malformed")
         if not read_dtype(e["dtype"]).is_floating_point:
             raise reader.fail(f"'{p.name}' has dtype {e['dtype']}")
-        rule: Shift = "learned"  # older files have every shift
-        if "shift" in e:
-            quantizer = make_quantizer(p, runtime.config)
-            rule = quantizer.shift if isinstance(quantizer, LearnedScale) else "learned"
-            if e["shift"] != rule:
-                raise reader.fail(f"'{p.name}' has the shift {e['shift']!r}, its quantizer {rule!r}")
-        alike = e.get("alike", False)
-        if not isinstance(alike, bool):
-            raise reader.fail(f"'{p.name}' is malformed")
+        quantizer = make_quantizer(p, runtime.config)
+        rule: Shift = quantizer.shift if isinstance(quantizer, LearnedScale) else "learned"
+        if e["shift"] != rule:
+            raise reader.fail(f"'{p.name}' has the shift {e['shift']!r}, its quantizer {rule!r}")
         out = PackedTensor(
-            shape, bits, e["code_min"], dtype,
-            groups=groups, clamped=bool(e["clamped"]), rule=rule, alike=alike,
+            shape, p.scheme.bits, e["code_min"], dtype,
+            groups=groups, clamped=_given(e, "clamped", reader), rule=rule, alike=_given(e, "alike", reader),
         )  # fmt: skip
         out.codes = reader.take("codes", out.codes.numel(), torch.uint8, p.name)
-        for name in ("scale", "shift", "lo", "hi"):
+        if out.alike:
+            out.scale = torch.ones(groups)
+        for name in ("shift", "lo", "hi") if out.alike else ("scale", "shift", "lo", "hi"):
             if getattr(out, name) is None:
                 continue
             value = reader.take("scales", math.prod(groups), torch.float32, p.name)
@@ -325,6 +311,13 @@ def _fill_points(model: nn.Module, points: list[Point], meta: dict[str, Any], re
             setattr(out, name, value.reshape(groups))
         out.qtensor()  # codes out of range show here
         runtime.weights[p.key] = out
+
+
+def _given(e: dict[str, Any], option: str, reader: Reader) -> bool:
+    """An option of an entry, which is there where it is true."""
+    if option in e and e[option] is not True:
+        raise reader.fail(f"'{e['name']}' is malformed")
+    return option in e
 
 
 def _operand(model: nn.Module, p: Point) -> tuple[tuple[int, ...], torch.dtype]:
@@ -336,16 +329,18 @@ def _operand(model: nn.Module, p: Point) -> tuple[tuple[int, ...], torch.dtype]:
 
 def _fill_activation(runtime: Runtime, p: Point, e: dict[str, Any], reader: Reader) -> None:
     assert p.scheme.bits is not None
-    quantizer = FrozenRange(p.scheme.bits) if e["frozen"] else make_quantizer(p, runtime.config)
+    quantizer = (
+        FrozenRange(p.scheme.bits) if _given(e, "frozen", reader) else make_quantizer(p, runtime.config)
+    )
     own = quantizer.state_dict()
-    table = e["state"]
-    if [t[0] for t in table] != list(own):
+    values = [name for name, t in own.items() if t.is_floating_point()]
+    flags = e["flags"]
+    if e["values"] != values or sorted(flags) != sorted(own.keys() - set(values)):
         raise reader.fail(f"'{p.name}' has other quantizer state than a {p.scheme.method} quantizer")
-    state = {}
-    for name, shape, dtype in table:
-        kinds = {read_dtype(dtype).is_floating_point, own[name].is_floating_point()}
-        if read_shape(shape) != tuple(own[name].shape) or len(kinds) > 1:
-            raise reader.fail(f"'{p.name}': {name} has another shape or dtype")
+    if not all(isinstance(flag, bool) for flag in flags.values()):
+        raise reader.fail(f"'{p.name}' is malformed")
+    state = {name: torch.tensor(flag) for name, flag in flags.items()}
+    for name in values:
         value = reader.take("quantizers", own[name].numel(), torch.float32, p.name)
         if not bool(value.isfinite().all()):
             raise reader.fail(f"'{p.name}': {name} is not finite")
@@ -364,7 +359,8 @@ def _fill_floats(model: nn.Module, meta: dict[str, Any], reader: Reader) -> None
         odd = sorted(set(names) ^ set(own))[:3]
         raise reader.fail(f"float parameters differ from the model's: {', '.join(odd) or 'their order'}")
     with torch.no_grad():
-        for name, shape, dtype, stored in meta["float"]:
+        for name, shape, dtype, *rest in meta["float"]:
+            stored = rest[0] if rest else dtype
             t = own[name]
             if read_shape(shape) != tuple(t.shape):
                 raise reader.fail(f"parameter '{name}' has shape {shape}, the model's is {list(t.shape)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import math
 import os
 import pickle
 import tempfile
@@ -27,7 +26,6 @@ import ssmquant.io as files
 from ssmquant import ConfigError, FormatError, QConfig, SsmquantError, zoo
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules import PackedTensor
-from ssmquant.pack import packed_size
 from tests.small import Scanner, images, light, prepared_and_calibrated, scanner, tiny_mambair
 
 X = images(2, 3, 6, 5)
@@ -105,6 +103,15 @@ def rewritten(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 def meta_of(content: bytes) -> dict[str, Any]:
     return json.loads(zlib.decompress(read(content)[0]["meta"].numpy().tobytes()))
+
+
+def operands_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of what is packed: weights and values made of parameters."""
+    return [e for e in meta["points"] if "shape" in e]
+
+
+def activations_of(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    return [e for e in meta["points"] if "values" in e]
 
 
 def with_meta(content: bytes, meta: Any) -> bytes:
@@ -187,28 +194,15 @@ def test_a_decay_of_one_value_a_state_has_no_codes_in_the_file() -> None:
     again = loaded(content, Scanner(16, 8))
     assert torch.equal(again(X), deployed(X))
     assert_same_content(written(again), content)
-    operands = meta_of(content)["operands"]
+    operands = operands_of(meta_of(content))
     assert [(e["name"], e["shape"], e["alike"]) for e in operands if "alike" in e] == [
         ("scan.A", [16, 8], True)
     ]
     for wrong in (False, 1, None, "no"):
         meta = meta_of(content)
-        next(e for e in meta["operands"] if e["name"] == "scan.A")["alike"] = wrong
+        next(e for e in operands_of(meta) if e["name"] == "scan.A")["alike"] = wrong
         with pytest.raises(FormatError):
             loaded(with_meta(content, meta), Scanner(16, 8))
-    # As written before: a code for every element.
-    meta, at = meta_of(content), 0
-    for e in meta["operands"]:
-        if e.pop("alike", False):
-            break
-        at += packed_size(math.prod(e["shape"]), e["bits"])
-
-    def with_codes(t: Tensor) -> Tensor:
-        return torch.cat((t[:at], torch.zeros(packed_size(16 * 8, 2), dtype=torch.uint8), t[at + 1 :]))
-
-    old = loaded(with_tensor(with_meta(content, meta), "codes", with_codes), Scanner(16, 8))
-    assert torch.equal(old(X), deployed(X))
-    assert ssmquant.summary(old).bytes > ssmquant.summary(deployed).bytes
 
 
 def test_zoo_models_with_one_decay_a_state_need_no_model() -> None:
@@ -223,18 +217,10 @@ def test_zoo_models_with_one_decay_a_state_need_no_model() -> None:
 @pytest.mark.parametrize("rule", ["none", "learned"])
 def test_another_shift_than_the_configurations(rule: str) -> None:
     meta = meta_of(written(recommended()))
-    entry = next(e for e in meta["operands"] if e["shift"] == "half")
+    entry = next(e for e in operands_of(meta) if e["shift"] == "half")
     entry["shift"] = rule
     with pytest.raises(FormatError, match=f"'{entry['name']}' has the shift '{rule}'.*'half'"):
         loaded(with_meta(written(recommended()), meta), Scanner(16, 8))
-
-
-def test_files_from_before_shifts_were_left_out() -> None:
-    meta = meta_of(small_file())
-    assert [e.pop("shift") for e in meta["operands"]] == ["learned"]
-    assert torch.equal(
-        loaded(with_meta(small_file(), meta), Small())(POINTS), loaded(small_file(), Small())(POINTS)
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -293,7 +279,7 @@ def test_tied_weights_and_buffers_come_back() -> None:
     assert int(again.steps) == 11
     assert int(again.norm.num_batches_tracked) == 1
     assert torch.equal(again(POINTS), deployed(POINTS))
-    assert [e["name"] for e in meta_of(written(deployed))["operands"]] == ["middle:weight"]
+    assert [e["name"] for e in operands_of(meta_of(written(deployed)))] == ["middle:weight"]
 
 
 def test_a_cast_model_keeps_its_values() -> None:
@@ -412,8 +398,8 @@ def test_float_and_quantized_files_are_told_apart(tmp_path: Path) -> None:
 
 def test_other_versions() -> None:
     tensors, metadata = read(small_file())
-    with pytest.raises(FormatError, match="version '2'"):
-        loaded(rewritten(tensors, {**metadata, "format_version": "2"}), Small())
+    with pytest.raises(FormatError, match="version '1'"):
+        loaded(rewritten(tensors, {**metadata, "format_version": "1"}), Small())
     del metadata["format_version"]
     with pytest.raises(FormatError, match="version None"):
         loaded(rewritten(tensors, metadata), Small())
@@ -645,10 +631,15 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> bytes:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: m.update(sites_sha256="0" * 64),
-        lambda m: m["sites"].pop(),
-        lambda m: m["sites"].append(m["sites"][0]),
-        lambda m: m["sites"][0].update(bits=4),
+        lambda m: m["points"].clear(),
+        lambda m: m["points"].pop(),
+        lambda m: m["points"].append(m["points"][0]),
+        lambda m: m["points"].reverse(),
+        lambda m: m["points"].__setitem__(0, 3),
+        lambda m: m["points"][0].clear(),
+        lambda m: m["points"][0].update(bits=4),
+        lambda m: m["points"][0].update(what="static"),
+        lambda m: m["points"][0].update(method="lsq"),
         lambda m: m["config"].update(w_bits=4),
         lambda m: m["config"].update(w_bits=9),
         lambda m: m["config"].update(version=2),
@@ -660,34 +651,38 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> bytes:
         lambda m: m.update(method="__class__"),
         lambda m: m.update(method="to"),
         lambda m: m.update(adapter="nonesuch"),
-        lambda m: m["operands"].clear(),
-        lambda m: m["operands"][0].update(shape=[5, 6]),
-        lambda m: m["operands"][0].update(shape=[25]),
-        lambda m: m["operands"][0].update(shape=[-5, -5]),
-        lambda m: m["operands"][0].update(shape=[2**40]),
-        lambda m: m["operands"][0].update(bits=2),
-        lambda m: m["operands"][0].update(bits="3"),
-        lambda m: m["operands"][0].update(groups=[2]),
-        lambda m: m["operands"][0].update(groups=[3, 1]),
-        lambda m: m["operands"][0].update(groups=[1, 1, 1]),
-        lambda m: m["operands"][0].update(code_min=10**6),
-        lambda m: m["operands"][0].update(code_min=-3.5),
-        lambda m: m["operands"][0].update(dtype="int64"),
-        lambda m: m["operands"][0].update(dtype="complex64"),
-        lambda m: m["operands"][0].update(clamped=True),
-        lambda m: m["activations"].clear(),
-        lambda m: m["activations"][0]["state"].pop(),
-        lambda m: m["activations"][0]["state"][0].__setitem__(0, "z"),
-        lambda m: m["activations"][0]["state"][0].__setitem__(1, [3]),
-        lambda m: m["activations"][0]["state"][0].__setitem__(2, "int64"),
-        lambda m: m["activations"][0].update(frozen=True),
+        lambda m: operands_of(m)[0].update(shape=[5, 6]),
+        lambda m: operands_of(m)[0].update(shape=[25]),
+        lambda m: operands_of(m)[0].update(shape=[-5, -5]),
+        lambda m: operands_of(m)[0].update(shape=[2**40]),
+        lambda m: operands_of(m)[0].update(bits=2),
+        lambda m: operands_of(m)[0].update(bits="3"),
+        lambda m: operands_of(m)[0].update(groups=[2]),
+        lambda m: operands_of(m)[0].update(groups=[3, 1]),
+        lambda m: operands_of(m)[0].update(groups=[1, 1, 1]),
+        lambda m: operands_of(m)[0].update(code_min=10**6),
+        lambda m: operands_of(m)[0].update(code_min=-3.5),
+        lambda m: operands_of(m)[0].update(dtype="int64"),
+        lambda m: operands_of(m)[0].update(dtype="complex64"),
+        lambda m: operands_of(m)[0].update(clamped=True),
+        lambda m: operands_of(m)[0].update(clamped=False),
+        lambda m: activations_of(m)[0]["values"].pop(),
+        lambda m: activations_of(m)[0]["values"].append("z"),
+        lambda m: activations_of(m)[0]["values"].reverse(),
+        lambda m: activations_of(m)[0].update(values=None),
+        lambda m: activations_of(m)[0]["flags"].clear(),
+        lambda m: activations_of(m)[0]["flags"].update(initialized=1.0),
+        lambda m: activations_of(m)[0]["flags"].update(more=True),
+        lambda m: activations_of(m)[0].update(flags=[]),
+        lambda m: activations_of(m)[0].update(frozen=True),
+        lambda m: activations_of(m)[0].update(frozen=0),
         lambda m: m["float"].pop(),
         lambda m: m["float"].reverse(),
         lambda m: m["float"][0].__setitem__(1, [99, 99]),
         lambda m: m["float"][0].__setitem__(2, "int32"),
-        lambda m: m["float"][0].__setitem__(3, "float16"),
-        lambda m: m["float"][0].__setitem__(3, "int64"),
-        lambda m: m["float"][0].__setitem__(3, "meta"),
+        lambda m: m["float"][0].append("float16"),
+        lambda m: m["float"][0].append("int64"),
+        lambda m: m["float"][0].append("meta"),
         lambda m: m["float"][0].__setitem__(0, "nowhere"),
         lambda m: m.update(example={"tuple": []}),
         lambda m: m.update(example={"tuple": [{"tensor": [6, 5], "dtype": "float32"}]}),

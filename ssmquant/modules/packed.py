@@ -36,9 +36,10 @@ class PackedTensor(FixedPrecision):
     prepared model's fake-quantized values bit for bit. A cast (``.half()``) changes the dtype that comes out, not the
     map.
 
-    Buffers: ``codes`` (uint8, 1-D, layout of ``ssmquant.pack``; one code for all elements if they are ``alike``),
-    ``scale`` and ``shift`` (float32, one element a group), and ``lo``/``hi``, the end clamp of DLS. Where the
-    quantizer's ``rule`` for the shift is not ``"learned"``, ``shift`` is None and follows from the scale.
+    Buffers: ``codes`` (uint8, 1-D, layout of ``ssmquant.pack``; of elements that are ``alike``, which have one code and
+    the scale 1, a single one), ``scale`` and ``shift`` (float32, one element a group), and ``lo``/``hi``, the end clamp
+    of DLS. Where the quantizer's ``rule`` for the shift is not ``"learned"``, ``shift`` is None and follows from the
+    scale.
     """
 
     codes: Tensor
@@ -77,7 +78,7 @@ class PackedTensor(FixedPrecision):
     @classmethod
     def from_qtensor(cls, q: QTensor, rule: Shift = "learned") -> PackedTensor:
         """Packs an encoded tensor, one element of expanded codes; ``rule``: how its shift follows from its scale."""
-        alike = q.codes.numel() > 1 and not any(q.codes.stride())
+        alike = q.codes.numel() > 1 and not any(q.codes.stride()) and bool((q.scale == 1).all())
         out = cls(
             q.codes.shape, q.bits, q.code_min, q.dtype,
             groups=q.scale.shape, clamped=q.lo is not None, rule=rule, alike=alike,

@@ -50,7 +50,7 @@ class Shared(Quantizer):
         return False
 
     def stored(self, shape: Sequence[int]) -> tuple[int, int]:
-        return 1, 2 * shape[-1]
+        return 1, shape[-1]
 
     def encode(self, x: Tensor, *, check: bool = True) -> QTensor:
         encoded = super().encode(x, check=check)

@@ -33,7 +33,7 @@ from ssmquant.quantizers.affine import Affine
 from tests.graph import test_deploy as plain
 from tests.small import Scanner, images, prepared_and_calibrated
 from tests.strategies import learnt
-from tests.test_io import loaded, meta_of, read, with_meta, with_tensor, written
+from tests.test_io import activations_of, loaded, meta_of, read, with_meta, with_tensor, written
 
 _reason = cpu.unavailable(torch.device("cpu"))
 needs_kernels = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -427,8 +427,9 @@ NUMBERS = st.sampled_from([0.0, -0.0, -1.0, 1e-45, -1e-30, 1e38, -3e38, math.nan
 
 def states(content: bytes) -> list[str]:
     """What the numbers in a file's ``quantizers`` are."""
-    tables = [e["state"] for e in meta_of(content)["activations"]]
-    return [name for table in tables for name, shape, _ in table for _ in range(math.prod(shape))]
+    names = [name for e in meta_of(content)["points"] for name in e.get("values", ())]
+    assert len(names) == len(read(content)[0]["quantizers"])  # one number each
+    return names
 
 
 def with_number(content: bytes, key: str, at: int, value: float) -> bytes:
@@ -449,9 +450,10 @@ def test_files_with_another_number(kind: Any, data: st.DataObject) -> None:
 
 
 def test_a_file_whose_quantizer_has_no_range() -> None:
-    content = file_of(4)
+    meta = meta_of(file_of(4))
+    activations_of(meta)[0]["flags"]["initialized"] = False
     with pytest.raises(FormatError, match="has no range"):
-        loaded(with_number(content, "quantizers", states(content).index("initialized"), 0.0), model())
+        loaded(with_meta(file_of(4), json.dumps(meta).encode()), model())
 
 
 @needs_kernels
