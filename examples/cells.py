@@ -20,7 +20,6 @@ from typing import Any
 import common
 import methods
 import numpy as np
-import self_ensemble
 import torch
 from evalsets import EvalSet
 from patches import PatchData
@@ -100,9 +99,7 @@ class Cell:
 def _key(cell: Cell, settings: Settings) -> dict[str, Any]:
     """All that decides what a cell is trained to, as JSON has it."""
     method = methods.find(cell.method)
-    training = {
-        k: getattr(method, k) for k in ("distill", "ensemble", "quantizer_lr", "ema", "weights_first")
-    }
+    training = {k: getattr(method, k) for k in ("distill", "quantizer_lr", "ema", "weights_first")}
     key = {
         **settings.describe(),
         "cell": asdict(cell),
@@ -279,13 +276,6 @@ def _teacher(model: nn.Module, example: Tensor) -> nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def _taught(settings: Settings) -> str:
-    """Tells apart what :func:`self_ensemble.targets` depends on."""
-    known = settings.describe()
-    parts = {name: known[name] for name in ("task", "init_sha256", "data", "patch")}
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
 def _batches(data: PatchData, settings: Settings, seed: int) -> Iterable[Tensor]:
     data.seed(1000 + seed)
     return list(data.batches(settings.calibration, settings.batch))
@@ -309,14 +299,6 @@ def run_cell(
     model: nn.Module = load_float(settings.init).to(device)
     example = torch.zeros(1, 3, settings.patch, settings.patch, device=device)
     teacher = _teacher(model, example) if method.distill else None
-    data.teach(None)
-    if teacher is not None and method.ensemble:
-        data.teach(
-            self_ensemble.targets(
-                teacher, data, out.parent / f"self_ensemble_{_taught(settings)}.safetensors"
-            )
-        )
-        teacher = None
     first = round(settings.steps * method.weights_first)
     recipe = Recipe(
         steps=settings.steps - first, batch=settings.batch, lr=settings.lr, warmup=settings.warmup, ema=method.ema,

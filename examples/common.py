@@ -153,24 +153,6 @@ def write_json(value: Any, path: Path) -> None:
     os.replace(temporary, path)
 
 
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process has ``path`` for itself; with ``wait`` it does in the end."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: one process at a time
-        yield True
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
 def sha256(path: Path) -> str:
     """Of a file's bytes."""
     digest = hashlib.sha256()

@@ -29,10 +29,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import common
 import methods
 import report
 import torch
@@ -86,6 +86,24 @@ def grid(specs: Sequence[str]) -> list[Cell]:
     return sorted(cells, key=lambda c: c.seed)
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process may work in ``folder``: no other one does."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: one process at a time
+        yield True
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
 def work(
     cells: Sequence[Cell],
     settings: Settings,
@@ -110,7 +128,7 @@ def work(
             return
         if done(cell):
             continue
-        with common.locked(out / cell.name / "lock", wait=False) as mine:
+        with claimed(out / cell.name) as mine:
             if not mine or done(cell):
                 continue
             result = load_result(cell, settings, out)

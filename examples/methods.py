@@ -18,17 +18,15 @@ class Method:
     """A row of the comparison.
 
     ``config`` makes the configuration for a bit width (None: the float model, trained as long). ``distill``: share of
-    the loss that compares with the float model's output. ``ensemble``: with the mean of its outputs for the 8 flips and
-    turns of the whole picture (``self_ensemble.py``). ``quantizer_lr``: learning rate of the quantizers' scalars over
-    that of the weights. ``ema``: decay of averaged weights. ``weights_first``: share of the steps in which activations
-    stay in float.
+    the loss that compares with the float model's output. ``quantizer_lr``: learning rate of the quantizers' scalars
+    over that of the weights. ``ema``: decay of averaged weights. ``weights_first``: share of the steps in which
+    activations stay in float.
     """
 
     name: str
     label: str
     config: Callable[[int], QConfig] | None
     distill: float = 0.0
-    ensemble: bool = False
     quantizer_lr: float = 1.0
     ema: float | None = None
     weights_first: float = 0.0
@@ -72,7 +70,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("official", "Q-MambaIR (DLS + RFA)", _official()),
             Method("dls", "DLS only", _official(weight="lsq")),
             Method("rfa", "RFA only", _official(scan="lsq")),
-            Method("ours", "ours", lambda bits: QConfig.recommended(bits, bits), distill=0.9, ensemble=True),
+            Method("ours", "ours", lambda bits: QConfig.recommended(bits, bits), distill=0.9),
         )
     }
 )
@@ -106,7 +104,6 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
             _ours("own-decay", "A by LSQ, not shared", changes={"decay": "inherit"}),
             _ours("shared-decay", "A shared, but not evenly spaced", changes={"decay": "shared"}),
             _ours("no-distill", "no distillation", distill=0.0),
-            _ours("single-teacher", "taught by the float model's output for the patch", ensemble=False),
             _ours("distill-5", "distillation 0.5", distill=0.5),
             _ours("distill-only", "the float model's output alone", distill=1.0),
             _ours("slow-scalars", "quantizers at 0.1 of the rate", quantizer_lr=0.1),
@@ -118,7 +115,6 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
                 name="official-distill",
                 label="Q-MambaIR with our distillation",
                 distill=0.9,
-                ensemble=True,
             ),
         )
     }

@@ -41,29 +41,17 @@ def read_images(source: str | os.PathLike[str]) -> list[tuple[str, Image.Image]]
 
 
 class _Plane:
-    """Pictures of different sizes, (H, W, 3) each, one after another in one flat (pixels, 3) tensor of their dtype."""
+    """Pictures of different sizes, one after another in one flat (pixels, 3) uint8 tensor."""
 
-    def __init__(self, pictures: Sequence[Tensor], device: torch.device) -> None:
-        sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
-        self.sizes = sizes
-        starts = np.cumsum([0, *(height * width for height, width in sizes)])[:-1]
-        self.pixels = torch.cat([picture.reshape(-1, 3) for picture in pictures]).to(device)
+    def __init__(self, images: Sequence[Image.Image], device: torch.device) -> None:
+        flat = [np.asarray(image.convert("RGB")).reshape(-1, 3) for image in images]
+        starts = np.cumsum([0, *(len(pixels) for pixels in flat)])[:-1]
+        self.pixels = torch.from_numpy(np.concatenate(flat)).to(device)
         self.start = torch.from_numpy(starts).to(device)
-        self.width = torch.tensor([width for _, width in sizes], device=device)
-
-    @classmethod
-    def of_images(cls, images: Sequence[Image.Image], device: torch.device) -> _Plane:
-        """uint8."""
-        return cls([torch.from_numpy(np.array(image.convert("RGB"))) for image in images], device)
-
-    def picture(self, index: int) -> Tensor:
-        """(H, W, 3)."""
-        height, width = self.sizes[index]
-        start = int(sum(h * w for h, w in self.sizes[:index]))
-        return self.pixels[start : start + height * width].view(height, width, 3)
+        self.width = torch.tensor([image.width for image in images], device=device)
 
     def cut(self, index: Tensor, top: Tensor, left: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """Patches (B, 3, P, P): pixel (top + rows, left + cols) of picture ``index``; rows, cols (B, P, P)."""
+        """Patches (B, 3, P, P) uint8: pixel (top + rows, left + cols) of picture ``index``; rows, cols (B, P, P)."""
         at = self.start[index, None, None] + (top[:, None, None] + rows) * self.width[index, None, None]
         return self.pixels[at + left[:, None, None] + cols].permute(0, 3, 1, 2)
 
@@ -92,11 +80,10 @@ class PatchData:
         self.skipped = [name for name, image in clean if min(image.size) < side]
         if not kept:
             raise InputError(f"none of {len(clean)} pictures has sides of {side} pixels; use smaller patches")
-        self.high = _Plane.of_images(kept, self.device)
+        self.high = _Plane(kept, self.device)
         self.low = self.high
         if task.kind != "denoise":
-            self.low = _Plane.of_images([task.degrade_image(image) for image in kept], self.device)
-        self._taught: _Plane | None = None
+            self.low = _Plane([task.degrade_image(image) for image in kept], self.device)
         self._sizes = torch.tensor([[i.height // task.scale, i.width // task.scale] for i in kept])
         self.seed(seed)
 
@@ -107,31 +94,6 @@ class PatchData:
 
     def __len__(self) -> int:
         return len(self._sizes)
-
-    def degraded(self, index: int) -> Tensor:
-        """The model's input for a whole picture, (1, 3, H, W) in 0..1.
-
-        Raises:
-            ConfigError: of denoising, whose noise is drawn with the patches.
-        """
-        if self.task.kind == "denoise":
-            raise ConfigError("degraded pictures of denoising are different each time")
-        return self.low.picture(index).permute(2, 0, 1)[None].float().div_(255)
-
-    def teach(self, targets: Sequence[Tensor] | None) -> None:
-        """Let :meth:`sample` give patches of ``targets`` too: for every picture what a teacher makes of its
-        :meth:`degraded` one, (3, H * scale, W * scale) in 0..1, kept in their dtype. None: no longer.
-
-        Raises:
-            InputError: not these pictures' sizes.
-        """
-        if targets is None:
-            self._taught = None
-            return
-        wanted = [(3, *size) for size in self.high.sizes]
-        if [tuple(t.shape) for t in targets] != wanted:
-            raise InputError("the teacher's pictures do not have the sizes of the clean ones")
-        self._taught = _Plane([t.permute(1, 2, 0) for t in targets], self.device)
 
     def seed(self, seed: int) -> None:
         """Start the sequence of patches anew."""
@@ -149,11 +111,8 @@ class PatchData:
         ):  # a CPU state does not fit a GPU's generator
             self._noise.set_state(state["noise"])
 
-    def sample(self, batch: int, patch: int | None = None) -> tuple[Tensor, ...]:
-        """The next pair of batches; see the class. A third part is the teacher's (:meth:`teach`).
-
-        ``patch``: at most the side that the class was given.
-        """
+    def sample(self, batch: int, patch: int | None = None) -> tuple[Tensor, Tensor]:
+        """The next pair of batches; see the class. ``patch``: at most the side that the class was given."""
         patch = patch or self.patch
         if patch > self.patch:
             raise ConfigError(f"pictures were chosen for patches of {self.patch}, {patch} may not fit")
@@ -165,13 +124,11 @@ class PatchData:
             packed = packed.pin_memory().to(self.device, non_blocking=True)
         index, top, left, turn = packed
         s = self.task.scale
-        large = (index, top * s, left * s, *self._grid(turn, patch * s))
-        y = self.high.cut(*large).float().div_(255)
+        y = self.high.cut(index, top * s, left * s, *self._grid(turn, patch * s)).float().div_(255)
         if self.task.kind == "denoise":
             noise = torch.randn(y.shape, generator=self._noise, device=self.device)
             return y + noise * (self.task.sigma / 255), y
-        x = self.low.cut(index, top, left, *self._grid(turn, patch)).float().div_(255)
-        return (x, y) if self._taught is None else (x, y, self._taught.cut(*large).float())
+        return self.low.cut(index, top, left, *self._grid(turn, patch)).float().div_(255), y
 
     def batches(self, count: int, batch: int, patch: int | None = None) -> Iterator[Tensor]:
         """``count`` batches of model inputs, for calibration."""

@@ -29,12 +29,9 @@ from ssmquant.errors import ConfigError, FormatError, SsmquantError
 
 
 class Data(Protocol):
-    """What :func:`fit` asks of its data (:class:`patches.PatchData` has it).
+    """What :func:`fit` asks of its data (:class:`patches.PatchData` has it)."""
 
-    ``sample`` gives inputs, clean pictures and, if it knows them, what the teacher makes of the inputs.
-    """
-
-    def sample(self, batch: int) -> tuple[Tensor, ...]: ...
+    def sample(self, batch: int) -> tuple[Tensor, Tensor]: ...
     def state(self) -> dict[str, Tensor]: ...
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
@@ -159,7 +156,7 @@ class Step:
         self.loss_sum = torch.zeros((), device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.side = torch.cuda.Stream(device) if gpu else None  # type: ignore[no-untyped-call]
-        self.batch: tuple[Tensor, ...] = ()
+        self.x = self.y = torch.empty(0)
 
     def set_rate(self, factor: float) -> None:
         for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
@@ -168,17 +165,15 @@ class Step:
             else:
                 group["lr"] = base * factor
 
-    def _work(self, x: Tensor, y: Tensor, wanted: Tensor | None = None) -> None:
+    def _work(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             out = self.forward(x)
-            share = self.recipe.distill
+            share = self.recipe.distill if self.teacher is not None else 0.0
             loss = (1 - share) * self._loss(out, y)
-            if share:
-                if wanted is None:
-                    assert self.teacher is not None
-                    with torch.no_grad():
-                        wanted = self.teacher(x)
+            if self.teacher is not None and share:
+                with torch.no_grad():
+                    wanted = self.teacher(x)
                 loss = loss + share * self._loss(out, wanted)
         loss.backward()
         if self.recipe.clip is not None:
@@ -193,30 +188,30 @@ class Step:
         error = out.float() - wanted.float()
         return error.abs().mean() if self.recipe.loss == "l1" else (error.square() + 1e-6).sqrt().mean()
 
-    def __call__(self, *batch: Tensor) -> None:
+    def __call__(self, x: Tensor, y: Tensor) -> None:
         if self.graph is None:
-            return self._work(*batch)
-        for own, given in zip(self.batch, batch, strict=True):
-            own.copy_(given)
+            return self._work(x, y)
+        self.x.copy_(x)
+        self.y.copy_(y)
         self.graph.replay()
 
-    def warm_up(self, *batch: Tensor) -> None:
+    def warm_up(self, x: Tensor, y: Tensor) -> None:
         """A step as any other, but on a side stream: :meth:`capture` wants ``WARM_UP`` of them before."""
         if self.side is None:
-            return self(*batch)
+            return self(x, y)
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
-            self(*batch)
+            self(x, y)
         torch.cuda.current_stream().wait_stream(self.side)
 
-    def capture(self, *batch: Tensor) -> None:
-        """Record the step; nothing runs. ``batch`` only tells the shapes."""
-        self.batch = tuple(part.clone() for part in batch)
+    def capture(self, x: Tensor, y: Tensor) -> None:
+        """Record the step; nothing runs. ``x`` and ``y`` only tell the shapes."""
+        self.x, self.y = x.clone(), y.clone()
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._work(*self.batch)
+            self._work(self.x, self.y)
         self.graph = graph
 
 
@@ -231,8 +226,7 @@ def fit(
 ) -> Result:
     """Train ``model`` in place, on its own device, and leave it in eval mode.
 
-    ``recipe.distill`` needs the teacher's output as third part of the data's batches, or ``teacher``: a float
-    model in eval mode on the same device.
+    ``teacher``: a float model in eval mode on the same device, which ``recipe.distill`` needs.
 
     ``groups``: optimiser parameter groups with their own peak ``lr`` (``ssmquant.param_groups(prepared,
     ...)``); all parameters by default. ``resume`` goes on from ``recipe.checkpoint`` if that exists: on a
@@ -242,6 +236,8 @@ def fit(
     """
     model.train()
     device = next(model.parameters()).device
+    if recipe.distill and teacher is None:
+        raise ConfigError("distill needs a teacher, the float model")
     own = groups or [{"params": [p for p in model.parameters() if p.requires_grad]}]
     step = Step(model, own, recipe, device, teacher)
     result = Result(0, 0.0)
@@ -261,16 +257,14 @@ def fit(
             if recipe.time_limit is not None and elapsed >= recipe.time_limit:
                 result.finished = recipe.steps is None
                 break
-            batch = data.sample(recipe.batch)
-            if recipe.distill and teacher is None and len(batch) < 3:
-                raise ConfigError("distill needs a teacher, the float model, or data that has its output")
+            x, y = data.sample(recipe.batch)
             if done == warm:
-                _try_capture(step, *batch)
+                _try_capture(step, x, y)
             step.set_rate(learning_rate(recipe, done, elapsed) / recipe.lr)
             if done < warm:
-                step.warm_up(*batch)
+                step.warm_up(x, y)
             else:
-                step(*batch)
+                step(x, y)
             done += 1
             if gpu:  # the host may run at most 4 steps ahead, or time limits would not hold
                 running.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
@@ -300,9 +294,9 @@ def fit(
     return result
 
 
-def _try_capture(step: Step, *batch: Tensor) -> None:
+def _try_capture(step: Step, x: Tensor, y: Tensor) -> None:
     try:
-        step.capture(*batch)
+        step.capture(x, y)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         print(f"no CUDA graph, going on step by step: {reason}", file=sys.stderr)
