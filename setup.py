@@ -1,6 +1,7 @@
 """The list of packages, which pyproject.toml cannot say, and wheels with compiled kernels.
 
-Packages are all of ssmquant/, and adapters/ as ssmquant.adapters. Wheels are pure Python, unless the environment
+Packages are all of ssmquant/, adapters/ as ssmquant.adapters, and the quantized models of examples/weights/ as data in
+ssmquant.weights. Wheels are pure Python, unless the environment
 variable SSMQUANT_BUILD names what to compile into ssmquant/lib, "cpu", "cuda" or "cpu,cuda" (torch has to be there):
 
     SSMQUANT_BUILD=cpu,cuda pip wheel --no-build-isolation --no-deps .
@@ -61,8 +62,8 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["ssmquant", "ssmquant.*"]), "ssmquant.adapters"],
-    package_dir={"ssmquant.adapters": "adapters"},
+    packages=[*find_packages(include=["ssmquant", "ssmquant.*"]), "ssmquant.adapters", "ssmquant.weights"],
+    package_dir={"ssmquant.adapters": "adapters", "ssmquant.weights": "examples/weights"},
     distclass=WithLibraries,
     cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel},
 )

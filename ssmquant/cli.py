@@ -28,10 +28,14 @@ __all__ = ["load_any", "main"]
 def load_any(path: str | os.PathLike[str]) -> tuple[nn.Module, str]:
     """A zoo model from a file of :func:`ssmquant.save` or :func:`ssmquant.io.save_float`: (model, quantized or float).
 
-    Which of the two it is stands in the file's metadata. Raises FormatError for any other file.
+    Which of the two it is stands in the file's metadata. ``path`` may be the name of a model that comes with the
+    library, where there is no such file. Raises FormatError for any other file.
     """
     from ssmquant import io
+    from ssmquant.restore.shipped import SHIPPED, shipped_model
 
+    if str(path) in SHIPPED and not Path(path).exists():
+        path = shipped_model(str(path))
     kind = io.peek(path)
     return (io.load_float(path) if kind == "float" else io.load(path)), kind
 
@@ -259,10 +263,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     restore = commands.add_parser(
-        "restore", help="restore a picture with a saved zoo model, float or quantized"
+        "restore", help="enlarge a picture twice, or restore it with any saved zoo model, float or quantized"
     )
     restore.add_argument("image", metavar="IMAGE")
-    restore.add_argument("--model", required=True, metavar="FILE", help="of ssmquant.save or save_float")
+    restore.add_argument(
+        "--model",
+        default="w4a4",
+        metavar="FILE",
+        help="of ssmquant.save or save_float, or w4a4 (default) or w2a2: MambaIR-light x2 at 4 or 2 bits",
+    )
     restore.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="picture to write; the suffix is the format"
     )

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ssmquant import cli
+from ssmquant.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,6 +48,47 @@ def test_restores_a_picture(model_file: Path, picture: Path, capsys: pytest.Capt
     with Image.open(out) as image:
         assert (image.size, image.mode) == ((36, 22), "RGBA")
     assert sorted(p.name for p in picture.parent.iterdir()) == ["in.png", "out.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--model", "w2a2")], ids=["w4a4", "w2a2"])
+def test_restores_with_the_models_that_come_with_it(
+    more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are better than bicubic interpolation by a good deal."""
+    from ssmquant.restore import Task, downscale, open_image, to_tensor
+
+    clean = open_image(Path(__file__).parent.parent / "examples" / "photos" / "coffee.png").crop(
+        (40, 40, 200, 168)
+    )
+    small, out = tmp_path / "small.png", tmp_path / "large.png"
+    downscale(clean, 2).save(small)
+    assert run("restore", small, "-o", out, "--device", "cpu", *more) == 0
+    assert "80x64 -> 160x128, quantized model on cpu" in capsys.readouterr().out
+    task, target = Task("sr", 2), to_tensor(clean)
+    interpolated = to_tensor(open_image(small).resize(clean.size, Image.Resampling.BICUBIC))
+    gain = task.score(to_tensor(open_image(out)), target)["psnr"] - task.score(interpolated, target)["psnr"]
+    assert gain > 1.5
+
+
+def test_a_file_goes_before_a_name(
+    model_file: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(picture.parent)
+    Path("w4a4").write_bytes(model_file.read_bytes())
+    assert run("restore", picture, "-o", "out.png", "--device", "cpu") == 0
+    assert "float model" in capsys.readouterr().out
+
+
+def test_an_installation_without_models(
+    picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ssmquant.restore import shipped, shipped_model
+
+    with pytest.raises(ConfigError, match=r"no model 'w3a3'.*w4a4, w2a2"):
+        shipped_model("w3a3")
+    monkeypatch.setattr(shipped, "_FOLDERS", (picture.parent,))
+    assert "missing in this installation" in failure(capsys, "restore", picture, "-o", "out.png")
 
 
 @pytest.mark.slow

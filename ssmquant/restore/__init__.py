@@ -21,6 +21,7 @@ from ssmquant.restore.pictures import (
     to_image,
     to_tensor,
 )
+from ssmquant.restore.shipped import shipped_model
 from ssmquant.restore.tasks import Task, evaluate
 from ssmquant.restore.tiling import model_scale, restore_image, restore_tensor
 
@@ -37,6 +38,7 @@ __all__ = [
     "restore_image",
     "restore_tensor",
     "save_image",
+    "shipped_model",
     "ssim",
     "to_image",
     "to_tensor",
