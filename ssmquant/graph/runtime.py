@@ -33,6 +33,7 @@ from ssmquant.graph.sites import find_sites
 from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_graph, trace
 from ssmquant.graph.writer import ADOPTED, Rules
 from ssmquant.ops.deployed import cpu
+from ssmquant.ops.deployed.memory import Pool
 from ssmquant.ops.selection import selected
 from ssmquant.quantizers.bank import hooks_of
 
@@ -74,6 +75,10 @@ class Record:
         form = _form(model, tensors)
         if form is None or _watched(model):
             return self.run(model, *tensors)
+        with runtime_of(model).memory.in_use():
+            return self._run_fused(model, tensors, form)
+
+    def _run_fused(self, model: nn.Module, tensors: Sequence[Tensor], form: str) -> Any:
         if form not in self.fused:
             self.fused[form] = self._fuse(model, form)
         key = form, *(t.shape for t in tensors)
@@ -271,6 +276,7 @@ class Runtime(nn.Module):
         self.notes: list[str] = []
         self.graphs: CudaGraphs | None = None
         self.float_dtype: torch.dtype | None = None
+        self.memory = Pool()
 
     # ---- tracing -------------------------------------------------------------------------------------------------
     def signature(self, model: nn.Module) -> inspect.Signature:

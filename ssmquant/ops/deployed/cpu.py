@@ -18,6 +18,7 @@ from torch import Tensor
 from ssmquant.errors import InputError
 from ssmquant.ops import native
 from ssmquant.ops.deployed.forms import Codes, Grid, Norm, Weights
+from ssmquant.ops.deployed.memory import new
 
 __all__ = [
     "MOST_INPUTS",
@@ -279,14 +280,17 @@ def _values(x: Tensor) -> _Values:
 
 
 def _workspace(batch: int, rows: int) -> Tensor:
-    return torch.empty(batch * _library().ssmquant_deployed_tasks(rows) * _MOMENTS, dtype=torch.float64)
+    return new(batch * _library().ssmquant_deployed_tasks(rows) * _MOMENTS, dtype=torch.float64)
 
 
 def _room(*shape: int, zero: bool) -> Codes:
     """Codes and sums, with what may be read behind them."""
     size = math.prod(shape)
-    new = torch.zeros if zero else torch.empty
-    return Codes(new(size + _SLACK, dtype=torch.uint8)[:size].view(shape), new(shape[:-1], dtype=torch.int32))
+    data, sums = new(size + _SLACK, dtype=torch.uint8), new(*shape[:-1], dtype=torch.int32)
+    if zero:
+        data.zero_()
+        sums.zero_()
+    return Codes(data[:size].view(shape), sums)
 
 
 def _norm(norm: Norm | None) -> _Norm:
@@ -343,7 +347,7 @@ def gate(
     x and z: (batch, rows, 1, columns), columns next to each other.
     """
     batch, rows, _, columns = x.shape
-    y, workspace = torch.empty(batch, rows, columns), _workspace(batch, rows)
+    y, workspace = new(batch, rows, columns), _workspace(batch, rows)
     out = torch.empty(batch, 4) if with_moments else None
     call = _GateCall(path, torch.get_num_threads(), batch, rows, columns, _values(x), _values(z), _norm(norm))
     call.y, call.workspace, call.moments = (
@@ -400,7 +404,7 @@ def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, p
     x has one group. Where ``grid`` has ``low`` and ``high``, values are multiplied, else codes.
     """
     batch, rows, _, _ = x.data.shape
-    y = torch.empty(batch, rows, weights.outputs)
+    y = new(batch, rows, weights.outputs)
     inputs = weights.codes.shape[-2]  # of those for values
     if grid.low is not None and inputs > MOST_INPUTS:
         raise InputError(f"deployed: a product of values takes up to {MOST_INPUTS} inputs, not {inputs}")
@@ -432,7 +436,7 @@ def project(
             their product is added.
     """
     batch, rows, inputs = x.shape
-    y = torch.empty(batch, rows, weights.outputs)
+    y = new(batch, rows, weights.outputs)
     call = _ProjectCall(path, torch.get_num_threads(), batch, rows, inputs, weights.outputs)
     call.x, call.norm = _values(x.unsqueeze(2)), _norm(norm)
     if z is not None:
@@ -443,7 +447,7 @@ def project(
     call.quantizer, call.weights = _quantizer(grid), _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
     library = _library()
-    scratch = torch.empty(library.ssmquant_deployed_project_workspace(call), dtype=torch.uint8)
+    scratch = new(library.ssmquant_deployed_project_workspace(call), dtype=torch.uint8)
     call.workspace = scratch.data_ptr()
     library.ssmquant_deployed_project(call)
     return y
@@ -455,7 +459,7 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor, path: int = 
     x, v: columns next to each other; gain: (columns,); scale: (batch, columns), both contiguous.
     """
     batch, rows, columns = x.shape
-    y = torch.empty(batch, rows, columns)
+    y = new(batch, rows, columns)
     call = _BlendCall(path, torch.get_num_threads(), batch, rows, columns)
     call.x, call.v = _values(x.unsqueeze(2)), _values(v.unsqueeze(2))
     call.gain, call.scale = None if gain is None else gain.data_ptr(), scale.data_ptr()
@@ -484,7 +488,7 @@ def conv(
     batch, high, wide, _ = x.data.shape
     window = _Window(*kernel, *dilation)
     height, width = (n - (k - 1) * d for n, k, d in zip((high, wide), kernel, dilation, strict=True))
-    y = torch.empty(batch, height, width, weights.outputs)
+    y = new(batch, height, width, weights.outputs)
     call = _ConvCall(path, torch.get_num_threads(), batch, height, width, weights.outputs, window)
     call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
@@ -510,7 +514,7 @@ def depthwise(
         act: "silu", "gelu" (to 1.5e-7 of the exact one), or None.
     """
     window = _Window(*kernel, *dilation)
-    y = torch.empty(x.shape)
+    y = new(*x.shape)
     call = _DepthwiseCall(path, torch.get_num_threads(), *x.shape, window)
     call.x, call.quantizer, call.act = _values(x), _quantizer(grid), _ACTIVATIONS[act]
     call.weights, call.bias, call.y = weights.data_ptr(), bias.data_ptr(), y.data_ptr()
@@ -592,7 +596,7 @@ def _fill(
     call.a, call.softplus, call.order = a.data_ptr(), softplus, order.data_ptr()
     call.skip, call.bias = (None if t is None else t.data_ptr() for t in (skip, bias))
     done = torch.zeros(call.batch * -(-call.channels // 4), dtype=torch.int64)  # more than tiles
-    y = torch.empty(call.batch, call.pixels, call.channels)
+    y = new(call.batch, call.pixels, call.channels)
     call.done, call.y = done.data_ptr(), y.data_ptr()
     return y, done
 
@@ -642,7 +646,7 @@ def core(
     call.scan = _scan_call(rank, of_rank, steps, path)
     y, _done = _fill(call.scan, (u, of_u), of_delta, a, (b, of_b), (c, of_c), skip, bias, softplus, order)
     library = _library()
-    scratch = torch.empty(library.ssmquant_deployed_core_workspace(call), dtype=torch.uint8)
+    scratch = new(library.ssmquant_deployed_core_workspace(call), dtype=torch.uint8)
     call.workspace = scratch.data_ptr()
     library.ssmquant_deployed_core(call)
     return y
