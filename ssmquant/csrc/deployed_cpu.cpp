@@ -23,7 +23,7 @@ const Paths<DeployedPath> kPaths(nullptr, SSMQUANT_PATHS(ssmquant_deployed_));
 #endif
 
 // What is worth another thread, and what an element takes, in tenths of a nanosecond.
-constexpr int64_t kThreadWork = 500000;
+constexpr int64_t kThreadWork = 100000;
 namespace cost {
 constexpr int64_t encode = 4, moments = 4, gate = 10, blend = 3, tap = 1, delta = 6, state = 2;
 }

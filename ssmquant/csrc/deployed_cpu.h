@@ -39,9 +39,10 @@ struct Codes {  // (batch, rows, groups, padded)
   int64_t batch, row, group;  // strides, in rows of `padded` codes
 };
 
-// A layer norm over the columns of a row: (x - mean) / sqrt(variance + eps) * weight + bias.
+// A norm over the columns of a row: (x - mean) / sqrt(variance + eps) * weight + bias, or with 0 for the mean (RMS norm).
+enum NormKind : int64_t { kNoNorm, kLayerNorm, kRmsNorm };
 struct Norm {
-  int64_t on;
+  int64_t kind;
   const float *weight, *bias;  // (columns), or null
   double eps;
 };

@@ -39,7 +39,7 @@ void encode_row(const EncodeCall& call, const float* x, const Grid& q, int64_t a
   for (; c < call.columns; c += W) {
     const int64_t some = call.columns - c;
     V value{};
-    if (call.x.column == 1 || call.norm.on) {  // the stride of a single column may be any
+    if (call.x.column == 1 || call.norm.kind != kNoNorm) {  // the stride of a single column may be any
       value = normal.at(load_some(x + c, some), c, some);
     } else {
       for (int i = 0; i < W && i < some; ++i) value[i] = x[(c + i) * call.x.column];
@@ -55,7 +55,7 @@ void encode(const EncodeCall& call, const Part& part) {
   const Grid q(call.quantizer, part.sample);
   const float* base = call.x.data + part.sample * call.x.batch;
   const int64_t to = part.sample * call.codes.batch, end = part.first + part.count;
-  const bool by_column = call.x.column != 1 && !call.norm.on;
+  const bool by_column = call.x.column != 1 && call.norm.kind == kNoNorm;
   if (by_column && call.x.row == 1 && call.groups == 1) {
     for (int64_t r = part.first; r < end; r += W) {
       encode_columns(call, base + r, q, end - r < W ? end - r : W, to + r * call.codes.row, call.codes.row);

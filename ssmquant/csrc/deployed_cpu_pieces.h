@@ -241,10 +241,12 @@ struct Normal {
   float mean, over;
 
   Normal(const Norm& norm, const float* x, int64_t count) : norm(norm), mean(0), over(1) {
-    if (!norm.on) return;
-    V sum{};
-    for (int64_t i = 0; i < count; i += W) sum = sum + load_some(x + i, count - i);
-    mean = lane_sum(sum) / float(count);
+    if (norm.kind == kNoNorm) return;
+    if (norm.kind == kLayerNorm) {
+      V sum{};
+      for (int64_t i = 0; i < count; i += W) sum = sum + load_some(x + i, count - i);
+      mean = lane_sum(sum) / float(count);
+    }
     V squares{};
     for (int64_t i = 0; i < count; i += W) {
       const V d = first_of(load_some(x + i, count - i) - mean, count - i);
@@ -255,7 +257,7 @@ struct Normal {
 
   // Columns from i on, of which `left` are there.
   SSMQUANT_INLINE V at(V x, int64_t i, int64_t left) const {
-    if (!norm.on) return x;
+    if (norm.kind == kNoNorm) return x;
     V y = (x - mean) * over;
     if (norm.weight != nullptr) y = y * load_some(norm.weight + i, left);
     return norm.bias != nullptr ? y + load_some(norm.bias + i, left) : y;

@@ -44,7 +44,12 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     return d.graph
 
 
-_SAME_SHAPE = (nn.LayerNorm, nn.Identity, nn.Dropout)  # but activations, which become part of what they read
+_SAME_SHAPE = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Identity,
+    nn.Dropout,
+)  # but activations, which become part of what they read
 
 
 def _earlier(model: nn.Module, node: Any, dim: Any) -> tuple[Any, Any]:

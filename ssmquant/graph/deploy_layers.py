@@ -25,13 +25,13 @@ __all__ = ["called", "deploy_layers"]
 # What does not care for strides: all, or all but those of its own readers.
 _MOVERS = {
     "contiguous", "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "size", "mean",
-    "sum", "getitem", "conv2d", "linear", "adaptive_avg_pool2d", "pixel_shuffle", "layer_norm",
+    "sum", "getitem", "conv2d", "linear", "adaptive_avg_pool2d", "pixel_shuffle", "layer_norm", "rms_norm",
 }  # fmt: skip
 _ELEMENTWISE = {
     "add", "sub", "mul", "div", "truediv", "iadd", "imul", "silu", "gelu", "relu", "sigmoid", "leaky_relu", "float",
     "to", "neg", "clamp", "tanh", "softplus",
 }  # fmt: skip
-_LAYERS = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
+_LAYERS = (nn.Conv2d, nn.Linear, *deployed.NORMS, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
 _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)
 
 
@@ -40,7 +40,7 @@ def _linear(
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
-    norm: deployed.LayerNorm,
+    norm: deployed.LastNorm,
     residual: deployed.Residual = None,
 ) -> Tensor:
     _check(x, *(residual or ())[:1])
@@ -50,7 +50,7 @@ def _linear(
 def _gated_linear(
     x: Tensor,
     z: Tensor,
-    norm: deployed.LayerNorm,
+    norm: deployed.LastNorm,
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
@@ -255,21 +255,22 @@ class _Layers:
     def _is_plain(self, node: fx.Node) -> bool:
         """A module or function that kernels stand for."""
         if node.op == "call_module":
-            return type(self.model.get_submodule(str(node.target))) in (nn.LayerNorm, nn.SiLU)
-        return node.op != "placeholder" and op_name(node) in ("silu", "mul", "layer_norm")
+            return type(self.model.get_submodule(str(node.target))) in (*deployed.NORMS, nn.SiLU)
+        return node.op != "placeholder" and op_name(node) in ("silu", "mul", "layer_norm", "rms_norm")
 
     def _norm(self, node: Any) -> fx.Node | None:
-        """``node`` if it is a layer norm over the last axis that one node alone reads."""
+        """``node`` if it is a layer or RMS norm over the last axis that one node alone reads."""
         if not isinstance(node, fx.Node) or len(node.users) != 1 or not self.is_fixed(node, *node.args[:1]):
             return None
-        if node.target is F.layer_norm:
+        if node.target in deployed.NORM_FUNCTIONS:
             known = len(node.args) == 2 and not set(node.kwargs) - {"weight", "bias", "eps"}
             shape: Any = node.args[1] if known else ()
             return node if known and isinstance(shape, (tuple, list)) and len(shape) == 1 else None
         if node.op != "call_module" or len(node.args) != 1:
             return None
-        module = self.model.get_submodule(str(node.target))
-        return node if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 else None
+        module: Any = self.model.get_submodule(str(node.target))
+        known = type(module) in deployed.NORMS
+        return node if known and len(module.normalized_shape) == 1 else None
 
     def _norm_of(self, node: fx.Node | None) -> tuple[Any, ...] | None:
         """What ``modules.deployed`` takes for it."""
@@ -277,7 +278,9 @@ class _Layers:
             return None
         if node.op == "call_module":
             return (self._owner(node),)
-        return node.kwargs.get("weight"), node.kwargs.get("bias"), node.kwargs.get("eps", 1e-5)
+        rms = node.target is not F.layer_norm
+        usual = None if rms else 1e-5
+        return rms, node.kwargs.get("weight"), node.kwargs.get("bias"), node.kwargs.get("eps", usual)
 
     def _gate(self, value: Any, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """(y, z) if ``value``, which only ``x`` reads, is y * silu(z)."""

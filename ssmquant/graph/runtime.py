@@ -32,6 +32,7 @@ from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.sites import find_sites
 from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_graph, trace
 from ssmquant.graph.writer import ADOPTED, Rules
+from ssmquant.modules.deployed import Unchanged
 from ssmquant.ops.deployed import cpu
 from ssmquant.ops.deployed.memory import Pool
 from ssmquant.ops.selection import selected
@@ -75,7 +76,10 @@ class Record:
         form = _form(model, tensors)
         if form is None or _watched(model):
             return self.run(model, *tensors)
-        with runtime_of(model).memory.in_use():
+        runtime = runtime_of(model)
+        if form != "deployed":
+            return self._run_fused(model, tensors, form)
+        with runtime.memory.in_use(), runtime.unchanged.in_use(runtime.activations, runtime.weights):
             return self._run_fused(model, tensors, form)
 
     def _run_fused(self, model: nn.Module, tensors: Sequence[Tensor], form: str) -> Any:
@@ -166,7 +170,8 @@ def _watched(model: nn.Module) -> bool:
         return True
     runtime = runtime_of(model)
     stores = [runtime.activations] if runtime.stage == "prepared" else [runtime.activations, runtime.weights]
-    return any(hooks_of(m) for store in stores for child in store.values() for m in child.modules())
+    children = [child for store in stores for child in store._modules.values() if child is not None]
+    return any(hooks_of(m) for child in children for m in (child, *child._modules.values()) if m is not None)
 
 
 _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
@@ -276,7 +281,7 @@ class Runtime(nn.Module):
         self.notes: list[str] = []
         self.graphs: CudaGraphs | None = None
         self.float_dtype: torch.dtype | None = None
-        self.memory = Pool()
+        self.memory, self.unchanged = Pool(), Unchanged()
 
     # ---- tracing -------------------------------------------------------------------------------------------------
     def signature(self, model: nn.Module) -> inspect.Signature:

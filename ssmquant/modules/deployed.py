@@ -7,8 +7,11 @@ is kept as long as their tensors do not change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +28,7 @@ from ssmquant.quantizers import DLS, Quantizer
 from ssmquant.quantizers.bank import hooks_of
 
 __all__ = [
+    "Unchanged",
     "blend",
     "coded",
     "conv2d",
@@ -40,17 +44,74 @@ __all__ = [
 
 _MOST_PRODUCTS = 2**16
 """That an int32 has room for, of uint8 and int8."""
+_MOST_VALUES = 2**14
+"""That a model keeps, some of them for each size of input."""
 _known: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Any]]] = WeakKeyDictionary()
+_call = threading.local()
 
 
-def _kept(module: nn.Module, form: Any, make: Callable[[], Any]) -> Any:
-    """``make()``, or what it returned before if no tensor of the module has changed since."""
-    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+def _stamp(modules: Iterable[nn.Module]) -> list[int]:
+    """Differs once a tensor of the modules is another one or has been written to."""
+    own = [m.__dict__ for m in modules]  # for speed: a model may have a thousand of them
+    stores = [*[o["_parameters"] for o in own], *[o["_buffers"] for o in own]]
+    tensors = [t for t in chain.from_iterable([d.values() for d in stores]) if t is not None]
+    versions = [0 if t.is_inference() else t._version for t in tensors]
+    return [*versions, *[t.data_ptr() for t in tensors]]
+
+
+def _checked(module: nn.Module, form: Any, make: Callable[[], Any]) -> Any:
+    stamp = _stamp((module,))
     forms = _known.setdefault(module, {})
     if form not in forms or forms[form][0] != stamp:
         forms[form] = stamp, make()
     return forms[form][1]
+
+
+def _kept(module: nn.Module, form: Any, make: Callable[[], Any]) -> Any:
+    """``make()``, or what it returned before if no tensor of the module has changed since."""
+    values = getattr(_call, "values", None)
+    if values is None:
+        return _checked(module, form, make)
+    key = module, form
+    if key not in values:
+        values[key] = _checked(module, form, make)
+    return values[key]
+
+
+def _in_a_call(key: Any, make: Callable[[], Any]) -> Any:
+    """``make()``, which depends on nothing but modules of the call and ``key``, or what it returned before."""
+    values = getattr(_call, "values", None)
+    if values is None:
+        return make()
+    if key not in values:
+        values[key] = make()
+    return values[key]
+
+
+class Unchanged:
+    """Looks once a call, and not once a kernel, whether any tensor of a model's quantizers and weights has changed."""
+
+    def __init__(self) -> None:
+        self._stamp: list[Any] = []
+        self._values: dict[Any, Any] = {}
+
+    def __reduce__(self) -> tuple[type[Unchanged], tuple[()]]:
+        """A copy, or an unpickled one, knows nothing."""
+        return Unchanged, ()
+
+    @contextmanager
+    def in_use(self, *stores: nn.ModuleDict) -> Iterator[None]:
+        """In this thread the modules of ``stores`` stay as they are."""
+        children = list(chain.from_iterable(store.__dict__["_modules"].values() for store in stores))
+        modules = [*children, *chain.from_iterable([m.__dict__["_modules"].values() for m in children])]
+        stamp = [*map(id, modules), *_stamp(modules)]
+        if stamp != self._stamp or len(self._values) > _MOST_VALUES:
+            self._stamp, self._values = stamp, {}
+        before, _call.values = getattr(_call, "values", None), self._values
+        try:
+            yield
+        finally:
+            _call.values = before
 
 
 # ---- quantizers ------------------------------------------------------------------------------------------------------
@@ -238,23 +299,33 @@ def _rows(x: Tensor) -> Tensor:
 
 Residual = tuple[Tensor, Tensor | None] | None
 """Of the result's shape, and what its columns are multiplied by (None: 1) before they are added."""
-LayerNorm = tuple[Any, ...] | None
-"""None, ``(module,)``, or ``(weight, bias, eps)``: a layer norm over the last axis."""
+LastNorm = tuple[Any, ...] | None
+"""None, ``(module,)``, or ``(rms, weight, bias, eps)``: a layer or RMS norm over the last axis."""
+NORMS = nn.LayerNorm, nn.RMSNorm
+NORM_FUNCTIONS = F.layer_norm, F.rms_norm, torch.rms_norm
 
 
-def _fused_norm(norm: LayerNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
+def _fused_norm(norm: LastNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
     """The norm for a kernel, and ``x`` with columns next to each other; or no norm any more, and its result."""
     if norm is None:
         return x, None
-    module = norm[0] if len(norm) == 1 else None
-    weight, bias, eps = norm if module is None else (module.weight, module.bias, module.eps)
-    if (module is not None and hooks_of(module)) or any(
-        t is not None and t.dtype != x.dtype for t in (weight, bias)
-    ):
-        return (F.layer_norm(x, x.shape[-1:], weight, bias, eps) if module is None else module(x)), None
+    if len(norm) == 1:
+        module = norm[0]
+        rms = type(module) is nn.RMSNorm
+        weight, bias, eps = module.weight, None if rms else module.bias, module.eps
+        watched = bool(hooks_of(module))
+    else:
+        rms, weight, bias, eps = norm
+        module, watched = None, False
+    if watched or any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
+        if module is not None:
+            return module(x), None
+        shape = x.shape[-1:]
+        plainly = F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
+        return plainly, None
     x = x if x.stride(-1) == 1 else x.contiguous()
     weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
-    return x, Norm(weight, bias, eps)
+    return x, Norm(weight, bias, torch.finfo(x.dtype).eps if eps is None else eps, rms)
 
 
 def linear(
@@ -262,7 +333,7 @@ def linear(
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
-    norm: LayerNorm = None,
+    norm: LastNorm = None,
     residual: Residual = None,
 ) -> Tensor:
     """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x."""
@@ -279,7 +350,7 @@ def linear(
 def gated_linear(
     x: Tensor,
     z: Tensor,
-    norm: LayerNorm,
+    norm: LastNorm,
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
@@ -338,6 +409,11 @@ def conv2d(
     return y.permute(0, 3, 1, 2)
 
 
+def _sure(grid: Grid | None) -> Grid:
+    assert grid is not None
+    return grid
+
+
 def _no_moments() -> Tensor:
     raise AssertionError("the quantizer of a dense convolution is static")
 
@@ -378,16 +454,32 @@ def scan_core(
     """
     batch, pixels, channels = x.shape
     directions, (rows, rank, states) = len(order), ranks
-    weights = _matrix(projection, (directions * rows, channels))
-    steps = _matrix(dt_weight, (directions, channels, rank))
-    quantizers = [q for q in (of_x, of_u, of_rank, of_delta, of_b, of_c) if q is not None]
-    if all(map(static, quantizers)):
-        grids = {q: _grid(q, _no_moments, 0) for q in quantizers}
-        return cpu.core(
-            x, None if of_x is of_u else grids[of_x], weights, places, grids[of_u], grids[of_rank], steps,
-            None if of_delta is None else grids[of_delta], plain(a), grids[of_b], grids[of_c], plain(skip), plain(bias),
-            softplus, order.contiguous(), rank,
+    order = order.contiguous()
+    quantizers = of_x, of_u, of_rank, of_delta, of_b, of_c
+    operands = plain(a), plain(skip), plain(bias)
+
+    def weights_of() -> tuple[Weights, Weights]:
+        shapes = (directions * rows, channels), (directions, channels, rank)
+        return _matrix(projection, shapes[0]), _matrix(dt_weight, shapes[1])
+
+    def prepare() -> cpu.Core | None:
+        """None if one of the grids is known by a call's data only."""
+        if not all(q is None or static(q) for q in quantizers):
+            return None
+        grids = {q: None if q is None else _grid(q, _no_moments, 0) for q in quantizers}
+        weights, steps = weights_of()
+        return cpu.Core(
+            (batch, pixels, channels), None if of_x is of_u else grids[of_x], weights, places, _sure(grids[of_u]),
+            _sure(grids[of_rank]), steps, grids[of_delta], operands[0], _sure(grids[of_b]), _sure(grids[of_c]),
+            *operands[1:], softplus, order, rank,
         )  # fmt: skip
+
+    facts = x.shape, ranks, places, softplus, torch.get_num_threads()
+    pointers = tuple(None if t is None else t.data_ptr() for t in (order, *operands))
+    core: cpu.Core | None = _in_a_call((quantizers, projection, dt_weight, facts, pointers), prepare)
+    if core is not None:
+        return core(x)
+    weights, steps = weights_of()
     image = x.unsqueeze(2)
     codes, grid = _encode(image, of_x, directions)
     u = (codes, grid) if of_u is of_x else _encode(image, of_u, directions)
@@ -400,9 +492,7 @@ def scan_core(
     if of_delta is not None:
         count = pixels * directions * channels
         of_steps = _grid(of_delta, lambda: cpu.delta_moments(*low, steps), count)
-    return cpu.scan(
-        u, low, steps, of_steps, plain(a), b, c, plain(skip), plain(bias), softplus, order.contiguous()
-    )
+    return cpu.scan(u, low, steps, of_steps, operands[0], b, c, *operands[1:], softplus, order)
 
 
 def sequence_core(

@@ -24,9 +24,7 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms
     weight, bias = (None if t is None else wide(t) for t in (weight, bias))
     if not rms:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight
+    y = F.rms_norm(x, (x.shape[-1],), weight=weight, eps=eps)
     return y if bias is None else y + bias
 
 

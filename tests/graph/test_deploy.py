@@ -96,7 +96,11 @@ def quantized(x: Tensor, module: nn.Module, copies: int = 1) -> Tensor:
 def normed(norm: Any, x: Tensor) -> Tensor:
     if norm is None:
         return x
-    return norm[0](x) if len(norm) == 1 else F.layer_norm(x, x.shape[-1:], *norm)
+    if len(norm) == 1:
+        return norm[0](x)  # type: ignore[no-any-return]
+    rms, weight, bias, eps = norm
+    shape = x.shape[-1:]
+    return F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
 
 
 def plain_linear(
@@ -434,6 +438,35 @@ def test_what_is_written_in_place_is_read_in_time() -> None:
     model = ssmquant.convert(prepared)
     a, b = fused(model, x.clone()), unfused(model, x.clone())
     assert float((a - b).norm() / b.norm()) < 0.02
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("as_module", [False, True])
+def test_rms_norms_are_part_of_what_reads_them(eps: float | None, as_module: bool) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.RMSNorm(6, eps=eps), nn.Linear(6, 5)
+            nn.init.normal_(self.norm.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x) if as_module else F.rms_norm(x, (6,), weight=self.norm.weight, eps=eps)
+            return self.linear(y)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 6)
+    x[0, 3] *= 1e-4  # where eps matters
+    config = QConfig.recommended(8, 8, keep_first_last=False)
+    prepared = ssmquant.prepare(Normed().eval(), config, example_inputs=(x,))
+    ssmquant.calibrate(prepared, [x], progress=False)
+    model = ssmquant.convert(prepared)
+    a, b = fused(model, x), unfused(model, x)
+    assert float((a - b).norm() / b.norm()) < 1e-5
+    assert names(model) == ["_linear"]
+    handle = model.norm.register_forward_hook(lambda module, args, out: out * 0)
+    still = fused(model, x)
+    handle.remove()
+    assert torch.equal(still, a) is not as_module
 
 
 def test_hooks_are_called() -> None:

@@ -139,15 +139,19 @@ def test_moments(path: int, batch: int, rows: int, groups: int, columns: int, se
 
 @pytest.mark.parametrize("path", PATHS)
 @FEW
-@given(st.integers(1, 2), st.integers(1, 20), sizes, st.booleans(), seeds)
-def test_norm_and_gate(path: int, batch: int, rows: int, columns: int, affine: bool, seed: int) -> None:
+@given(st.integers(1, 2), st.integers(1, 20), sizes, st.booleans(), st.booleans(), seeds)
+def test_norm_and_gate(
+    path: int, batch: int, rows: int, columns: int, affine: bool, rms: bool, seed: int
+) -> None:
     torch.manual_seed(seed)
     x, z = torch.randn(2, batch, rows, 1, columns) * 2 + 1
     weight, bias = torch.randn(2, columns) if affine else (None, None)
-    norm = Norm(weight, bias, 1e-5)
-    wide = F.layer_norm(
-        x.double(), (columns,), *(None if t is None else t.double() for t in (weight, bias)), eps=1e-5
-    )
+    norm = Norm(weight, bias, 1e-5, rms)
+    scale, offset = (None if t is None else t.double() for t in (weight, bias))
+    if rms:
+        wide = F.rms_norm(x.double(), (columns,), scale, eps=1e-5) + (0 if offset is None else offset)
+    else:
+        wide = F.layer_norm(x.double(), (columns,), scale, offset, eps=1e-5)
     for n, value in ((norm, wide), (None, x.double())):
         y, moments = cpu.gate(x, z, n, with_moments=True, path=path)
         want = (value * F.silu(z.double())).squeeze(2)
@@ -489,11 +493,12 @@ def test_a_core_is_its_parts(
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            got = cpu.core(
-                x, None if same else of_x, projection, places, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip,
-                bias, True, order, ranks, path,
+            core = cpu.Core(
+                (batch, pixels, channels), None if same else of_x, projection, places, of_u, of_rank, steps, of_delta,
+                a, of_b, of_c, skip, bias, True, order, ranks, path,
             )  # fmt: skip
-            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            for given in (x, x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+                torch.testing.assert_close(core(given), want, rtol=0, atol=0, equal_nan=True)
     finally:
         torch.set_num_threads(threads)
 

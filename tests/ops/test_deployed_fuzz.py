@@ -71,7 +71,7 @@ class Layers(nn.Module):
         padding = tuple((k - 1) * dilation // 2 for k in kernel)
         options: dict[str, Any] = {"padding": padding, "dilation": dilation}
         # One of a single feature without a bias would make nothing but zeros.
-        self.norm, self.gate_norm = nn.LayerNorm(inputs), nn.LayerNorm(inputs, elementwise_affine=inputs < 3)
+        self.norm, self.gate_norm = nn.LayerNorm(inputs), nn.RMSNorm(inputs, elementwise_affine=inputs < 3)
         self.rows, self.flat = nn.Linear(inputs, outputs, bias=False), nn.Linear(inputs, outputs)
         self.normed, self.gated = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
         self.point = nn.Conv2d(inputs, outputs, 1)

@@ -242,7 +242,7 @@ def call_deployed() -> None:
                 cpu.encode(given, grid, by_group=True, path=path)
                 cpu.encode(given, grid, (3, 1), path=path)
                 cpu.ranges(cpu.moments(given, path), x[0].numel(), 3, w, v, 16, 1e-6)
-            for norm in (None, Norm(None, None, 1e-5), Norm(*torch.randn(2, shape[-1]), 1e-5)):
+            for norm in (None, Norm(None, None, 1e-5, True), Norm(*torch.randn(2, shape[-1]), 1e-5)):
                 cpu.encode(x, grid, norm=norm, path=path)
                 one, other = torch.randn(*shape[:2], 1, 2 * shape[-1]).chunk(2, -1)  # rows of one tensor
                 for with_moments in (False, True):
@@ -311,10 +311,10 @@ def call_deployed() -> None:
             places = 0, rank, rank + states
             for given in layouts(torch.randn(2, math.prod(size), channels)):
                 for of_x in (None, grids[0]):
-                    cpu.core(
-                        given, of_x, projection, places, grids[1], grids[2], core.weights, grids[3], a, grids[4],
-                        grids[5], core.skip, core.bias, True, core.order, rank, path,
-                    )  # fmt: skip
+                    cpu.Core(
+                        tuple(given.shape), of_x, projection, places, grids[1], grids[2], core.weights, grids[3], a,
+                        grids[4], grids[5], core.skip, core.bias, True, core.order, rank, path,
+                    )(given)  # fmt: skip
             operands = core.u, core.rank, core.weights, None, a, core.b, core.c, None, None, False, core.order
             cpu.scan(*operands, path)
 

@@ -25,10 +25,10 @@ __all__ = [
     "MOST_SPAN",
     "MOST_STATES",
     "NAME",
+    "Core",
     "blend",
     "by_lanes",
     "conv",
-    "core",
     "delta_moments",
     "depthwise",
     "encode",
@@ -78,7 +78,7 @@ class _Weights(ctypes.Structure):
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = [*_integers("on"), *_pointers("weight", "bias"), ("eps", ctypes.c_double)]
+    _fields_ = [*_integers("kind"), *_pointers("weight", "bias"), ("eps", ctypes.c_double)]
 
 
 class _EncodeCall(ctypes.Structure):
@@ -296,7 +296,8 @@ def _room(*shape: int, zero: bool) -> Codes:
 def _norm(norm: Norm | None) -> _Norm:
     if norm is None:
         return _Norm()
-    return _Norm(True, *(None if t is None else t.data_ptr() for t in (norm.weight, norm.bias)), norm.eps)
+    pointers = (None if t is None else t.data_ptr() for t in (norm.weight, norm.bias))
+    return _Norm(2 if norm.rms else 1, *pointers, norm.eps)
 
 
 def encode(
@@ -601,52 +602,86 @@ def _fill(
     return y, done
 
 
-def core(
-    x: Tensor,
-    of_x: Grid | None,
-    projection: Weights,
-    places: tuple[int, int, int],
-    of_u: Grid,
-    of_rank: Grid,
-    steps: Weights,
-    of_delta: Grid | None,
-    a: Tensor,
-    of_b: Grid,
-    of_c: Grid,
-    skip: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-    order: Tensor,
-    ranks: int,
-    path: int = 0,
-) -> Tensor:
-    """``scan`` of an image from its values: (B, L, D). No grid has ``low`` or ``high``.
+class Core:
+    """``scan`` of an image from its values: (B, L, D) -> (B, L, D). No grid has ``low`` or ``high``.
+
+    Everything but x is known when it is made, for one size of x and the number of threads at that time: a call then
+    takes some microseconds besides the kernels.
 
     Args:
-        x: (B, L, D), any strides.
+        shape: of x.
         of_x: of what is projected; None if that has the codes of ``of_u``.
         projection: (K * E, D); of E rows, ``places`` say where the low rank, B and C begin.
         steps: (K, D, R), ``weights`` of ``scan``; ``ranks``: R.
         of_u, of_rank, of_delta, of_b, of_c, a, skip, bias, softplus, order: as for ``scan``.
     """
-    batch, pixels, channels = x.shape
-    directions, states = len(order), a.shape[1]
 
-    def room(groups: int, columns: int) -> Codes:
-        codes = _room(batch, groups, pixels, -(-columns // _PAD) * _PAD, zero=False)
-        return Codes(codes.data.transpose(1, 2), codes.sums.transpose(1, 2))
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        of_x: Grid | None,
+        projection: Weights,
+        places: tuple[int, int, int],
+        of_u: Grid,
+        of_rank: Grid,
+        steps: Weights,
+        of_delta: Grid | None,
+        a: Tensor,
+        of_b: Grid,
+        of_c: Grid,
+        skip: Tensor | None,
+        bias: Tensor | None,
+        softplus: bool,
+        order: Tensor,
+        ranks: int,
+        path: int = 0,
+    ) -> None:
+        batch, pixels, channels = shape
+        directions, states = len(order), a.shape[1]
+        columns = {"u": (1, channels), "rank": (directions, ranks), "b": (directions, states)}
+        columns["c"] = columns["b"]
+        # All codes and sums of a call are one piece of memory; this one only tells where in it they are.
+        self._bytes = 0
+        places_of: dict[str, tuple[int, int]] = {}
+        made: dict[str, Codes] = {}
+        for name, (groups, n) in columns.items():
+            codes = _room(batch, groups, pixels, -(-n // _PAD) * _PAD, zero=False)
+            made[name] = Codes(codes.data.transpose(1, 2), codes.sums.transpose(1, 2))
+            at = self._take(codes.data.numel() + _SLACK)
+            places_of[name] = at, self._take(4 * codes.sums.numel())
+        call = _CoreCall()
+        if of_x is not None:
+            call.of_x = _quantizer(of_x)
+        call.projection, call.rows = _weights(projection), projection.outputs // directions
+        call.at_rank, call.at_b, call.at_c = places
+        call.ranks = ranks
+        call.scan = _scan_call(made["rank"], of_rank, steps, path)
+        others = (made["u"], of_u), of_delta, a, (made["b"], of_b), (made["c"], of_c)
+        _, done = _fill(call.scan, *others, skip, bias, softplus, order)
+        self._run = _library().ssmquant_deployed_core
+        self._workspace = self._take(_library().ssmquant_deployed_core_workspace(call))
+        self._done, self._done_bytes = self._take(8 * done.numel()), 8 * done.numel()
+        self._call, self._shape, self._places = call, shape, places_of
+        # Their memory is in the call.
+        self._operands = of_x, projection, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, order
 
-    u, rank, b, c = room(1, channels), *(room(directions, n) for n in (ranks, states, states))
-    call = _CoreCall(_values(x.unsqueeze(2)))
-    if of_x is not None:
-        call.of_x = _quantizer(of_x)
-    call.projection, call.rows = _weights(projection), projection.outputs // directions
-    call.at_rank, call.at_b, call.at_c = places
-    call.ranks = ranks
-    call.scan = _scan_call(rank, of_rank, steps, path)
-    y, _done = _fill(call.scan, (u, of_u), of_delta, a, (b, of_b), (c, of_c), skip, bias, softplus, order)
-    library = _library()
-    scratch = new(library.ssmquant_deployed_core_workspace(call), dtype=torch.uint8)
-    call.workspace = scratch.data_ptr()
-    library.ssmquant_deployed_core(call)
-    return y
+    def _take(self, size: int) -> int:
+        at = self._bytes
+        self._bytes += -(-size // 64) * 64
+        return at
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: any strides."""
+        call = _CoreCall.from_buffer_copy(self._call)
+        memory, y = new(self._bytes, dtype=torch.uint8), new(*self._shape)
+        start = memory.data_ptr()
+        batch, row, column = x.stride()
+        call.x = _Values(x.data_ptr(), batch, row, 0, column)
+        scan = call.scan
+        for name, (data, sums) in self._places.items():
+            codes = getattr(scan, name)
+            codes.data, codes.sums = start + data, start + sums
+        call.workspace, scan.done, scan.y = start + self._workspace, start + self._done, y.data_ptr()
+        ctypes.memset(scan.done, 0, self._done_bytes)
+        self._run(call)
+        return y

@@ -41,11 +41,12 @@ class Codes:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A layer norm over the last axis; ``weight`` and ``bias`` contiguous float32 or None."""
+    """A layer norm over the last axis, or an RMS norm; ``weight`` and ``bias`` contiguous float32 or None."""
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    rms: bool = False
 
 
 @dataclass(frozen=True, eq=False)
