@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -122,6 +124,7 @@ class FrozenRange(FixedPrecision, Quantizer):
         ConfigError: the quantizer never saw calibration data.
     """
 
+    flags: ClassVar[tuple[str, ...]] = ("initialized", "signed")
     alpha: Tensor
     beta: Tensor
     lo: Tensor
@@ -147,7 +150,8 @@ class FrozenRange(FixedPrecision, Quantizer):
                 f"convert(dls=\"frozen\") needs calibrated ranges; '{wrapper.name}' has none: run ssmquant.calibrate"
             )
         out = cls(q.bits)
-        alpha, beta = dls_range(seen, q.w, q.v, q.bits, q.eps)
+        out._set_flag("signed", q.is_signed)
+        alpha, beta = dls_range(seen, q.w, q.v, q.bits, q.eps, floor_first=q.official)
         out.alpha, out.beta = alpha.detach().clone(), beta.detach().clone()
         # The ends are snapped to levels, which makes the frozen map a proper (idempotent) quantizer.
         ends = seen[2:]

@@ -469,6 +469,31 @@ def test_rms_norms_are_part_of_what_reads_them(eps: float | None, as_module: boo
     assert torch.equal(still, a) is not as_module
 
 
+def test_what_changes_between_calls_is_noticed() -> None:
+    model, x = make("mambair", QConfig.recommended(4, 4))
+    before = fused(model, x)
+    runtime = runtime_of(model)
+    name = next(k for k in runtime.activations if k.endswith("in_proj:input"))
+    quantizer: Any = runtime.activations[name].quantizer
+    other = copy.deepcopy(quantizer)
+    changes: list[Callable[[], object]] = [
+        lambda: quantizer.alpha.mul_(1.5),
+        lambda: setattr(quantizer.alpha, "data", quantizer.alpha.data / 3),
+        lambda: setattr(runtime.activations[name], "quantizer", other),
+        lambda: next(w for w in runtime.weights.values()).scale.mul_(2),
+        lambda: model.layers[0].residual_group.blocks[0].ln_1.weight.mul_(2),
+    ]
+    for change in changes:
+        with torch.no_grad():
+            change()
+        after = fused(model, x)
+        assert not torch.equal(after, before)
+        assert float((after - unfused(model, x)).norm() / after.norm()) < 0.1
+        before = after
+    twin = copy.deepcopy(model)
+    assert torch.equal(fused(twin, x), before)
+
+
 def test_hooks_are_called() -> None:
     model, x = make("mambair", dynamic(4))
     fused(model, x)

@@ -141,3 +141,24 @@ def test_seed_facts() -> None:
     decay = -torch.arange(1.0, 11.0)
     assert DLS(2)(decay).detach().unique().tolist() == [-10.0, -7.75, -5.5, -3.25]
     assert DLS(4)(decay).max().item() == pytest.approx(-1.5625)
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("low", [0.0, -1.0], ids=["positive", "both signs"])
+def test_a_frozen_range_is_that_of_the_data_it_has_seen(official: bool, low: float) -> None:
+    from ssmquant.modules import ActivationQuantizer, FrozenRange
+
+    torch.manual_seed(0)
+    x = torch.rand(1, 500) * 2 + low
+    wrapper = ActivationQuantizer("x", DLS(3, official=official, axis=None))
+    wrapper.start()
+    wrapper(x)
+    wrapper.finish(search=not official)
+    frozen, want = FrozenRange.from_dls(wrapper), wrapper.quantizer.eval()(x)
+    assert frozen.is_signed is wrapper.quantizer.is_signed
+    inside = (want > x.min()) & (want < x.max())  # the ends of a frozen range are levels
+    assert inside.float().mean() > 0.5
+    torch.testing.assert_close(frozen(x)[inside], want[inside])
+    again = FrozenRange(3)
+    again.load_state_dict(frozen.state_dict())
+    assert torch.equal(again(x), frozen(x))
