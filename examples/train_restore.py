@@ -94,6 +94,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace, task: Task) -> nn.Module:
     """The float model to start from; its scale must fit the task."""
+    if args.init is not None and args.body is not None:
+        raise ConfigError("give --init or --body, not both")
     if args.init is None:
         make = {"tiny": mambair.mambair_tiny, "light": mambair.mambair_light}[args.model]
         config = make(task.scale).zoo_config

@@ -309,3 +309,44 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     timed = Recipe(steps=None, warmup=0, lr=1.0, min_lr=0, time_limit=10)
     assert learning_rate(timed, 10**6, 5) == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def test_the_script_trains_from_another_scales_body(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train_restore
+
+    from ssmquant.io import load_float, save_float
+    from ssmquant.zoo import mambair
+
+    torch.manual_seed(0)
+    body = mambair.mambair_tiny(2)
+    save_float(body, tmp_path / "x2.safetensors")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    open_image(PHOTOS / "coffee.png").crop((0, 0, 48, 40)).save(pictures / "a.png")
+    common = ["--scale", "4", "--data", str(pictures), "--eval", str(pictures), "--device", "cpu"]
+    common += ["--steps", "1", "--batch", "1", "--patch", "8", "--lr", "1e-9", "--out", str(tmp_path / "out")]
+    assert train_restore.main([*common, "--body", str(tmp_path / "x2.safetensors")]) == 0
+    made = load_float(tmp_path / "out" / "model.safetensors").state_dict()
+    for name, value in body.state_dict().items():
+        if made[name].shape == value.shape:
+            torch.testing.assert_close(made[name], value, rtol=1e-3, atol=1e-4)  # stored as float16
+    assert [k for k, v in body.state_dict().items() if made[k].shape != v.shape] == [
+        "upsample.0.weight",
+        "upsample.0.bias",
+    ]
+
+    for more, message in (
+        (
+            ["--body", str(tmp_path / "x2.safetensors"), "--init", str(tmp_path / "x2.safetensors")],
+            "not both",
+        ),
+        (["--body", str(tmp_path / "x2.safetensors"), "--model", "light"], "another one"),
+        (["--init", str(tmp_path / "x2.safetensors")], "give --scale"),
+    ):
+        assert train_restore.main([*common, *more]) == 2
+        assert message in capsys.readouterr().err
