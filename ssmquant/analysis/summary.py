@@ -151,11 +151,13 @@ def _point_bytes(point: Point, runtime: Runtime) -> int:
     if point.what == "activation":
         wrapper = runtime.activations[point.key]
         assert isinstance(wrapper, ActivationQuantizer)
-        return sum(4 * t.numel() for t in wrapper.quantizer.state_dict().values())
+        state = wrapper.quantizer.state_dict().values()  # flags stand in a file's table
+        return sum(4 * t.numel() for t in state if t.is_floating_point())
     holder = runtime.weights[point.key]
     if isinstance(holder, PackedTensor):
         codes = holder.codes.numel()
-        return codes + sum(4 * t.numel() for name, t in holder.named_buffers() if name != "codes")
+        left_out = {"codes", "scale"} if holder.alike else {"codes"}
+        return codes + sum(4 * t.numel() for name, t in holder.named_buffers() if name not in left_out)
     assert isinstance(holder, Quantizer)
     assert point.scheme.bits is not None
     called = point.what == "weight" and point.node.op == "call_module"
