@@ -1,8 +1,8 @@
 """The list of packages, which pyproject.toml cannot say, and wheels with compiled kernels.
 
 Packages are all of ssmquant/, adapters/ as ssmquant.adapters, and the quantized models of examples/weights/ as data in
-ssmquant.weights. Wheels are pure Python, unless the environment
-variable SSMQUANT_BUILD names what to compile into ssmquant/lib, "cpu", "cuda" or "cpu,cuda" (torch has to be there):
+ssmquant.weights. Wheels are pure Python, unless the environment variable SSMQUANT_BUILD names what to compile into
+ssmquant/lib, "cpu", "cuda" or "cpu,cuda" (torch has to be there):
 
     SSMQUANT_BUILD=cpu,cuda pip wheel --no-build-isolation --no-deps .
 

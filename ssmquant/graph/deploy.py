@@ -44,12 +44,8 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     return d.graph
 
 
-_SAME_SHAPE = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.Identity,
-    nn.Dropout,
-)  # but activations, which become part of what they read
+# But activations, which become part of what they read.
+_SAME_SHAPE = (nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout)
 
 
 def _earlier(model: nn.Module, node: Any, dim: Any) -> tuple[Any, Any]:

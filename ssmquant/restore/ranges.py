@@ -24,7 +24,7 @@ __all__ = ["has_dynamic_ranges", "with_picture_ranges"]
 
 
 def _dynamic(model: nn.Module) -> list[ActivationQuantizer]:
-    """The quantizers whose ranges depend on the call; not the published form, whose arithmetic no frozen range has."""
+    """The quantizers whose ranges depend on the call; but the published form, which stays as it is."""
     found = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     return [
         m
