@@ -29,6 +29,7 @@ from training import Recipe, fit
 
 import ssmquant
 from ssmquant import QConfig
+from ssmquant.errors import ConfigError
 from ssmquant.io import load_float, save_float
 from ssmquant.quantizers import DLS
 from ssmquant.restore import Task, to_image
@@ -123,9 +124,19 @@ def _keyed(path: Path, cell: Cell, settings: Settings) -> dict[str, Any] | None:
     """The file's content if it is of these settings."""
     found, wanted = _read_json(path), _key(cell, settings)
     key = found.get("key")
-    if settings.data is None and isinstance(key, dict):
+    if not isinstance(key, dict):
+        return None
+    if settings.data is None:
         wanted["data"] = key.get("data")
-    return found if key == wanted else None
+    return found if {**key, "config": _complete(key.get("config"))} == wanted else None
+
+
+def _complete(config: Any) -> Any:
+    """A configuration with the entries that it lacks, as one of a version that had fewer."""
+    try:
+        return json.loads(QConfig.from_dict(config).to_json())
+    except ConfigError:
+        return config
 
 
 def load_result(cell: Cell, settings: Settings, out: Path) -> dict[str, Any] | None:

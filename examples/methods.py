@@ -101,6 +101,8 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
                 "DLS in the scan, statistics of a batch",
                 changes={"scan": "dls", "statistics": "tensor"},
             ),
+            _ours("static-output", "input of out_proj by LSQ", changes={"scan_output": "lsq"}),
+            _ours("no-smooth", "no factors of channels", changes={"smooth": 0.0}),
             _ours("own-decay", "A by LSQ, not shared", changes={"decay": "inherit"}),
             _ours("shared-decay", "A shared, but not evenly spaced", changes={"decay": "shared"}),
             _ours("no-distill", "no distillation", distill=0.0),

@@ -163,7 +163,9 @@ class QConfig:
         scan_bits: Bits of the selective scan's operands; defaults to ``a_bits``.
         weight: Weight quantizer.
         activation: Quantizer of the inputs of projections and convolutions.
-        scan: Quantizer of the scan's operands and of the projection that reads the scan's output.
+        scan: Quantizer of the scan's operands.
+        scan_output: Quantizer of the input of the projection that reads the scan's output; defaults to ``scan``.
+            ``"token"`` gives every position a range of its own.
         decay: Quantizer of the scan's A; defaults to ``scan``. ``"shared"`` keeps one value for each state, shared over
             channels, ``"ladder"`` evenly spaced ones (where A has more than one state; else ``scan`` it is).
         granularity: Scales of a weight: ``"tensor"`` (one, as published), ``"direction"`` (one for each direction of a
@@ -173,6 +175,9 @@ class QConfig:
             ``{"shift": "half"}``.
         initialization: ``"mse"`` (weights, static operands and, by ``calibrate``, activations start from the least
             squared error) or ``"published"`` (from the formulas of the papers, as always with ``official``).
+        smooth: Strength, 0 (off) to 1, with which ``calibrate`` evens out the channels of inputs: their largest values to
+            this power become factors, powers of two, of the input's quantizer and, inversely, of the weight's
+            (SmoothQuant's migration, arXiv 2211.10438). Where a layer norm comes before, ``convert`` leaves them to it.
         statistics: Dynamic statistics (DLS) per ``"sample"``, so that outputs do not depend on the rest of the
             batch, or per ``"tensor"`` (as published).
         rules: Overrides, see :class:`Rule`.
@@ -191,12 +196,14 @@ class QConfig:
     weight: str = "rfa"
     activation: str = "lsq"
     scan: str = "dls"
+    scan_output: str = "inherit"
     decay: str = "inherit"
     granularity: str = "tensor"
     weight_options: Mapping[str, Any] | Options = ()
     activation_options: Mapping[str, Any] | Options = ()
     scan_options: Mapping[str, Any] | Options = ()
     initialization: str = "mse"
+    smooth: float = 0.0
     statistics: str = "sample"
     rules: tuple[Rule, ...] = ()
     keep_float: tuple[str, ...] = ()
@@ -209,15 +216,18 @@ class QConfig:
         _check_bits("w_bits", self.w_bits)
         _check_bits("a_bits", self.a_bits)
         _check_bits("scan_bits", self.scan_bits, inherit=True)
-        for name in ("weight", "activation", "scan", "decay"):
+        for name in ("weight", "activation", "scan", "scan_output", "decay"):
             _check_method(name, getattr(self, name))
-        for name in ("weight", "activation", "scan"):
+        for name in ("weight", "activation", "scan", "scan_output"):
             _check_elements(name, getattr(self, name))
         for name in ("weight_options", "activation_options", "scan_options"):
             object.__setattr__(self, name, _options(name, getattr(self, name)))
         _check_choice("granularity", self.granularity, _GRANULARITIES)
         _check_choice("initialization", self.initialization, ("mse", "published"))
         _check_choice("statistics", self.statistics, ("sample", "tensor"))
+        smooth = self.smooth
+        if isinstance(smooth, bool) or not isinstance(smooth, (int, float)) or not 0 <= smooth <= 1:
+            raise ConfigError(f"smooth={smooth!r}: a strength is a number from 0 to 1")
         for name in ("keep_first_last", "keep_gates", "official"):
             _check_flag(name, getattr(self, name))
         patterns: object = self.keep_float
@@ -254,6 +264,8 @@ class QConfig:
             "w_bits": w_bits,
             "a_bits": a_bits,
             "scan": "lsq",
+            "scan_output": "token",
+            "smooth": 1.0,
             "decay": "ladder",
             "granularity": "channel",
             "weight_options": {"shift": "half"},
@@ -321,6 +333,8 @@ class QConfig:
             bits = self.scan_bits
         method = self.scan if scan or reads_scan else self.activation
         usual = method
+        if reads_scan and self.scan_output != "inherit":
+            method = self.scan_output
         if decay and self.decay != "inherit":
             method = self.decay
         options = cast(Options, self.scan_options if scan or reads_scan else self.activation_options)

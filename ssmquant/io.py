@@ -9,6 +9,7 @@ Layout (format version 2). So that the header stays small, tensors of a kind are
 - ``scales``: for each of them ``scale`` (of those ``alike`` it is 1 and left out), ``shift`` unless it follows from the
   scale, and, if clamped, ``lo``, ``hi`` (float32);
 - ``quantizers``: the state of the activation quantizers (float32);
+- ``gains``: exponents of two of the factors of their channels, where an entry says ``gain`` (int8);
 - ``float32``, ``float16`` ...: the parameters and buffers that stay in float, by stored dtype.
 
 ``load`` traces the model again on fake tensors and compares its quantized operands with the file's.
@@ -55,6 +56,7 @@ from ssmquant.graph.plan import Point
 from ssmquant.graph.prepared import attach, forget_baked, refuse_elsewhere
 from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
+from ssmquant.modules.activation import MOST_GAIN
 from ssmquant.quantizers.affine_fit import Shift
 from ssmquant.quantizers.lsq import LearnedScale
 from ssmquant.workflow import drop_parameters, ensure_traced, make_quantizer, trace_example
@@ -101,6 +103,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     codes: list[Tensor] = []
     scales: list[Tensor] = []
     state: list[Tensor] = []
+    exponents: list[Tensor] = []
     table = []
     for p in points:
         if p.what == "activation":
@@ -111,6 +114,9 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
             flags = {k: bool(v) for k, v in own.items() if k not in values}
             state += [v.detach().float().reshape(-1).cpu() for v in values.values()]
             frozen = {"frozen": True} if isinstance(wrapper.quantizer, FrozenRange) else {}
+            if wrapper.gain is not None:
+                exponents.append(wrapper.gain.log2().to(torch.int8).cpu())
+                frozen["gain"] = True
             table.append({**_identity(p), "values": list(values), "flags": flags, **frozen})
             continue
         packed = runtime.weights[p.key]
@@ -148,6 +154,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {
         "meta": torch.frombuffer(bytearray(blob), dtype=torch.uint8), "codes": _cat(codes, torch.uint8),
         "scales": _cat(scales, torch.float32), "quantizers": _cat(state, torch.float32),
+        **({"gains": torch.cat(exponents)} if exponents else {}),
         **{k: _cat(v, DTYPES[k]) for k, v in floats.items()},
     }  # fmt: skip
     write(path, tensors, {"format": FORMAT, "format_version": VERSION})
@@ -348,7 +355,14 @@ def _fill_activation(runtime: Runtime, p: Point, e: dict[str, Any], reader: Read
     quantizer.load_state_dict(state)
     if not quantizer.ready:  # a deployed model would not run
         raise reader.fail(f"'{p.name}' has no range")
-    runtime.activations[p.key] = ActivationQuantizer(p.name, quantizer)
+    channels = p.channels if p.gain is not None and _given(e, "gain", reader) else None
+    wrapper = ActivationQuantizer(p.name, quantizer, channels)
+    if wrapper.gain is not None:
+        exponents = reader.take("gains", wrapper.gain.numel(), torch.int8, p.name).float()
+        if bool((exponents.abs() > MOST_GAIN).any()):
+            raise reader.fail(f"'{p.name}' has a factor out of range")
+        wrapper.gain = exponents.exp2()
+    runtime.activations[p.key] = wrapper
 
 
 def _fill_floats(model: nn.Module, meta: dict[str, Any], reader: Reader) -> None:

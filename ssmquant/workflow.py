@@ -16,6 +16,7 @@ from ssmquant.adapter import Adapter, find_adapter, get_adapter
 from ssmquant.config import QConfig
 from ssmquant.errors import CalibrationError, ConfigError, InputError
 from ssmquant.graph.cuda_graphs import CudaGraphs
+from ssmquant.graph.gains import fold_gains
 from ssmquant.graph.plan import Point
 from ssmquant.graph.prepared import (
     Values,
@@ -30,7 +31,7 @@ from ssmquant.graph.sites import ancestors
 from ssmquant.graph.trace import SEED, describe_call
 from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
-from ssmquant.quantizers import DLS, RLQ, Quantizer, get_quantizer
+from ssmquant.quantizers import DLS, RLQ, Quantizer, Token, get_quantizer
 from ssmquant.quantizers.lsq import LearnedScale
 
 __all__ = ["calibrate", "convert", "cuda_graph", "param_groups", "prepare"]
@@ -185,6 +186,13 @@ def make_quantizer(point: Point, config: QConfig) -> Quantizer:
         kwargs["axis"] = point.axis
     elif issubclass(cls, RLQ) and point.what == "activation" and point.channels is not None:
         kwargs |= {"channel_axis": point.channels[0], "channels": point.channels[1]}
+    elif issubclass(cls, Token):
+        if point.channels is None or point.what != "activation":
+            raise ConfigError(
+                f"'{point.name}' cannot have the quantizer {scheme.method!r}, which is for inputs of projections and "
+                "convolutions; see QConfig.scan_output"
+            )
+        kwargs["channel_axis"] = point.channels[0]
     # Weights and static operands are the same on all ranks.
     try:
         quantizer = cls(scheme.bits, is_weight=point.what != "activation", **kwargs)
@@ -201,8 +209,9 @@ def _make_quantizers(model: nn.Module) -> None:
         for p in record.plan.points:
             if p.what == "activation":
                 if p.key not in runtime.activations:
+                    channels = p.channels if p.gain is not None else None
                     runtime.activations[p.key] = ActivationQuantizer(
-                        p.name, make_quantizer(p, runtime.config)
+                        p.name, make_quantizer(p, runtime.config), channels
                     )
             elif p.key not in runtime.weights:
                 runtime.weights[p.key] = make_quantizer(p, runtime.config)
@@ -276,7 +285,9 @@ def calibrate(
         if quantizers and not any(q.stats for q in quantizers):
             raise CalibrationError("calibrate: the batches reached no quantizer (are they empty?)")
         for q in quantizers:
-            q.finish(search=runtime.config.searches)
+            q.finish(search=runtime.config.searches, smooth=runtime.config.smooth)
+        if fit and any(q.gain is not None for q in quantizers):
+            initialize_weights(prepared, smoothed=True)
     except BaseException:
         for q in quantizers:
             q.abandon()
@@ -397,11 +408,12 @@ def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype 
             quantizer = rt.weights[p.key] if p.what != "activation" else None
             if isinstance(quantizer, Quantizer):
                 rule = quantizer.shift if isinstance(quantizer, LearnedScale) else "learned"
-                rt.weights[p.key] = PackedTensor.from_qtensor(quantizer.encode(values(p.node)), rule)
+                rt.weights[p.key] = PackedTensor.from_qtensor(quantizer.encode(values.of(p)), rule)
     if dls == "frozen":
         for m in rt.activations.values():
             if isinstance(m, ActivationQuantizer) and isinstance(m.quantizer, DLS):
                 m.quantizer = FrozenRange.from_dls(m)
+    fold_gains(new, (r.plan for r in rt.records), rt.activations)
     rt.stage = "deployed"
     rt.rebuild(new)
     drop_parameters(new)

@@ -119,7 +119,7 @@ def parameters_of(model: nn.Module, kinds: Iterable[str] = ("weight", "static"))
         item = item_of(p, runtime.weights[p.key])
         if not isinstance(item.holder, PackedTensor):
             of = values.setdefault(id(record), Values(model))
-            item.value = of(p.node).detach()  # holds the storage while a side stream reads it
+            item.value = of.of(p).detach()  # holds the storage while a side stream reads it
         out.append(item)
     return out
 

@@ -13,6 +13,7 @@ from ssmquant.graph.deploy_layers import deploy_layers
 from ssmquant.graph.deploy_scans import SCAN, Deployer, NoMatch
 from ssmquant.graph.deploy_sequences import deploy_sequences
 from ssmquant.graph.fuse import fuse
+from ssmquant.graph.gains import gains_in_sight
 from ssmquant.graph.orders import shape_of
 from ssmquant.graph.sites import op_name
 
@@ -21,6 +22,7 @@ __all__ = ["deploy", "kernels"]
 
 def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     """The fused graph of a deployed model on a CPU; ``graph`` itself if nothing in it can be fused."""
+    graph = gains_in_sight(graph, model)
     fused = fuse(graph, model)
     d = Deployer(fused, model)
     for n in fused.nodes:

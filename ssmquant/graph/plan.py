@@ -13,6 +13,7 @@ from ssmquant.config import DECAYS, QConfig, Rule, Scheme, decay_only
 from ssmquant.errors import ConfigError, CoverageError
 from ssmquant.graph.sites import FloatParameter, Operand, Site, Sites, op_name
 from ssmquant.graph.trace import Trace
+from ssmquant.quantizers import get_quantizer
 
 __all__ = ["Plan", "Point", "make_plan", "module_key"]
 
@@ -31,7 +32,8 @@ class Point:
     ``what`` is ``"weight"`` (a parameter, quantized where it is read), ``"static"`` (a value made of parameters only,
     encoded once at convert) or ``"activation"``. ``axis``: the sample axis of an activation whose statistics are taken
     per sample, or the channel axis of a weight, with ``leading`` axes in front counting as one. ``channels``: axis and
-    number of an activation's channels, over which its projection or convolution sums.
+    number of an activation's channels, over which its projection or convolution sums. ``gain``: the key of the
+    activation whose channels have factors (its own, or that of a weight's input), see ``QConfig.smooth``.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Point:
     groups: int = 1
     leading: int = 1
     channels: tuple[int, int] | None = None
+    gain: str | None = None
     uses: list[tuple[Site, Operand]] = field(default_factory=list)
     parameter: str | None = None
     weight_shape: tuple[int, ...] = ()
@@ -304,12 +307,42 @@ def make_plan(
             point.uses.append((site, o))
         if not quantized:
             floats[site.name] = "bits=None"
+    if config.smooth:
+        _pair_up(model, list(points.values()))
     # A tied weight has one quantizer, an operand of several sites too; every point's name must be its own.
     assert len({p.name for p in points.values()}) == len(points), "quantizer names collide"
     parameters = [p for p in found.floats if p.name]
     if check:
         _check_coverage(config, used, parameters, found.sites, floats)
     return Plan(list(points.values()), floats, parameters, found.sites)
+
+
+def _sums_over_axis_1(model: nn.Module, site: Site) -> bool:
+    """Whether it is a projection or a convolution whose weight, as it is stored, has inputs in axis 1."""
+    if site.kind not in ("linear", "conv") or "transpose" in op_name(site.node):
+        return False
+    if site.weight is None:
+        mod = model.get_submodule(site.module)
+        return not isinstance(mod, _ConvTransposeNd) and getattr(mod, "groups", 1) == 1
+    groups = site.node.kwargs.get("groups", site.node.args[6] if len(site.node.args) > 6 else 1)
+    return site.weight.node is site.parameter_node and groups == 1
+
+
+def _pair_up(model: nn.Module, points: list[Point]) -> None:
+    """Factors of channels for inputs that go to quantized weights alone, and these to no other input."""
+    weights = {id(site): p for p in points if p.what == "weight" for site, _ in p.uses}
+    for p in points:
+        if p.what != "activation" or p.channels is None or get_quantizer(p.scheme.method).dynamic:
+            continue
+        sites = [site for site, _ in p.uses]
+        readers = [weights.get(id(site)) for site in sites]
+        known = all(_sums_over_axis_1(model, site) for site in sites)
+        own = {id(site) for site in sites}
+        if not known or any(w is None or {id(site) for site, _ in w.uses} - own for w in readers):
+            continue
+        for w in (p, *readers):
+            assert w is not None
+            w.gain = p.key
 
 
 def _check_coverage(

@@ -17,11 +17,13 @@ from torch.utils._pytree import tree_map_only
 
 from ssmquant.errors import MethodError
 from ssmquant.graph.patches import PATCH_LOCK
+from ssmquant.graph.plan import Point
 from ssmquant.graph.regions import OWNER
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.graph.trace import Call, describe_call
 from ssmquant.graph.tracer import active_recorder
 from ssmquant.graph.writer import ADOPTED
+from ssmquant.modules.activation import over_gain
 from ssmquant.quantizers import Quantizer
 
 __all__ = [
@@ -205,19 +207,22 @@ def forget_baked(model: nn.Module) -> None:
         runtime.retrace(model, describe_call(runtime.example))
 
 
-def initialize_weights(model: nn.Module) -> None:
-    """Initialises every weight quantizer from the parameter that it reads, and static operands from their values."""
+def initialize_weights(model: nn.Module, *, smoothed: bool = False) -> None:
+    """Initialises every weight quantizer from the parameter that it reads, and static operands from their values.
+
+    ``smoothed``: only those of weights whose inputs' channels have factors.
+    """
     runtime = runtime_of(model)
     done: set[str] = set()
     for record in runtime.records:
         values = Values(model)
         for p in record.plan.points:
-            if p.what in ("weight", "static") and p.key not in done:
+            if p.what in ("weight", "static") and p.key not in done and (p.gain is not None or not smoothed):
                 done.add(p.key)
                 quantizer = runtime.weights[p.key]
                 assert isinstance(quantizer, Quantizer)
                 quantizer.reset()
-                value = values(p.node)
+                value = values.of(p)
                 if value.numel() and runtime.config.searches:
                     quantizer.fit([value])
                 else:
@@ -230,6 +235,15 @@ class Values:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.known: dict[fx.Node, Any] = {}
+
+    @torch.no_grad()
+    def of(self, point: Point) -> Any:
+        """What the quantizer of a weight or static operand gets."""
+        value = self(point.node)
+        if point.gain is None:
+            return value
+        owner: Any = runtime_of(self.model).activations[point.gain]
+        return over_gain(value, owner.gain)
 
     @torch.no_grad()
     def __call__(self, node: fx.Node) -> Any:

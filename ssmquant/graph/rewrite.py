@@ -18,6 +18,7 @@ from ssmquant.graph.plan import Plan, Point
 from ssmquant.graph.provenance import OPS
 from ssmquant.graph.sites import Operand, Site, ancestors
 from ssmquant.graph.trace import Trace
+from ssmquant.modules.activation import over_gain
 from ssmquant.ops import selective_scan as _s6
 from ssmquant.ops import ssd_scan as _ssd
 
@@ -108,12 +109,14 @@ class _Writer:
             if site.weight is None:  # a called nn.Linear or conv: the functional form shows its weight
                 root: fx.Node | None = None
                 if not self.deployed:
-                    root = self.new(node, "get_attr", site.parameter, ())
+                    root = self._over_gain(point, self.new(node, "get_attr", site.parameter, ()), node)
                 q = self.new(node, "call_module", _target(point), () if root is None else (root,))
                 site.scan["weight"] = q
             elif site.view_chain:
                 assert site.parameter_node is not None
                 source = self.map[site.parameter_node]
+                if not self.deployed:
+                    source = self._over_gain(point, source, node)
                 q = self.new(node, "call_module", _target(point), () if self.deployed else (source,))
                 chain = self._clone_chain(operand.node, site.parameter_node, q, node)
                 self._replace(site, operand, chain)
@@ -125,6 +128,13 @@ class _Writer:
             q.meta["point"] = point.name
             own = site.weight is None or site.view_chain  # the parameter itself, as it is stored
             q.meta["shape"] = point.weight_shape if own else tuple(operand.node.meta["val"].shape)
+
+    def _over_gain(self, point: Point, weight: fx.Node, like: fx.Node) -> fx.Node:
+        """The weight for an input whose channels have factors."""
+        if point.gain is None:
+            return weight
+        gain = self.new(like, "get_attr", f"{ACTIVATIONS}.{point.gain}.gain", ())
+        return self.new(like, "call_function", over_gain, (weight, gain))
 
     def _clone_chain(self, node: fx.Node, root: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node:
         """The views that lead from ``root`` to ``node``, applied to ``value`` instead."""

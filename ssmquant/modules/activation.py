@@ -13,14 +13,36 @@ from ssmquant.quantizers import DLS, Quantizer
 from ssmquant.quantizers.base import Affine, QTensor, affine_decode
 from ssmquant.quantizers.dls import dls_range, dls_statistics
 
-__all__ = ["ActivationQuantizer", "FrozenRange"]
+__all__ = ["ActivationQuantizer", "FrozenRange", "over_gain"]
 
 _KEEP = 2**14
 """Elements kept of one batch for calibration: enough for a squared error, small for a model with 400 of these."""
 
 
+MOST_GAIN = 16
+"""Exponents of factors of channels, at most."""
+
+
+def over_gain(weight: Tensor, gain: Tensor) -> Tensor:
+    """A weight (outputs, inputs, ...) for inputs that were multiplied by ``gain`` (inputs,)."""
+    return weight / gain.reshape(-1, *[1] * (weight.dim() - 2)).to(weight.dtype)
+
+
+def gains(largest: Tensor, strength: float) -> Tensor:
+    """Powers of two near ``(typical / largest) ** strength``; 1 where a channel is zero. Of products none is rounded."""
+    used = largest > 0
+    if not bool(used.any()):
+        return torch.ones_like(largest)
+    log = largest.double().clamp(min=torch.finfo(torch.float64).tiny).log2()
+    steps = ((log[used].mean() - log) * strength).round()
+    return torch.where(used, steps.clamp(-MOST_GAIN, MOST_GAIN).exp2(), 1.0).to(largest.dtype)
+
+
 class ActivationQuantizer(nn.Module):
     """A quantizer with a name, and its calibration.
+
+    ``channels``: axis and number of channels that have factors, buffer ``gain`` (channels,), powers of two; what comes
+    out are quantized products of values and factors.
 
     Buffer ``seen`` (4,): mean, standard deviation, minimum and maximum of calibration data (NaN before), those of a
     sample averaged over samples where the quantizer works by sample. ``convert(dls="frozen")`` derives static ranges
@@ -28,14 +50,18 @@ class ActivationQuantizer(nn.Module):
     """
 
     seen: Tensor
+    gain: Tensor | None
 
-    def __init__(self, name: str, quantizer: Quantizer) -> None:
+    def __init__(self, name: str, quantizer: Quantizer, channels: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.name = name
         self.quantizer = quantizer
         self.samples: list[Tensor] | None = None
         self.passes = True
         self.stats: list[Tensor] = []
+        self.largest: list[Tensor] = []
+        self.channel_axis = 0 if channels is None else channels[0]
+        self.register_buffer("gain", None if channels is None else torch.ones(channels[1]))
         self.register_buffer("seen", torch.full((4,), float("nan")))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +69,13 @@ class ActivationQuantizer(nn.Module):
             return self._collect(x)
         if not self.training and not self.quantizer.ready:
             self.require_range("before evaluating")
-        return self.quantizer(x)
+        return self.quantizer(self.scaled(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """What the quantizer gets of ``x``."""
+        if self.gain is None:
+            return x
+        return x * self.gain.reshape(-1, *[1] * (x.dim() - 1 - self.channel_axis)).to(x.dtype)
 
     def require_range(self, when: str) -> None:
         """Raises NotCalibratedError while the range is not known."""
@@ -60,12 +92,12 @@ class ActivationQuantizer(nn.Module):
         )
 
     def encode(self, x: Tensor) -> QTensor:
-        return self.quantizer.encode(x)
+        return self.quantizer.encode(self.scaled(x))
 
     # ---- calibration ---------------------------------------------------------------------------------------------
     def start(self, *, passes: bool = True) -> None:
         """Collect from now on; values pass in float, or are quantized as ever."""
-        self.samples, self.stats, self.passes = [], [], passes
+        self.samples, self.stats, self.largest, self.passes = [], [], [], passes
 
     @torch.no_grad()
     def _collect(self, x: Tensor) -> Tensor:
@@ -79,30 +111,37 @@ class ActivationQuantizer(nn.Module):
             axis = self.quantizer.stats_axis if isinstance(self.quantizer, DLS) else None
             self.stats.append(dls_statistics(f, axis).reshape(4, -1).T)
             if self.passes:
-                self.samples.append(_thin(f, self.quantizer.axis))
+                kept = self.quantizer.kept_axis if self.gain is None else self.channel_axis
+                self.samples.append(_thin(f, kept))
+                if self.gain is not None:
+                    self.largest.append(f.abs().movedim(self.channel_axis, 0).flatten(1).amax(1))
+        x = self.scaled(x)  # as the weight expects
         return x if self.passes else self.quantizer(x)
 
-    def finish(self, *, search: bool = True) -> None:
+    def finish(self, *, search: bool = True, smooth: float = 0.0) -> None:
         """Fit the quantizer to what was collected (where values passed in float), and note the ranges."""
         samples, self.samples = self.samples or [], None
         if samples:
+            if self.gain is not None:
+                self.gain.copy_(gains(torch.stack(self.largest).amax(0), smooth))
+                samples = [self.scaled(s) for s in samples]
             if any(bool(s.any()) for s in samples):
                 self.quantizer.reset()  # the result depends on these data only, not on a calibration before
             self.quantizer.fit(samples, search=search)
         if self.stats:
             self.seen.copy_(torch.cat(self.stats).mean(0))
-        self.stats = []
+        self.stats, self.largest = [], []
 
     def abandon(self) -> None:
         """Forget what was collected, after an error."""
-        self.samples, self.stats = None, []
+        self.samples, self.stats, self.largest = None, [], []
 
     def extra_repr(self) -> str:
         return self.name
 
 
 def _thin(x: Tensor, axis: int | None) -> Tensor:
-    """At most ``_KEEP`` elements, evenly strided along the flattened rest, the sample axis (if any) kept."""
+    """At most ``_KEEP`` elements, evenly strided along the flattened rest, ``axis`` (if any) kept."""
     if x.numel() <= _KEEP:
         return x.clone()
     if x.dim() == 1:

@@ -16,6 +16,7 @@ from ssmquant.quantizers.pact import PACT
 from ssmquant.quantizers.rfa import RFA
 from ssmquant.quantizers.rlq import RLQ
 from ssmquant.quantizers.shared import Ladder, Shared
+from ssmquant.quantizers.token import Token
 
 __all__ = [
     "DLS",
@@ -32,6 +33,7 @@ __all__ = [
     "QTensor",
     "Quantizer",
     "Shared",
+    "Token",
     "get_quantizer",
 ]
 
@@ -45,6 +47,7 @@ QUANTIZERS: Mapping[str, type[Quantizer]] = MappingProxyType(
         "dorefa": DoReFa,
         "n2uq": N2UQ,
         "rlq": RLQ,
+        "token": Token,
     }
 )
 """Quantizers of single elements, by the names that :class:`ssmquant.QConfig` uses."""

@@ -41,6 +41,8 @@ class Quantizer(nn.Module):
 
     flags: ClassVar[tuple[str, ...]] = ("initialized",)
     """Boolean buffers, each mirrored in ``_flags``."""
+    dynamic: ClassVar[bool] = False
+    """Whether ranges come from the data of each call."""
     eps: float = 1e-12
     """Smallest scale ever divided by (the published DLS has 1e-6, which is coarse for 8-bit channels)."""
 
@@ -92,6 +94,11 @@ class Quantizer(nn.Module):
     def elementwise(self) -> bool:
         """Whether an element's place in the tensor does not matter, but for its group."""
         return True
+
+    @property
+    def kept_axis(self) -> int | None:
+        """The axis of which calibration has to see all elements side by side."""
+        return self.axis
 
     @property
     def is_signed(self) -> bool:

@@ -202,6 +202,7 @@ class DLS(Quantizer):
     """
 
     flags: ClassVar[tuple[str, ...]] = ("initialized", "signed")
+    dynamic = True
 
     def __init__(
         self,
