@@ -175,9 +175,9 @@ class QConfig:
             ``{"shift": "half"}``.
         initialization: ``"mse"`` (weights, static operands and, by ``calibrate``, activations start from the least
             squared error) or ``"published"`` (from the formulas of the papers, as always with ``official``).
-        smooth: Strength, 0 (off) to 1, with which ``calibrate`` evens out the channels of inputs: their largest values to
-            this power become factors, powers of two, of the input's quantizer and, inversely, of the weight's
-            (SmoothQuant's migration, arXiv 2211.10438). Where a layer norm comes before, ``convert`` leaves them to it.
+        smooth: Strength, 0 (off) to 1, with which ``calibrate`` evens out the channels of inputs: their largest values
+            to this power become factors, powers of two, of the input's quantizer and, inversely, of the weight's
+            (SmoothQuant's migration, arXiv 2211.10438). Where a norm comes before, ``convert`` leaves them to it.
         statistics: Dynamic statistics (DLS) per ``"sample"``, so that outputs do not depend on the rest of the
             batch, or per ``"tensor"`` (as published).
         rules: Overrides, see :class:`Rule`.
@@ -264,8 +264,6 @@ class QConfig:
             "w_bits": w_bits,
             "a_bits": a_bits,
             "scan": "lsq",
-            "scan_output": "token",
-            "smooth": 1.0,
             "decay": "ladder",
             "granularity": "channel",
             "weight_options": {"shift": "half"},

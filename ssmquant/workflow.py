@@ -180,19 +180,19 @@ def make_quantizer(point: Point, config: QConfig) -> Quantizer:
     cls = get_quantizer(scheme.method)
     weight = point.what == "weight"
     kwargs: dict[str, Any] = {"official": config.official, **dict(scheme.options)}
-    if weight:
-        kwargs |= {"axis": point.axis, "num_groups": point.groups} if point.groups > 1 else {}
-    elif issubclass(cls, DLS):
-        kwargs["axis"] = point.axis
-    elif issubclass(cls, RLQ) and point.what == "activation" and point.channels is not None:
-        kwargs |= {"channel_axis": point.channels[0], "channels": point.channels[1]}
-    elif issubclass(cls, Token):
+    if issubclass(cls, Token):
         if point.channels is None or point.what != "activation":
             raise ConfigError(
                 f"'{point.name}' cannot have the quantizer {scheme.method!r}, which is for inputs of projections and "
                 "convolutions; see QConfig.scan_output"
             )
         kwargs["channel_axis"] = point.channels[0]
+    elif weight:
+        kwargs |= {"axis": point.axis, "num_groups": point.groups} if point.groups > 1 else {}
+    elif issubclass(cls, DLS):
+        kwargs["axis"] = point.axis
+    elif issubclass(cls, RLQ) and point.what == "activation" and point.channels is not None:
+        kwargs |= {"channel_axis": point.channels[0], "channels": point.channels[1]}
     # Weights and static operands are the same on all ranks.
     try:
         quantizer = cls(scheme.bits, is_weight=point.what != "activation", **kwargs)

@@ -326,7 +326,8 @@ def _activations(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any
         if item is None or module.name in found or not x.numel() or not module.quantizer.ready:
             return
         item.holder = module.quantizer
-        item.encoded = thin(module.quantizer.encode(x.detach(), check=False), x.detach())
+        x = module.scaled(x.detach())
+        item.encoded = thin(module.quantizer.encode(x, check=False), x)
         found[module.name] = item
 
     hooks = [m.register_forward_pre_hook(look) for m in runtime.activations.values()]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
 from ssmquant.analysis.health import weight_rows
+from ssmquant.graph.gains import foldable
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.graph.sites import Site, ancestors, op_name
@@ -146,13 +148,16 @@ def _weight_shape(model: nn.Module, site: Site) -> tuple[int, ...]:
     return tuple(model.get_parameter(str(site.parameter)).shape)
 
 
-def _point_bytes(point: Point, runtime: Runtime) -> int:
+def _point_bytes(point: Point, runtime: Runtime, absorbed: Collection[str]) -> int:
     """Bytes of a file: the codes of weights and static operands, their map and the state of others in float32."""
     if point.what == "activation":
         wrapper = runtime.activations[point.key]
         assert isinstance(wrapper, ActivationQuantizer)
         state = wrapper.quantizer.state_dict().values()  # flags stand in a file's table
-        return sum(4 * t.numel() for t in state if t.is_floating_point())
+        gain = wrapper.gain
+        stays = gain is not None and point.key not in absorbed and not bool((gain == 1).all())
+        exponents = gain.numel() if gain is not None and stays else 0
+        return exponents + sum(4 * t.numel() for t in state if t.is_floating_point())
     holder = runtime.weights[point.key]
     if isinstance(holder, PackedTensor):
         codes = holder.codes.numel()
@@ -175,13 +180,15 @@ def summary(model: nn.Module) -> Summary:
     record = runtime.records[0]
     trace = record.trace
     samples = trace.shapes[0][0] if (0, 0) in trace.free else 1
+    plans = [r.plan for r in runtime.records if not any(r.mode.values())]  # as convert does
+    absorbed = foldable(model, plans, runtime.activations) if runtime.stage == "prepared" else {}
     by_site: dict[str, dict[str, Point]] = {}
     owned: dict[str, int] = {}
     for p in record.plan.points:
         for k, (site, operand) in enumerate(p.uses):
             by_site.setdefault(site.name, {})[operand.name if p.what != "weight" else "weight"] = p
             if k == 0:
-                owned[site.name] = owned.get(site.name, 0) + _point_bytes(p, runtime)
+                owned[site.name] = owned.get(site.name, 0) + _point_bytes(p, runtime, absorbed)
     rows = []
     health = weight_rows(model)
     fused = record.kernels(model)
@@ -225,7 +232,7 @@ def summary(model: nn.Module) -> Summary:
     sited = {s.parameter for s in record.plan.sites if s.parameter}
     for s in record.plan.sites:
         sited |= {str(n.target) for o in s.inputs for n in _parameters_of(record, o.node)}
-    packed = sum(_point_bytes(p, runtime) for p in record.plan.points)
+    packed = sum(_point_bytes(p, runtime, absorbed) for p in record.plan.points)
     covered = _covered(record)
     ours = {id(p) for p in runtime.parameters()} | {id(b) for b in runtime.buffers()}
     rest = 0

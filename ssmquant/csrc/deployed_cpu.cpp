@@ -131,14 +131,18 @@ SSMQUANT_EXPORT void ssmquant_deployed_blend(const BlendCall* call) {
 }
 
 // Bytes of scratch that a call needs.
+static Scratch project_scratch(const ProjectCall* call) {
+  return {call->z.data != nullptr || call->clip != nullptr ? call->inputs : 0, padded(call->inputs)};
+}
+
 SSMQUANT_EXPORT int64_t ssmquant_deployed_project_workspace(const ProjectCall* call) {
-  const Scratch scratch{call->z.data != nullptr ? call->inputs : 0, padded(call->inputs)};
+  const Scratch scratch = project_scratch(call);
   return scratch.bytes() * std::min(call->threads, kMostThreads);
 }
 
 SSMQUANT_EXPORT void ssmquant_deployed_project(const ProjectCall* call) {
   const auto run = kPaths.found[call->path]->project;
-  const Scratch scratch{call->z.data != nullptr ? call->inputs : 0, padded(call->inputs)};
+  const Scratch scratch = project_scratch(call);
   const int64_t each = call->inputs * (call->z.data != nullptr ? cost::gate + cost::encode : cost::encode) +
                        call->outputs * (padded(call->inputs) / kProducts + 1);
   share(useful_threads(*call, call->batch * call->rows * each), tasks_of(call->batch, call->rows),

@@ -39,8 +39,9 @@ struct Codes {  // (batch, rows, groups, padded)
   int64_t batch, row, group;  // strides, in rows of `padded` codes
 };
 
-// A norm over the columns of a row: (x - mean) / sqrt(variance + eps) * weight + bias, or with 0 for the mean (RMS norm).
-enum NormKind : int64_t { kNoNorm, kLayerNorm, kRmsNorm };
+// A norm over the columns of a row: (x - mean) / sqrt(variance + eps) * weight + bias, or with 0 for the mean (RMS norm);
+// or factors alone: x * weight.
+enum NormKind : int64_t { kNoNorm, kLayerNorm, kRmsNorm, kFactors };
 struct Norm {
   int64_t kind;
   const float *weight, *bias;  // (columns), or null
@@ -114,7 +115,9 @@ struct ProjectCall {
   int64_t batch, rows, inputs, outputs;
   Values x, z;  // of one group; with a norm or a z, next to each other in a row. z.data: or null
   Norm norm;
-  Quantizer quantizer;  // without low and high
+  Quantizer quantizer;  // without low and high; with a clip its qmin is 0, and scale and shift are not read
+  const float* clip;    // (2), or null: each row has a range of its own, see quantizers/token.py
+  double eps;           // the smallest step of these
   Weights weights;
   const float* bias;  // (tiles * lanes), or null
   Values residual;    // is added, times gain; data: or null. Next to each other in a row

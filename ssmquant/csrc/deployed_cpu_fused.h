@@ -15,6 +15,18 @@ SSMQUANT_INLINE void gate_row(const Norm& norm, const float* x, const float* z, 
   }
 }
 
+// norm(x) of one row, any stride where there is no norm.
+SSMQUANT_INLINE void norm_row(const Norm& norm, const float* x, int64_t stride, int64_t columns, float* y) {
+  if (norm.kind == kNoNorm && stride != 1) {
+    for (int64_t c = 0; c < columns; ++c) y[c] = x[c * stride];
+    return;
+  }
+  const Normal normal(norm, x, columns);
+  for (int64_t c = 0; c < columns; c += W) {
+    store_some(y + c, normal.at(load_some(x + c, columns - c), c, columns - c), columns - c);
+  }
+}
+
 void gate(const GateCall& call, const Part& part, double* to) {
   no_moments(to);
   float* const out = call.y + (part.sample * call.rows + part.first) * call.columns;
@@ -46,14 +58,62 @@ SSMQUANT_INLINE void linear_rows(const Codes& codes, int64_t count, const Quanti
   LinearCall call{};
   call.outputs = outputs, call.x = codes, call.quantizer = quantizer, call.weights = weights;
   call.bias = bias, call.y = y;
-  Linear{call, Grid(quantizer, 0), 0, count}.on_codes();
+  Linear{call, Grid(quantizer, 0), 0, count, nullptr, nullptr}.on_codes();
+}
+
+// The least and the greatest of some values; of a NaN among them there is no telling.
+SSMQUANT_INLINE void extremes(const float* x, int64_t count, float* least, float* most) {
+  V low = x[0] - V{}, high = low;
+  int64_t c = 0;
+  for (; c + W <= count; c += W) {
+    const V v = load(x + c);
+    low = at_most(low, v), high = at_least(high, v);
+  }
+  float down = low[0], up = high[0];
+  for (int i = 1; i < W; ++i) {
+    down = low[i] < down ? low[i] : down;
+    up = high[i] > up ? high[i] : up;
+  }
+  for (; c < count; ++c) {
+    down = x[c] < down ? x[c] : down;
+    up = x[c] > up ? x[c] : up;
+  }
+  *least = down, *most = up;
+}
+
+// `project` of rows that have ranges of their own.
+SSMQUANT_INLINE void project_by_row(const ProjectCall& call, const Part& part, float* values, const Codes& codes,
+                                    float* y) {
+  float scales[kRows], shifts[kRows];
+  const float *x = row_of(call.x, part), *z = call.z.data == nullptr ? nullptr : row_of(call.z, part);
+  EncodeCall encoding{};
+  encoding.columns = call.inputs, encoding.x.column = 1, encoding.codes = codes;
+  for (int64_t r = 0; r < part.count; ++r) {
+    if (z != nullptr) {
+      gate_row(call.norm, x + r * call.x.row, z + r * call.z.row, call.inputs, values);
+    } else {
+      norm_row(call.norm, x + r * call.x.row, call.x.column, call.inputs, values);
+    }
+    float least, most;
+    extremes(values, call.inputs, &least, &most);
+    const Grid q(least, most, call.clip, float(call.eps), call.quantizer);
+    scales[r] = q.scale, shifts[r] = q.shift;
+    encode_row(encoding, values, q, r);
+  }
+  LinearCall product{};
+  product.outputs = call.outputs, product.x = codes, product.weights = call.weights;
+  product.bias = call.bias, product.y = y;
+  Linear{product, Grid(), 0, part.count, scales, shifts}.on_codes();
 }
 
 void project(const ProjectCall& call, const Part& part, void* workspace) {
   const bool gated = call.z.data != nullptr;
-  const Scratch scratch{gated ? call.inputs : 0, padded(call.inputs)};
+  const Scratch scratch{gated || call.clip != nullptr ? call.inputs : 0, padded(call.inputs)};
   const Codes codes{scratch.codes(workspace), scratch.sums(workspace), scratch.padded, 0, 1, 1};
-  if (gated) {
+  float* const y = call.y + (part.sample * call.rows + part.first) * call.outputs;
+  if (call.clip != nullptr) {
+    project_by_row(call, part, scratch.values(workspace), codes, y);
+  } else if (gated) {
     float* const values = scratch.values(workspace);
     const float *x = row_of(call.x, part), *z = row_of(call.z, part);
     for (int64_t r = 0; r < part.count; ++r) {
@@ -63,8 +123,9 @@ void project(const ProjectCall& call, const Part& part, void* workspace) {
   } else {
     encode_rows(call.x, part, call.norm, call.quantizer, call.inputs, codes);
   }
-  float* const y = call.y + (part.sample * call.rows + part.first) * call.outputs;
-  linear_rows(codes, part.count, call.quantizer, call.weights, call.bias, call.outputs, y);
+  if (call.clip == nullptr) {
+    linear_rows(codes, part.count, call.quantizer, call.weights, call.bias, call.outputs, y);
+  }
   if (call.residual.data == nullptr) return;
   const float* x = row_of(call.residual, part);
   for (int64_t r = 0; r < part.count; ++r) {

@@ -51,6 +51,7 @@ struct Linear {
   const LinearCall& call;
   const Grid q;
   const int64_t row, count;  // of the rows of all samples
+  const float *scales, *shifts;  // of each row, where they are its own; then qmin is 0
 
   template <int rows, int tiles>
   void codes(int64_t first, int64_t tile) const {
@@ -63,11 +64,13 @@ struct Linear {
     for (int t = 0; t < tiles; ++t) {
       const int64_t at = (tile + t) * W;
       const V scale = load(call.weights.scale + at) * q.scale, shift = load(call.weights.shift + at) * q.scale;
-      V constant = load(call.weights.total + at) * offset;
+      const V all = load(call.weights.total + at);
+      V constant = all * offset;
       if (call.bias != nullptr) constant = constant + load(call.bias + at);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
-        const V y = floats(total[r][t]) * scale - shift * sum_of(call.x.sums[first + r]) + constant;
+        V y = floats(total[r][t]) * scale - shift * sum_of(call.x.sums[first + r]);
+        y = scales == nullptr ? y + constant : y * scales[first + r] + (constant - all * shifts[first + r]);
         store_some(call.y + (first + r) * call.outputs + at, y, call.outputs - at);
       }
     }
@@ -133,7 +136,8 @@ struct Linear {
 constexpr int64_t kMostInputs = 4096;
 
 void linear(const LinearCall& call, const Part& part) {
-  const Linear l{call, Grid(call.quantizer, part.sample), part.sample * call.rows + part.first, part.count};
+  const int64_t first = part.sample * call.rows + part.first;
+  const Linear l{call, Grid(call.quantizer, part.sample), first, part.count, nullptr, nullptr};
   if (call.quantizer.low == nullptr) return l.on_codes();
   alignas(64) float x[kMostRows * kMostInputs + W];
   l.on_values(x);

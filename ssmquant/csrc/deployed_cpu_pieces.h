@@ -108,11 +108,22 @@ SSMQUANT_INLINE V load_signed(const int8_t* p) {
 struct Grid {
   float scale, over, shift, low, high, qmin, qmax;
 
+  Grid() : scale(1), over(1), shift(0), low(-INFINITY), high(INFINITY), qmin(0), qmax(0) {}
+
   Grid(const Quantizer& q, int64_t sample) {
     const int64_t i = q.by_sample ? sample : 0;
     scale = q.scale[i], over = 1.0f / scale, shift = q.shift[i];
     low = q.low ? q.low[i] : -INFINITY, high = q.high ? q.high[i] : INFINITY;
     qmin = float(q.qmin), qmax = float(q.qmax);
+  }
+
+  // The map of a row from its range and the shares of it that are kept, as quantizers/token.py.
+  Grid(float least, float most, const float* clip, float eps, const Quantizer& q)
+      : low(-INFINITY), high(INFINITY), qmin(0), qmax(float(q.qmax)) {
+    const float half = (most - least) * 0.5f, middle = (least + most) * 0.5f;
+    scale = half * ((clip[0] + clip[1]) / qmax);
+    scale = scale < eps ? eps : scale;  // a NaN stays one
+    over = 1.0f / scale, shift = half * clip[0] - middle;
   }
 
   // As quantizers/affine.py but for the division, which may decide a tie otherwise. Adding 1.5 * 2 ** 23 rounds, ties to
@@ -235,13 +246,13 @@ inline void no_moments(double* to) {
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
-// A layer norm of one row.
+// A norm of one row.
 struct Normal {
   const Norm& norm;
   float mean, over;
 
   Normal(const Norm& norm, const float* x, int64_t count) : norm(norm), mean(0), over(1) {
-    if (norm.kind == kNoNorm) return;
+    if (norm.kind == kNoNorm || norm.kind == kFactors) return;
     if (norm.kind == kLayerNorm) {
       V sum{};
       for (int64_t i = 0; i < count; i += W) sum = sum + load_some(x + i, count - i);
@@ -258,6 +269,7 @@ struct Normal {
   // Columns from i on, of which `left` are there.
   SSMQUANT_INLINE V at(V x, int64_t i, int64_t left) const {
     if (norm.kind == kNoNorm) return x;
+    if (norm.kind == kFactors) return x * load_some(norm.weight + i, left);
     V y = (x - mean) * over;
     if (norm.weight != nullptr) y = y * load_some(norm.weight + i, left);
     return norm.bias != nullptr ? y + load_some(norm.bias + i, left) : y;

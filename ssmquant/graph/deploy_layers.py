@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ssmquant.graph.gains import times
 from ssmquant.graph.moves import is_cast, is_move, is_number
 from ssmquant.graph.orders import Unfit, shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
@@ -68,9 +69,10 @@ def _conv2d(
     dilation: tuple[int, int],
     act: Any,
     last: bool,
+    gain: Tensor | None = None,
 ) -> Tensor:
     _check(x)
-    y = deployed.conv2d(x, of_x, weight, bias, dilation, act)
+    y = deployed.conv2d(x, of_x, weight, bias, dilation, act, gain)
     return y if last else y.contiguous()
 
 
@@ -134,7 +136,7 @@ class _Layers:
             new = self._conv(node, x, of_x, weight, packed, bias, options[2])
         if new is None:
             return False
-        exact = deployed.static(of_x) and not (node.target is F.conv2d and packed.shape[1] == 1)
+        exact = not deployed.dynamic(of_x) and not (node.target is F.conv2d and packed.shape[1] == 1)
         if "site" in node.meta:
             new.meta["kernels"] = {node.meta["site"]: "products of codes" if exact else "products of levels"}
         self._erase(node, x, weight)
@@ -170,7 +172,9 @@ class _Layers:
     def _linear(
         self, node: fx.Node, x: fx.Node, of_x: nn.Module, weight: fx.Node, packed: PackedTensor, bias: Any
     ) -> fx.Node | None:
-        if len(packed.shape) != 2 or len(shape_of(node) or ()) < 2 or not self._takes_input(of_x, packed):
+        axes = len(shape_of(node) or ())
+        by_row = deployed.by_row(of_x, axes - 1)
+        if len(packed.shape) != 2 or axes < 2 or not (by_row or self._takes_input(of_x, packed)):
             return None
         value = self._any_layout(x.args[0])
         gate = self._gate(value, x)
@@ -182,7 +186,7 @@ class _Layers:
                 args: tuple[Any, ...] = (_before(norm, y), z, self._norm_of(norm), *owners, bias)
                 new = self.graph.call_function(_gated_linear, args)
             else:
-                norm = self._norm(value) if deployed.static(of_x) else None
+                norm = self._norm(value) if by_row or deployed.static(of_x) else None
                 args = (_before(norm, value), *owners, bias, self._norm_of(norm))
                 new = self.graph.call_function(_linear, args)
         new.meta.update(node.meta)
@@ -200,6 +204,9 @@ class _Layers:
         dilation: tuple[int, int],
     ) -> fx.Node:
         value = self._any_layout(x.args[0])
+        gain: Any = None
+        if value.target is times and packed.shape[2:] not in ((), (1, 1)):
+            gain, value = value.args[1], self._any_layout(value.args[0])
         last: fx.Node = node
         act: fx.Node | None = None
         with self.graph.inserting_before(node):
@@ -217,7 +224,7 @@ class _Layers:
                 if packed.shape[1] == 1 and (act := self._activation(node)) is not None:
                     last = act
                 module = None if act is None else self._owner(act)
-                args = (value, *owners, bias, dilation, module, self._any_strides(last))
+                args = (value, *owners, bias, dilation, module, self._any_strides(last), gain)
                 new = self.graph.call_function(_conv2d, args)
         new.meta.update(last.meta)
         last.replace_all_uses_with(new)
@@ -254,6 +261,8 @@ class _Layers:
 
     def _is_plain(self, node: fx.Node) -> bool:
         """A module or function that kernels stand for."""
+        if node.target is times:
+            return True
         if node.op == "call_module":
             return type(self.model.get_submodule(str(node.target))) in (*deployed.NORMS, nn.SiLU)
         return node.op != "placeholder" and op_name(node) in ("silu", "mul", "layer_norm", "rms_norm")
@@ -318,7 +327,9 @@ class _Layers:
             return weight.shape[:2] == (groups, 1) and span <= cpu.MOST_SPAN and deployed.coded(of_x)
         if weight.shape[1] == 1:
             return False  # it would pass for a depthwise one
-        return self._takes_input(of_x, weight) if kernel == (1, 1) else deployed.static(of_x)
+        if kernel == (1, 1):
+            return self._takes_input(of_x, weight) or deployed.by_row(of_x, 1)
+        return deployed.static(of_x)
 
     def _takes_input(self, of_x: nn.Module, weight: PackedTensor) -> bool:
         return deployed.static(of_x) or (deployed.dynamic(of_x) and weight.shape[1] <= cpu.MOST_INPUTS)

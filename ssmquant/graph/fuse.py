@@ -45,11 +45,12 @@ class _CrossScan:
 
 
 def is_quantizer(node: Any) -> bool:
-    """Whether a node is a call of an activation's quantizer."""
+    """Whether a node is a call of an activation's quantizer, wrapped."""
     return (
         isinstance(node, fx.Node)
         and node.op == "call_module"
         and str(node.target).startswith(f"{ACTIVATIONS}.")
+        and not str(node.target).endswith(".quantizer")
         and len(node.args) == 1
         and not node.kwargs
     )
@@ -190,7 +191,10 @@ class _Fuser:
 
     def _takes_image(self, quantizer: fx.Node) -> bool:
         """Whether a quantizer of sequences does the same to their image: one range, or one a sample."""
-        module = self.model.get_submodule(f"{quantizer.target}.quantizer")
+        wrapper: Any = self.model.get_submodule(str(quantizer.target))
+        module = wrapper.quantizer
+        if wrapper.gain is not None:  # of channels, which may be elsewhere in an image
+            return False
         if not isinstance(module, Quantizer) or not module.elementwise:
             return False
         return module.num_groups == 1 and module.axis in (None, 0)

@@ -1,10 +1,10 @@
-"""Factors of an input's channels (``QConfig.smooth``) in a deployed model: left to a norm, or a product of their own."""
+"""Factors of an input's channels (``QConfig.smooth``) in a graph: left to a norm, or a product of their own."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,8 +14,9 @@ from ssmquant.graph.plan import Plan, Point
 from ssmquant.graph.rewrite import ACTIVATIONS
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import ActivationQuantizer
+from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["fold_gains", "gains_in_sight"]
+__all__ = ["fold_gains", "foldable", "gains_in_sight", "product_of", "times"]
 
 _NORMS = nn.LayerNorm, nn.RMSNorm
 _QUESTIONS = {"size", "dim"}
@@ -43,14 +44,14 @@ def _norm_of(point: Point) -> tuple[str, fx.Node] | None:
 
 def _axes(node: fx.Node, dims: int) -> tuple[int, ...] | None:
     """Which axis of its argument each axis of ``node`` is, if it does nothing but move whole axes."""
-    name, args = op_name(node), node.args[1:]
+    name, args = op_name(node), cast(tuple[Any, ...], node.args[1:])
     if node.kwargs or not all(isinstance(a, (int, tuple, list)) for a in args):
         return None
     axes = list(range(dims))
     if name == "contiguous" and not args:
         return tuple(axes)
     if name == "transpose" and len(args) == 2:
-        a, b = (i % dims for i in args)  # type: ignore[operator]
+        a, b = (i % dims for i in args)
         axes[a], axes[b] = axes[b], axes[a]
         return tuple(axes)
     if name == "permute":
@@ -59,47 +60,65 @@ def _axes(node: fx.Node, dims: int) -> tuple[int, ...] | None:
     return None
 
 
+def foldable(model: nn.Module, plans: Iterable[Plan], activations: nn.ModuleDict) -> dict[str, str]:
+    """The norms that can take the factors of the quantizers, by key, that alone read them."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found: dict[str, set[str | None]] = {}
+    often: set[str] = set()
+    for plan in plans:
+        nodes: dict[fx.Node, None] = {}
+        for point in plan.points:
+            if point.what == "activation" and point.gain is not None:
+                norm = _norm_of(point)
+                found.setdefault(point.key, set()).add(None if norm is None else norm[0])
+                nodes = nodes or dict.fromkeys(point.node.graph.nodes)
+        calls = Counter(str(n.target) for n in nodes if n.op == "call_module")
+        often |= {name for name, count in calls.items() if count > 1}
+    out = {}
+    for key, norms in found.items():
+        (name, *others), wrapper = norms, activations[key]
+        assert isinstance(wrapper, ActivationQuantizer)
+        if others or name is None or name in often or wrapper.gain is None:
+            continue
+        module: Any = model.get_submodule(name)
+        own = [t for t in (getattr(module, "weight", None), getattr(module, "bias", None)) if t is not None]
+        takes = type(module) in _NORMS and module.weight is not None and not hooks_of(module)
+        if takes and all(t.shape == wrapper.gain.shape and owners[id(t)] == 1 for t in own):
+            out[key] = name
+    return out
+
+
 @torch.no_grad()
 def fold_gains(model: nn.Module, plans: Iterable[Plan], activations: nn.ModuleDict) -> None:
     """Multiplies the weights and shifts of norms, in place, by the factors of the quantizers that alone read them.
 
-    Factors are powers of two: the products are the same ones, exactly, down to the smallest numbers.
+    Factors are powers of two: the products are the same ones, exactly, down to the smallest numbers. Factors that are
+    all 1 go, too.
     """
-    plans = list(plans)
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    found: dict[str, set[str | None]] = {}
-    calls: Counter[str] = Counter()
-    for plan in plans:
-        here: Counter[str] = Counter()
-        for point in plan.points:
-            if point.what != "activation" or point.gain is None:
-                continue
-            norm = _norm_of(point)
-            found.setdefault(point.key, set()).add(None if norm is None else norm[0])
-            if norm is not None and not here:
-                here = Counter(str(n.target) for n in norm[1].graph.nodes if n.op == "call_module")
-        calls |= here
-    for key, norms in found.items():
-        wrapper, name = activations[key], next(iter(norms))
-        assert isinstance(wrapper, ActivationQuantizer)
-        if wrapper.gain is not None and bool((wrapper.gain == 1).all()):
-            wrapper.gain = None
-        if len(norms) > 1 or name is None or calls[name] != 1 or wrapper.gain is None:
-            continue
-        module: Any = model.get_submodule(name)
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if type(module) not in _NORMS or weight is None or weight.shape != wrapper.gain.shape:
-            continue
-        if any(t is not None and owners[id(t)] != 1 for t in (weight, bias)):
-            continue
-        for t in (weight, bias):
-            if t is not None:
-                t.mul_(wrapper.gain.to(t.dtype))
+    for key, name in foldable(model, plans, activations).items():
+        wrapper: Any = activations[key]
+        for t in model.get_submodule(name).parameters(recurse=False):
+            t.mul_(wrapper.gain.to(t.dtype))
         wrapper.gain = None
+    for each in activations.values():
+        if isinstance(each, ActivationQuantizer) and each.gain is not None and bool((each.gain == 1).all()):
+            each.gain = None
 
 
-def _times(x: Tensor, gain: Tensor, behind: int) -> Tensor:
-    return x * gain.reshape(-1, *[1] * behind)
+def times(x: Tensor, gain: Tensor, behind: int) -> Tensor:
+    """``x`` by factors of the channels, which ``behind`` axes follow."""
+    return x * gain.reshape(-1, *[1] * behind).to(x.dtype)
+
+
+def product_of(graph: fx.Graph, node: fx.Node, model: nn.Module) -> fx.Node:
+    """What the quantizer gets that ``node`` calls with its factors: they by its argument."""
+    wrapper: Any = model.get_submodule(str(node.target))
+    gain = graph.get_attr(f"{node.target}.gain")
+    shape = shape_of(node)
+    assert shape is not None
+    product = graph.call_function(times, (node.args[0], gain, len(shape) - 1 - wrapper.channel_axis))
+    product.meta["shape"] = shape
+    return product
 
 
 def gains_in_sight(graph: fx.Graph, model: nn.Module) -> fx.Graph:
@@ -119,11 +138,8 @@ def gains_in_sight(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         if not has_gain(n):
             made[n] = new.node_copy(n, made.__getitem__)
             continue
-        wrapper: Any = model.get_submodule(str(n.target))
-        gain = new.get_attr(f"{n.target}.gain")
-        behind = len(shape_of(n) or ()) - 1 - wrapper.channel_axis
-        product = new.call_function(_times, (made[n.args[0]], gain, behind))  # type: ignore[index]
-        product.meta["shape"] = shape_of(n)
-        made[n] = new.call_module(f"{n.target}.quantizer", (product,))
-        made[n].meta.update(n.meta)
+        made[n] = new.node_copy(n, made.__getitem__)
+        with new.inserting_before(made[n]):
+            made[n].args = (product_of(new, made[n], model),)
+        made[n].target = f"{n.target}.quantizer"
     return new

@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ssmquant.graph.gains import product_of
 from ssmquant.graph.orders import by_direction
 from ssmquant.graph.rewrite import ACTIVATIONS
 from ssmquant.modules import ActivationQuantizer
@@ -41,6 +42,9 @@ def faster_layers(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         elif n.op == "call_module":
             module = model.get_submodule(str(n.target))
             if str(n.target).startswith(f"{ACTIVATIONS}.") and isinstance(module, ActivationQuantizer):
+                if module.gain is not None:
+                    with new.inserting_before(made):
+                        made.args = (product_of(new, made, model),)
                 made.target = f"{n.target}.quantizer"
             elif type(module) is nn.LayerNorm and len(n.args) == 1:
                 with new.inserting_before(made):

@@ -325,24 +325,29 @@ def _sums_over_axis_1(model: nn.Module, site: Site) -> bool:
         mod = model.get_submodule(site.module)
         return not isinstance(mod, _ConvTransposeNd) and getattr(mod, "groups", 1) == 1
     groups = site.node.kwargs.get("groups", site.node.args[6] if len(site.node.args) > 6 else 1)
-    return site.weight.node is site.parameter_node and groups == 1
+    return site.weight.node is site.parameter_node and bool(groups == 1)
 
 
 def _pair_up(model: nn.Module, points: list[Point]) -> None:
-    """Factors of channels for inputs that go to quantized weights alone, and these to no other input."""
+    """Factors of channels for inputs that go to quantized weights alone, and these to no other input.
+
+    The low-rank projections of a scan have none, as their input is the scan's, too, nor what reads a scan, where a gate
+    stands between: one kernel does all of it. (In MambaIR it would make no difference to that input's error.)
+    """
     weights = {id(site): p for p in points if p.what == "weight" for site, _ in p.uses}
     for p in points:
         if p.what != "activation" or p.channels is None or get_quantizer(p.scheme.method).dynamic:
             continue
         sites = [site for site, _ in p.uses]
         readers = [weights.get(id(site)) for site in sites]
-        known = all(_sums_over_axis_1(model, site) for site in sites)
-        own = {id(site) for site in sites}
-        if not known or any(w is None or {id(site) for site, _ in w.uses} - own for w in readers):
+        near_scan = any(site.feeds_scan or site.reads_scan for site in sites)
+        if near_scan or not all(_sums_over_axis_1(model, site) for site in sites):
             continue
-        for w in (p, *readers):
-            assert w is not None
-            w.gain = p.key
+        own = {id(site) for site in sites}
+        pairs = [w for w in readers if w is not None and own.issuperset(id(site) for site, _ in w.uses)]
+        if len(pairs) == len(sites):
+            for one in (p, *pairs):
+                one.gain = p.key
 
 
 def _check_coverage(

@@ -72,8 +72,8 @@ class Operand:
 class Site:
     """A place where an operator meets a parameter (or a scan).
 
-    ``reads_scan``: its input is made of a scan's output, without another site between. ``float_reason`` is set where
-    the default placement leaves it in float.
+    ``reads_scan``: its input is made of a scan's output, without another site between; ``feeds_scan``: so is a scan's
+    operand of its output. ``float_reason`` is set where the default placement leaves it in float.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Site:
     parameter_node: fx.Node | None = None
     view_chain: bool = True
     reads_scan: bool = False
+    feeds_scan: bool = False
     first: bool = False
     last: bool = False
     gate: bool = False
@@ -296,6 +297,7 @@ class _Finder:
         site.last = not after and any(n.op == "output" for n in ahead)
         if site.kind != "scan":
             site.reads_scan = any(s.kind == "scan" for s in near)
+            site.feeds_scan = any(s.kind == "scan" for s in after)
             pooled = any(self._named(n) & _POOLS or "AdaptiveAvgPool" in str(self._named(n)) for n in back)
             gated = any(self._named(n) & _SIGMOIDS for n in ahead)
             pooled_before = any(s.gate for s in near)

@@ -19,8 +19,8 @@ _KEEP = 2**14
 """Elements kept of one batch for calibration: enough for a squared error, small for a model with 400 of these."""
 
 
-MOST_GAIN = 16
-"""Exponents of factors of channels, at most."""
+MOST_GAIN = 14
+"""Exponents of factors of channels, at most: float16 has such powers of two, too."""
 
 
 def over_gain(weight: Tensor, gain: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def over_gain(weight: Tensor, gain: Tensor) -> Tensor:
 
 
 def gains(largest: Tensor, strength: float) -> Tensor:
-    """Powers of two near ``(typical / largest) ** strength``; 1 where a channel is zero. Of products none is rounded."""
+    """Powers of two, whose products need no rounding, near ``(typical / largest) ** strength``; 1 for what is zero."""
     used = largest > 0
     if not bool(used.any()):
         return torch.ones_like(largest)

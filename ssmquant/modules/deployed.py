@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,14 +22,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ssmquant.modules.activation import ActivationQuantizer, FrozenRange
 from ssmquant.modules.packed import PackedTensor
-from ssmquant.ops.deployed import Codes, Grid, Norm, Weights, cpu
+from ssmquant.ops.deployed import Codes, Grid, Norm, RowGrid, Weights, cpu
 from ssmquant.ops.deployed.forms import signed_codes
-from ssmquant.quantizers import DLS, Quantizer
+from ssmquant.quantizers import DLS, Quantizer, Token
 from ssmquant.quantizers.bank import hooks_of
 
 __all__ = [
     "Unchanged",
     "blend",
+    "by_row",
     "coded",
     "conv2d",
     "dynamic",
@@ -136,6 +137,12 @@ def dynamic(module: nn.Module) -> bool:
     return isinstance(q, DLS) and q.bits is not None and not q.official and q.stats_axis in (None, 0)
 
 
+def by_row(module: nn.Module, axis: int) -> bool:
+    """Whether a quantizer gives each row, the elements along ``axis``, a range of its own."""
+    q = _inner(module)
+    return isinstance(q, Token) and q.bits is not None and q.channel_axis == axis
+
+
 def coded(module: nn.Module) -> bool:
     """Whether kernels know how to encode as this quantizer does."""
     return static(module) or dynamic(module)
@@ -174,6 +181,10 @@ def _grid(module: nn.Module, moments: Callable[[], Tensor], count: int, copies: 
     assert isinstance(q, Quantizer)
     grid: Grid = _kept(q, "grid", lambda: _static_grid(q))
     return grid
+
+
+def _row_grid(q: Token) -> RowGrid:
+    return RowGrid(q.clip.detach().float().contiguous(), q.qmax - q.qmin + 1, q.eps)
 
 
 def _encode(
@@ -270,14 +281,14 @@ def _project(
     z: Tensor | None = None,
     residual: Residual = None,
 ) -> Tensor:
-    """``_product`` of a static quantizer, and of ``norm(x) * silu(z)``, without values or codes of all rows."""
+    """``_product`` of a static quantizer, or one of rows, without the values and codes of all rows."""
     weights = _matrix(weight, (weight.shape[0], x.shape[2]))
     if residual is not None:
         rows, gain = residual
         residual = _dense(rows).reshape(*x.shape[:2], -1), None if gain is None else gain.contiguous()
-    return cpu.project(
-        x, _grid(of_x, _no_moments, 0), weights, _bias(bias), norm=norm, z=z, residual=residual
-    )
+    q = _inner(of_x)
+    grid = _kept(q, "grid", partial(_row_grid, q)) if isinstance(q, Token) else _grid(of_x, _no_moments, 0)
+    return cpu.project(x, grid, weights, _bias(bias), norm=norm, z=z, residual=residual)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -342,7 +353,7 @@ def linear(
     q = _inner(of_x)
     if not isinstance(q, DLS) or q.stats_axis is None:  # samples do not matter
         rows = rows.flatten(0, 1)[None]
-    if static(of_x):
+    if static(of_x) or isinstance(q, Token):
         return _project(rows, of_x, weight, bias, fused, residual=residual).view(*x.shape[:-1], -1)
     return _added(_product(rows, of_x, weight, bias, fused).view(*x.shape[:-1], -1), residual)
 
@@ -359,7 +370,7 @@ def gated_linear(
     """``linear`` of ``norm(x) * silu(z)``, all (samples, .., columns)."""
     x, fused = _fused_norm(norm, x)
     x3, z3 = (_rows(t if t.stride(-1) == 1 else t.contiguous()) for t in (x, z))
-    if static(of_x):
+    if static(of_x) or isinstance(_inner(of_x), Token):
         return _project(x3, of_x, weight, bias, fused, z3, residual).view(*x.shape[:-1], -1)
     y, moments = cpu.gate(x3.unsqueeze(2), z3.unsqueeze(2), fused, with_moments=True)
     return _added(_product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1), residual)
@@ -379,10 +390,12 @@ def conv2d(
     bias: Tensor | None,
     dilation: tuple[int, int],
     act: Any = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """A convolution of the quantized x, (B, C, H, W) with any strides, that keeps its size.
 
-    Dense (1x1 also of values that are clamped), or depthwise, then with ``act``, a SiLU or GELU.
+    Dense (1x1 also of values that are clamped), or depthwise, then with ``act``, a SiLU or GELU. ``gain``, (C,):
+    factors of x, for a dense one of more than 1x1.
 
     Returns:
         (B, outputs, H, W), channels last.
@@ -404,7 +417,9 @@ def conv2d(
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = _grid(of_x, _no_moments, 0)
     down, right = ((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
-    codes = cpu.encode(x.permute(0, 2, 3, 1), grid, (down, right))
+    image = x.permute(0, 2, 3, 1)
+    image = image if gain is None else _dense(image)
+    codes = cpu.encode(image, grid, (down, right), gain=gain)
     y = cpu.conv(codes, grid, taps, _bias(bias), (kernel[0], kernel[1]), dilation)
     return y.permute(0, 3, 1, 2)
 

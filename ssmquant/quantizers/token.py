@@ -11,8 +11,9 @@ Where a projection reads it, the step and the shift of a row leave the integer p
 codes stay exact. A row's range is its own: neither the batch nor the tile of a picture that it is in matters.
 
 Per-token dynamic quantization is what language models use (ZeroQuant, arXiv 2206.01861); learnt clipping factors of
-min-max ranges are OmniQuant's (arXiv 2308.13137), there for weights. The factors' gradients are LSQ's, through alpha and
-beta; extremes count as constants.
+min-max ranges are OmniQuant's (arXiv 2308.13137), there for weights. The factors' gradients are LSQ's, through alpha
+and beta; extremes count as constants. Inside is what lies within half a step of a level: without clipping the extremes
+are the outermost levels up to the last bit, which must not decide over their gradient.
 """
 
 from __future__ import annotations
@@ -51,11 +52,17 @@ def token_range(
     return alpha, half * clip[0] - middle, half
 
 
+def _rows(x: Tensor, axis: int) -> Tensor:
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis]) if x.dim() else x.reshape(1, 1)
+
+
 class _TokenFunction(torch.autograd.Function):
     """Saves references to its inputs only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, axis: int, levels: int, eps: float, scaled: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, clip: Tensor, axis: int, levels: int, eps: float, scaled: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, clip)
         ctx.static = axis, levels, eps, scaled
         xc = x.to(clip.dtype)
@@ -74,7 +81,7 @@ class _TokenFunction(torch.autograd.Function):
         low, high = xc.amin(axis, keepdim=True), xc.amax(axis, keepdim=True)
         alpha, beta, half = token_range(low, high, clip, levels, eps)
         u = (xc + beta) / alpha
-        inside = (u >= 0) & (u <= n)
+        inside = (u >= -0.5) & (u <= n + 0.5)
         dx = grad * inside
         dclip = None
         if ctx.needs_input_grad[1]:
@@ -116,10 +123,9 @@ class Token(Quantizer):
         channel_axis: int = -1,
     ) -> None:
         super().__init__(bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight)
-        if self.bits is None:
-            return
         self.channel_axis = channel_axis
-        self.clip = nn.Parameter(torch.ones(2))
+        if self.bits is not None:
+            self.clip = nn.Parameter(torch.ones(2))
 
     @property
     def needs_data(self) -> bool:
@@ -128,6 +134,10 @@ class Token(Quantizer):
     @property
     def _state_axis(self) -> int | None:
         return None
+
+    @property
+    def elementwise(self) -> bool:
+        return False
 
     @property
     def is_signed(self) -> bool:
@@ -167,7 +177,7 @@ class Token(Quantizer):
 
     def _fit(self, batches: list[Tensor], stats: GroupStats) -> None:
         """Take the factors of least squared error: the same for both ends first, then each by itself."""
-        rows = torch.cat([b.movedim(self._axis_of(b), -1).reshape(-1, b.shape[self.channel_axis]) for b in batches])
+        rows = torch.cat([_rows(b, self._axis_of(b)) for b in batches])
         rows = rows[:: -(-len(rows) // 2**10)]
         rows = rows.to(compute_dtype(rows, self.clip))
         low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)

@@ -41,6 +41,8 @@ CONFIGS: dict[str, Callable[[], QConfig]] = {
     "published 3": lambda: QConfig.qmambair(3, statistics="tensor"),
     "lsq 8": lambda: QConfig.lsq(8, 8),
     "min-max 5": lambda: QConfig.minmax(5, 5),
+    "smooth 4": lambda: QConfig.recommended(4, 4, scan_output="token", smooth=1.0),
+    "smooth 8": lambda: QConfig.minmax(8, 8, scan_output="token", smooth=0.5),
 }
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mambair": (
@@ -126,7 +128,10 @@ def plain_blend(x: Tensor, gain: Any, v: Tensor, scale: Tensor) -> Tensor:
     return (x if gain is None else x * gain) + v * scale.flatten(1)[:, None, None]
 
 
-def plain_conv(x: Tensor, of_x: Any, weight: Any, bias: Any, dilation: Any, act: Any = None) -> Tensor:
+def plain_conv(
+    x: Tensor, of_x: Any, weight: Any, bias: Any, dilation: Any, act: Any = None, gain: Any = None
+) -> Tensor:
+    x = x if gain is None else x * gain[:, None, None]
     w = weight() if len(weight.shape) == 4 else weight()[:, :, None, None]
     depthwise = w.shape[1] == 1 and w.shape[0] == x.shape[1]
     padding = tuple((k - 1) * d // 2 for k, d in zip(w.shape[2:], dilation, strict=True))

@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import ssmquant
 from ssmquant import QConfig, zoo
 from ssmquant.graph import runtime as runtime_module
+from ssmquant.graph.bank import bank_weights
 from ssmquant.graph.fuse import Unfit, fuse
 from ssmquant.graph.layers import faster_layers
 from ssmquant.graph.orders import count, order_of
@@ -395,6 +396,36 @@ def test_other_layers() -> None:
     compile_graph(graph)[0](p, x)
     handle.remove()
     assert calls == [1]
+
+
+class Uneven(Scan2d):
+    """Channels of different size before a projection of the image, one of its sequences, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Linear(D, 2 + 2 * N)
+        self.norm.weight.data = 4.0 ** torch.arange(-2, 4)
+        self.inp.weight.data *= 4.0 ** torch.arange(-2, 4)[:, None, None, None]
+
+    def projections(self, xs: Tensor) -> tuple[Tensor, ...]:
+        x_dbl = self.each(xs.transpose(2, 3)).transpose(2, 3)
+        dts, Bs, Cs = torch.split(x_dbl, [2, N, N], dim=2)
+        return torch.einsum("b k r l, k d r -> b k d l", dts, self.dt_proj), Bs, Cs
+
+
+@pytest.mark.parametrize("scan", ["lsq", "dls"])
+def test_factors_of_channels(scan: str) -> None:
+    torch.manual_seed(4)
+    x = randn(2, 3, 5, 7)
+    config = QConfig.recommended(4, 4, keep_first_last=False, smooth=1.0, scan_output="token", scan=scan)
+    p = prepared(Uneven(), x, config)
+    ssmquant.calibrate(p, [x])
+    gains = {n: b for n, b in p.named_buffers() if n.endswith(".gain")}
+    uneven = {n.split(".")[-2] for n, b in gains.items() if b.max() >= 4 * b.min()}
+    assert uneven == {"out:input"}
+    graph = bank_weights(faster_layers(fuse(record(p).graph, p), p))
+    compare(p, graph, x)
+    compare(p, graph, randn(3, 3, 4, 9))
 
 
 class OneChannel(Scan2d):

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssmquant.ops import selective_scan
-from ssmquant.ops.deployed import Codes, Grid, Norm, Weights, cpu
+from ssmquant.ops.deployed import Codes, Grid, Norm, RowGrid, Weights, cpu
 from ssmquant.ops.deployed.forms import signed_codes
+from ssmquant.quantizers.token import token_range
 
 _reason = cpu.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -238,6 +239,63 @@ def test_a_projection_is_its_parts(
                 torch.testing.assert_close(got.double(), total, rtol=1e-5, atol=1e-5, equal_nan=True)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@FEW
+@given(
+    st.integers(1, 2),
+    st.integers(1, 140),
+    st.integers(1, 80),
+    st.integers(1, 100),
+    bit_widths,
+    st.sampled_from(["rows", "columns", "norm", "gate", "norm and gate"]),
+    seeds,
+)
+def test_a_projection_of_rows_with_ranges_of_their_own(
+    path: int, batch: int, rows: int, inputs: int, outputs: int, bits: int, form: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    most = 0 if "norm" in form else 3  # a norm of few large values rounds
+    x = torch.randn(batch, rows, inputs) * torch.logspace(-3, most, rows)[:, None]
+    if form == "columns":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    norm = Norm(torch.rand(inputs) + 0.5, torch.randn(inputs), 1e-5) if "norm" in form else None
+    z = torch.randn(batch, rows, inputs) if "gate" in form else None
+    broken = rows // 2
+    x[:, broken, inputs // 2] = (math.nan, math.inf, -math.inf)[seed % 3]
+    weights, values = make_weight((outputs, inputs), bits, path)
+    bias, clip = torch.randn(outputs), torch.rand(2) * 0.7 + 0.4
+    grid = RowGrid(clip, 2**bits, 1e-12)
+    got = cpu.project(x, grid, weights, cpu.by_lanes(bias, path), norm=norm, z=z, path=path)
+    read = x.double()
+    if norm is not None:
+        assert norm.weight is not None
+        assert norm.bias is not None
+        read = F.layer_norm(read, (inputs,), norm.weight.double(), norm.bias.double(), norm.eps)
+    if z is not None:
+        read = read * F.silu(z.double())
+    alpha, beta, _ = token_range(*read.aminmax(dim=-1, keepdim=True), clip.double(), 2**bits, 1e-12)
+    u = (read + beta) / alpha
+    want = (alpha * u.clamp(0, 2**bits - 1).round() - beta) @ values.T + bias
+    clear = ((u - u.floor() - 0.5).abs() > 1e-3).all(-1)
+    clear[:, broken] = False
+    largest = read.abs().amax(-1, keepdim=True) + 2 * alpha
+    magnitude = inputs * float(values.abs().max()) * largest + bias.abs().max()
+    assert ((got.double() - want).abs() <= (5e-6 if norm is None else 5e-5) * magnitude)[clear].all()
+    assert got[:, broken].isnan().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@FEW
+@given(st.integers(1, 2), st.integers(1, 20), sizes, seeds)
+def test_encode_with_factors(path: int, batch: int, rows: int, columns: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    grid, gain = make_grid(4, 1), torch.randint(-4, 5, (columns,)).float().exp2()
+    x = off_ties(torch.randn(batch, rows, 3, columns), grid)
+    codes = cpu.encode((x / gain)[:, :, 1:], grid, (1, 1), gain=gain, path=path)
+    assert torch.equal(codes.data[:, 1:-1, 1:-1, :columns].float(), index(x, grid)[:, :, 1:])
+    assert torch.equal(codes.sums, codes.data.sum(-1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("path", PATHS)

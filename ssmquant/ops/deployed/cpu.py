@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops import native
-from ssmquant.ops.deployed.forms import Codes, Grid, Norm, Weights
+from ssmquant.ops.deployed.forms import Codes, Grid, Norm, RowGrid, Weights
 from ssmquant.ops.deployed.memory import new
 
 __all__ = [
@@ -50,7 +50,7 @@ MOST_INPUTS = 4096
 MOST_SPAN = 16
 """Pixels from the first to the last tap of a depthwise convolution."""
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
-_PAD, _SLACK, _MOMENTS = 16, 64, 5  # of deployed_cpu.h
+_PAD, _SLACK, _MOMENTS, _FACTORS = 16, 64, 5, 3  # of deployed_cpu.h
 
 
 def _integers(*names: str) -> list[tuple[str, type]]:
@@ -137,6 +137,8 @@ class _ProjectCall(ctypes.Structure):
         ("z", _Values),
         ("norm", _Norm),
         ("quantizer", _Quantizer),
+        *_pointers("clip"),
+        ("eps", ctypes.c_double),
         ("weights", _Weights),
         *_pointers("bias"),
         ("residual", _Values),
@@ -306,6 +308,7 @@ def encode(
     border: tuple[int, int] = (0, 0),
     *,
     norm: Norm | None = None,
+    gain: Tensor | None = None,
     by_group: bool = False,
     path: int = 0,
 ) -> Codes:
@@ -313,6 +316,7 @@ def encode(
 
     Args:
         norm: a layer norm that comes first; x has columns next to each other then.
+        gain: (columns,), contiguous: factors that come first, instead of a norm; x as with one.
         border: rows and groups of zeros (codes and sums) on all sides, for ``conv``.
         by_group: in memory groups come before rows, for ``scan``.
     """
@@ -326,6 +330,8 @@ def encode(
     inner = Codes(codes.data[:, down:, right:], codes.sums[:, down:, right:])
     call = _EncodeCall(path, torch.get_num_threads(), batch, rows, groups, columns)
     call.x, call.norm, call.quantizer, call.codes = _values(x), _norm(norm), _quantizer(grid), _codes(inner)
+    if gain is not None:
+        call.norm = _Norm(_FACTORS, gain.data_ptr(), None, 0.0)
     _library().ssmquant_deployed_encode(call)
     return codes
 
@@ -418,7 +424,7 @@ def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, p
 
 def project(
     x: Tensor,
-    grid: Grid,
+    grid: Grid | RowGrid,
     weights: Weights,
     bias: Tensor | None = None,
     *,
@@ -445,7 +451,11 @@ def project(
     if residual is not None:
         call.residual = _values(residual[0].unsqueeze(2))
         call.gain = None if residual[1] is None else residual[1].data_ptr()
-    call.quantizer, call.weights = _quantizer(grid), _weights(weights)
+    if isinstance(grid, RowGrid):
+        call.quantizer.qmax, call.eps, call.clip = grid.levels - 1, grid.eps, grid.clip.data_ptr()
+    else:
+        call.quantizer = _quantizer(grid)
+    call.weights = _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
     library = _library()
     scratch = new(library.ssmquant_deployed_project_workspace(call), dtype=torch.uint8)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 
-__all__ = ["Codes", "Grid", "Norm", "Weights", "signed_codes"]
+__all__ = ["Codes", "Grid", "Norm", "RowGrid", "Weights", "signed_codes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,15 @@ class Grid:
     qmax: int
     low: Tensor | None = None
     high: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RowGrid:
+    """A range of each row from its extremes, see ``quantizers/token.py``. ``clip``: (2,), float32."""
+
+    clip: Tensor
+    levels: int
+    eps: float
 
 
 @dataclass(frozen=True, eq=False)
