@@ -205,14 +205,15 @@ class _Layers:
     ) -> fx.Node:
         value = self._any_layout(x.args[0])
         gain: Any = None
-        if value.target is times and packed.shape[2:] not in ((), (1, 1)):
+        if value.target is times and list(value.users) == [x]:
             gain, value = value.args[1], self._any_layout(value.args[0])
         last: fx.Node = node
         act: fx.Node | None = None
         with self.graph.inserting_before(node):
             owners = self._owner(x), self._owner(weight)
             norm = None
-            if packed.shape[2:] in ((), (1, 1)) and deployed.static(of_x) and _is_channels_first(value):
+            pointwise = packed.shape[2:] in ((), (1, 1)) and gain is None
+            if pointwise and deployed.static(of_x) and _is_channels_first(value):
                 norm = self._norm(self._any_layout(value.args[0]))
             if norm is not None:  # a product of rows, which then are channels first
                 args: tuple[Any, ...] = (norm.args[0], *owners, bias, self._norm_of(norm))
@@ -275,6 +276,8 @@ class _Layers:
             known = len(node.args) == 2 and not set(node.kwargs) - {"weight", "bias", "eps"}
             shape: Any = node.args[1] if known else ()
             return node if known and isinstance(shape, (tuple, list)) and len(shape) == 1 else None
+        if node.target is times:
+            return node if node.args[2] == 0 else None
         if node.op != "call_module" or len(node.args) != 1:
             return None
         module: Any = self.model.get_submodule(str(node.target))
@@ -285,6 +288,8 @@ class _Layers:
         """What ``modules.deployed`` takes for it."""
         if node is None:
             return None
+        if node.target is times:
+            return (node.args[1],)
         if node.op == "call_module":
             return (self._owner(node),)
         rms = node.target is not F.layer_norm

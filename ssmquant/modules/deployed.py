@@ -311,7 +311,7 @@ def _rows(x: Tensor) -> Tensor:
 Residual = tuple[Tensor, Tensor | None] | None
 """Of the result's shape, and what its columns are multiplied by (None: 1) before they are added."""
 LastNorm = tuple[Any, ...] | None
-"""None, ``(module,)``, or ``(rms, weight, bias, eps)``: a layer or RMS norm over the last axis."""
+"""None, ``(module,)``, or ``(rms, weight, bias, eps)``: a layer or RMS norm over the last axis. ``(gain,)``: factors."""
 NORMS = nn.LayerNorm, nn.RMSNorm
 NORM_FUNCTIONS = F.layer_norm, F.rms_norm, torch.rms_norm
 
@@ -320,6 +320,8 @@ def _fused_norm(norm: LastNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
     """The norm for a kernel, and ``x`` with columns next to each other; or no norm any more, and its result."""
     if norm is None:
         return x, None
+    if isinstance(norm[0], Tensor):
+        return _dense(x), Norm(norm[0].contiguous(), None, 0.0, factors=True)
     if len(norm) == 1:
         module = norm[0]
         rms = type(module) is nn.RMSNorm
@@ -334,7 +336,7 @@ def _fused_norm(norm: LastNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
         shape = x.shape[-1:]
         plainly = F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
         return plainly, None
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = _dense(x)
     weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
     return x, Norm(weight, bias, torch.finfo(x.dtype).eps if eps is None else eps, rms)
 
@@ -395,7 +397,7 @@ def conv2d(
     """A convolution of the quantized x, (B, C, H, W) with any strides, that keeps its size.
 
     Dense (1x1 also of values that are clamped), or depthwise, then with ``act``, a SiLU or GELU. ``gain``, (C,):
-    factors of x, for a dense one of more than 1x1.
+    factors of x, for a dense one.
 
     Returns:
         (B, outputs, H, W), channels last.
@@ -413,13 +415,13 @@ def conv2d(
         y = y.permute(0, 3, 1, 2)
         return y if act is None or own is not None else act(y)
     if kernel == [1, 1]:
-        return linear(x.permute(0, 2, 3, 1), of_x, weight, bias).permute(0, 3, 1, 2)
+        factors = None if gain is None else (gain,)
+        return linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors).permute(0, 3, 1, 2)
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = _grid(of_x, _no_moments, 0)
     down, right = ((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
-    image = x.permute(0, 2, 3, 1)
-    image = image if gain is None else _dense(image)
-    codes = cpu.encode(image, grid, (down, right), gain=gain)
+    image, factors = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
+    codes = cpu.encode(image, grid, (down, right), norm=factors)
     y = cpu.conv(codes, grid, taps, _bias(bias), (kernel[0], kernel[1]), dilation)
     return y.permute(0, 3, 1, 2)
 

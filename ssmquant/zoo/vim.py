@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssmquant.errors import ConfigError, InputError
 from ssmquant.ops import selective_scan
+from ssmquant.zoo.initial import s4d_real_, step_sizes_
 from ssmquant.zoo.mambair_blocks import DropPath
 
 __all__ = ["Mamba", "VisionMamba", "vim_base", "vim_nano", "vim_small", "vim_tiny"]
@@ -96,17 +97,14 @@ class Mamba(nn.Module):
         self._reset()
 
     @torch.no_grad()
-    def _reset(self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
+    def _reset(self) -> None:
         for name, parameter in self.named_parameters():
             if name in ("A_log", "A_b_log"):
-                parameter.copy_(torch.arange(1, self.d_state + 1).log().expand_as(parameter))  # S4D-real
+                s4d_real_(parameter)
             elif name in ("dt_proj.weight", "dt_proj_b.weight"):
                 nn.init.uniform_(parameter, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
             elif name in ("dt_proj.bias", "dt_proj_b.bias"):
-                # Step sizes start log-uniform in [dt_min, dt_max]; the bias goes through softplus: its inverse here.
-                low, high = math.log(dt_min), math.log(dt_max)
-                dt = torch.rand_like(parameter).mul_(high - low).add_(low).exp_().clamp_(min=dt_floor)
-                parameter.copy_(dt + torch.log(-torch.expm1(-dt)))
+                step_sizes_(parameter)
             if name in ("A_log", "A_b_log", "D", "D_b"):
                 parameter._no_weight_decay = True  # type: ignore[attr-defined]
 

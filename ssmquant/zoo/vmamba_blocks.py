@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssmquant.errors import ConfigError
 from ssmquant.ops import selective_scan
+from ssmquant.zoo.initial import s4d_real_, step_sizes_
 from ssmquant.zoo.mambair_blocks import DropPath
 
 __all__ = [
@@ -210,17 +211,14 @@ class SS2D(nn.Module):
         self._reset(initialize)
 
     @torch.no_grad()
-    def _reset(self, how: str, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
+    def _reset(self, how: str) -> None:
         nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
         for parameter in (self.A_logs, self.Ds):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
         if how == "v0":
             nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            # Step sizes start log-uniform in [dt_min, dt_max]; the bias goes through softplus: its inverse here.
-            low, high = math.log(dt_min), math.log(dt_max)
-            dt = torch.rand_like(self.dt_projs_bias).mul_(high - low).add_(low).exp_().clamp_(min=dt_floor)
-            self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-            self.A_logs.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_logs))  # S4D-real
+            step_sizes_(self.dt_projs_bias)
+            s4d_real_(self.A_logs)
         elif how == "v1":
             nn.init.normal_(self.A_logs)
             nn.init.normal_(self.dt_projs_weight, std=0.1)

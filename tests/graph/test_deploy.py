@@ -98,6 +98,8 @@ def quantized(x: Tensor, module: nn.Module, copies: int = 1) -> Tensor:
 def normed(norm: Any, x: Tensor) -> Tensor:
     if norm is None:
         return x
+    if isinstance(norm[0], Tensor):
+        return x * norm[0]
     if len(norm) == 1:
         return norm[0](x)  # type: ignore[no-any-return]
     rms, weight, bias, eps = norm

@@ -293,7 +293,9 @@ def test_encode_with_factors(path: int, batch: int, rows: int, columns: int, see
     torch.manual_seed(seed)
     grid, gain = make_grid(4, 1), torch.randint(-4, 5, (columns,)).float().exp2()
     x = off_ties(torch.randn(batch, rows, 3, columns), grid)
-    codes = cpu.encode((x / gain)[:, :, 1:], grid, (1, 1), gain=gain, path=path)
+    codes = cpu.encode(
+        (x / gain)[:, :, 1:], grid, (1, 1), norm=Norm(gain, None, 0.0, factors=True), path=path
+    )
     assert torch.equal(codes.data[:, 1:-1, 1:-1, :columns].float(), index(x, grid)[:, :, 1:])
     assert torch.equal(codes.sums, codes.data.sum(-1, dtype=torch.int32))
 

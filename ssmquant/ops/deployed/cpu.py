@@ -299,7 +299,7 @@ def _norm(norm: Norm | None) -> _Norm:
     if norm is None:
         return _Norm()
     pointers = (None if t is None else t.data_ptr() for t in (norm.weight, norm.bias))
-    return _Norm(2 if norm.rms else 1, *pointers, norm.eps)
+    return _Norm(_FACTORS if norm.factors else 2 if norm.rms else 1, *pointers, norm.eps)
 
 
 def encode(
@@ -308,7 +308,6 @@ def encode(
     border: tuple[int, int] = (0, 0),
     *,
     norm: Norm | None = None,
-    gain: Tensor | None = None,
     by_group: bool = False,
     path: int = 0,
 ) -> Codes:
@@ -316,7 +315,6 @@ def encode(
 
     Args:
         norm: a layer norm that comes first; x has columns next to each other then.
-        gain: (columns,), contiguous: factors that come first, instead of a norm; x as with one.
         border: rows and groups of zeros (codes and sums) on all sides, for ``conv``.
         by_group: in memory groups come before rows, for ``scan``.
     """
@@ -330,8 +328,6 @@ def encode(
     inner = Codes(codes.data[:, down:, right:], codes.sums[:, down:, right:])
     call = _EncodeCall(path, torch.get_num_threads(), batch, rows, groups, columns)
     call.x, call.norm, call.quantizer, call.codes = _values(x), _norm(norm), _quantizer(grid), _codes(inner)
-    if gain is not None:
-        call.norm = _Norm(_FACTORS, gain.data_ptr(), None, 0.0)
     _library().ssmquant_deployed_encode(call)
     return codes
 

@@ -50,12 +50,16 @@ class Codes:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A layer norm over the last axis, or an RMS norm; ``weight`` and ``bias`` contiguous float32 or None."""
+    """A layer norm over the last axis, or an RMS norm; ``weight`` and ``bias`` contiguous float32 or None.
+
+    Or, with ``factors``, nothing but a product with ``weight``.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
     rms: bool = False
+    factors: bool = False
 
 
 @dataclass(frozen=True, eq=False)
