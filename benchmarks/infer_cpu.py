@@ -15,8 +15,10 @@ shipped weights, others are as initialised. Modes:
     deployed_w8a8            QConfig.recommended, converted: w4a4, w2a2 as well; with _frozen static ranges of DLS,
                              with _unfused the same without fused kernels
 
-Each mode runs in a process of its own. Peak memory is what a call takes at most, but for the first one, over what the
-process had before the model was made (model included; Linux only).
+Each mode runs in a process of its own, which loads the model from a file as one who uses it does; what a deployed one
+takes to make happens in another. Peak memory is what a call takes at most, but for the first one, over what the process
+had before it had a model: the model is included, the parts of PyTorch that loading a deployed one imports (some
+200 MiB) are not. Linux only.
 Gate: float modes against float_eager (relative error of the output; bf16 to 0.1, others to 1e-3); deployed ones against
 the same model without fused kernels, to 0.5: one code on a tie that goes the other way spreads through the model, most
 of all one of random weights at 2 bits (tests hold every call of a kernel to its own input).
@@ -64,14 +66,23 @@ def build(case: str) -> tuple[nn.Module, Tensor]:
     found = re.fullmatch(r"([a-z]\w*)/(\d+)(?:x(\d+))?/b(\d+)", case)
     if found is None:
         raise ConfigError(f"a case is MODEL/HxW/bBATCH, such as mambair_light_x2/64x64/b1, not {case!r}")
-    kind, height, width, batch = found.groups()
+    kind = found[1]
     torch.manual_seed(0)
     name, _, scale = kind.partition("_x")
     if kind in WEIGHTS:
         model = ssmquant.io.load_float(WEIGHTS[kind])
     else:
         model = zoo.build(name, **({"upscale": int(scale)} if scale else {}))
-    return model.eval(), torch.rand(int(batch), 3, int(height), int(width or height))
+    return model.eval(), example(case)
+
+
+def example(case: str) -> Tensor:
+    """An input of the size that a case names."""
+    height, _, width = case.split("/")[1].partition("x")
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(
+        int(case.rpartition("/b")[2]), 3, int(height), int(width or height), generator=generator
+    )
 
 
 def deploy(model: nn.Module, mode: str, x: Tensor) -> Any:
@@ -80,7 +91,8 @@ def deploy(model: nn.Module, mode: str, x: Tensor) -> Any:
     if found is None:
         raise ConfigError(f"there is no mode {mode!r}")
     prepared = calibrated(model, int(found[1]), int(found[2]), x)
-    return ssmquant.convert(prepared, dls="frozen" if "frozen" in mode else "dynamic")
+    frozen = "frozen" if "frozen" in mode else "dynamic"
+    return ssmquant.convert(prepared, dls=frozen, float_dtype=torch.float16)
 
 
 def calibrated(model: nn.Module, w_bits: int, a_bits: int, x: Tensor) -> nn.Module:
@@ -91,9 +103,9 @@ def calibrated(model: nn.Module, w_bits: int, a_bits: int, x: Tensor) -> nn.Modu
 
 
 def form(mode: str, model: nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """What is timed, and what it has to agree with."""
+    """What is timed, and what it has to agree with. ``model``: as the mode wants it, float or deployed."""
     if not mode.startswith("float"):
-        deployed = deploy(model, mode, x)
+        deployed = model
 
         def unfused() -> Tensor:
             with use_backend("chunked", op="fuse"):
@@ -147,13 +159,14 @@ def forget_peak() -> None:
 
 
 @torch.no_grad()
-def run(case: str, mode: str, seconds: float) -> dict[str, Any]:
-    """One row."""
+def run(case: str, mode: str, file: Path, seconds: float) -> dict[str, Any]:
+    """One row. ``file``: of the mode's model."""
     small = torch.rand(1, 3, 8, 8)
     deploy(nn.Conv2d(3, 3, 3), "deployed_w8a8", small)(small)  # loads what is loaded when it is needed
     forget_peak()
     before = memory("VmRSS")
-    model, x = build(case)
+    load = ssmquant.io.load_float if mode.startswith("float") else ssmquant.load
+    model, x = load(file).eval(), example(case)
     timed, right = form(mode, model, x)
     del model
     begun = time.perf_counter()
@@ -178,29 +191,28 @@ def run(case: str, mode: str, seconds: float) -> dict[str, Any]:
     return row | {"median_ms": statistics.median(times), "min_ms": min(times), "runs": len(times)}
 
 
-def file_bytes(case: str, mode: str) -> int:
-    """What the model takes on disk: float32, or packed with a float16 remainder."""
+def make_file(case: str, mode: str, path: Path) -> None:
+    """The mode's model: float32, or packed with a float16 remainder."""
     model, x = build(case)
     if mode.startswith("float"):
-        return sum(4 * p.numel() for p in model.parameters())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        found = re.match(r"deployed_w(\d)a(\d)", mode)
-        assert found is not None
-        prepared = calibrated(model, int(found[1]), int(found[2]), x)
-        ssmquant.save(ssmquant.convert(prepared, float_dtype=torch.float16), path)
-        return path.stat().st_size
+        ssmquant.io.save_float(model, path)
+    else:
+        ssmquant.save(deploy(model, mode, x), path)
 
 
 def child(case: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
     """``run`` in a process of its own."""
-    command = [sys.executable, __file__, "--child", "--case", case, "--mode", mode]
-    command += ["--seconds", str(args.seconds), "--threads", str(args.threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"case": case, "mode": mode, "gate": {"passed": False, "reason": done.stderr.strip()[-500:]}}
-    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return row
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        make_file(case, mode, path)
+        command = [sys.executable, __file__, "--child", str(path), "--case", case, "--mode", mode]
+        command += ["--seconds", str(args.seconds), "--threads", str(args.threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = done.stderr.strip()[-500:]
+            return {"case": case, "mode": mode, "gate": {"passed": False, "reason": reason}}
+        row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return row | ({"bytes": path.stat().st_size} if row["gate"]["passed"] else {})
 
 
 def show(row: dict[str, Any], best: float | None) -> None:
@@ -225,12 +237,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each mode, once it has been checked")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
         if args.child:
-            print(json.dumps(run(args.case[0], args.mode[0], args.seconds)))
+            print(json.dumps(run(args.case[0], args.mode[0], args.child, args.seconds)))
             return 0
         for case in args.case or []:
             build(case)
@@ -244,8 +256,6 @@ def main(argv: list[str] | None = None) -> int:
         for mode in args.mode or (QUICK_MODES if args.quick else FLOATS + DEPLOYED):
             row = child(case, mode, args)
             failed |= not row["gate"]["passed"]
-            if row["gate"]["passed"]:
-                row["bytes"] = file_bytes(case, mode)
             report["rows"].append(row)
             # The best float32 mode so far stands for float.
             if "median_ms" in row and mode.startswith("float") and mode != "float_bf16":

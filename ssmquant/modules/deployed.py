@@ -311,7 +311,7 @@ def _rows(x: Tensor) -> Tensor:
 Residual = tuple[Tensor, Tensor | None] | None
 """Of the result's shape, and what its columns are multiplied by (None: 1) before they are added."""
 LastNorm = tuple[Any, ...] | None
-"""None, ``(module,)``, or ``(rms, weight, bias, eps)``: a layer or RMS norm over the last axis. ``(gain,)``: factors."""
+"""None, ``(module,)``, or ``(rms, weight, bias, eps)``: a norm over the last axis. ``(gain,)``: factors alone."""
 NORMS = nn.LayerNorm, nn.RMSNorm
 NORM_FUNCTIONS = F.layer_norm, F.rms_norm, torch.rms_norm
 
@@ -420,8 +420,8 @@ def conv2d(
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = _grid(of_x, _no_moments, 0)
     down, right = ((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
-    image, factors = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
-    codes = cpu.encode(image, grid, (down, right), norm=factors)
+    image, first = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
+    codes = cpu.encode(image, grid, (down, right), norm=first)
     y = cpu.conv(codes, grid, taps, _bias(bias), (kernel[0], kernel[1]), dilation)
     return y.permute(0, 3, 1, 2)
 
