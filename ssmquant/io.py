@@ -113,11 +113,11 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
             values = {k: v for k, v in own.items() if v.is_floating_point()}
             flags = {k: bool(v) for k, v in own.items() if k not in values}
             state += [v.detach().float().reshape(-1).cpu() for v in values.values()]
-            frozen = {"frozen": True} if isinstance(wrapper.quantizer, FrozenRange) else {}
+            options = {"frozen": isinstance(wrapper.quantizer, FrozenRange), "gain": wrapper.gain is not None}
             if wrapper.gain is not None:
                 exponents.append(wrapper.gain.log2().to(torch.int8).cpu())
-                frozen["gain"] = True
-            table.append({**_identity(p), "values": list(values), "flags": flags, **frozen})
+            given = {k: True for k, there in options.items() if there}
+            table.append({**_identity(p), "values": list(values), "flags": flags, **given})
             continue
         packed = runtime.weights[p.key]
         assert isinstance(packed, PackedTensor)

@@ -354,13 +354,24 @@ class Runtime(nn.Module):
                         f"this call reaches sites that the prepared graph does not have ({', '.join(sorted(new)[:3])} "
                         "...): prepare with an example input of this kind"
                     )
+            self._check_gains(plan)
             graph = rewrite(model, t, plan, deployed=self.stage == "deployed")
         run, code = compile_graph(bank_weights(graph))
         return Record(
             call.spec, call.static, call.kinds, call.meta, _layout(call), tuple(x.dim() for x in call.tensors),
-            t.traced.training_read, _autocast(call), t, plan,
+            t.traced.training_read, _autocast(call), replace(t, other=None, sample=None), plan,
             _compile_guards(t), graph, code, run, [call.shapes],
         )  # fmt: skip
+
+    def _check_gains(self, plan: Plan) -> None:
+        """An input's channels have factors in all graphs or in none."""
+        known = {p.key: p.gain for r in self.records for p in r.plan.points}
+        for p in plan.points:
+            if known.get(p.key, p.gain) != p.gain:
+                raise TraceError(
+                    f"what reads '{p.name}', or its input, differs from one call to another (of training and "
+                    "evaluation, say), so that its channels cannot be evened out: use smooth=0"
+                )
 
     def rebuild(self, model: nn.Module) -> None:
         """Writes every record's graph anew for the current stage."""

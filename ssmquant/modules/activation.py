@@ -19,8 +19,8 @@ _KEEP = 2**14
 """Elements kept of one batch for calibration: enough for a squared error, small for a model with 400 of these."""
 
 
-MOST_GAIN = 14
-"""Exponents of factors of channels, at most: float16 has such powers of two, too."""
+MOST_GAIN = 8
+"""Exponents of factors of channels, at most: a norm's weights keep their digits in float16 with them."""
 
 
 def over_gain(weight: Tensor, gain: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import QConfig, Rule
-from ssmquant.errors import ConfigError, FormatError
+from ssmquant.errors import ConfigError, FormatError, TraceError
 from ssmquant.files import FORMAT, VERSION
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules.activation import MOST_GAIN, ActivationQuantizer, gains
@@ -160,6 +160,24 @@ def test_norms_that_are_not_their_own(fused: bool) -> None:
         assert torch.equal(plain(d, x), plain(p, x))
     for name in ("alone", "both", "added"):
         assert torch.equal(d.get_submodule(name).weight, p.get_submodule(name).weight)
+
+
+class Moody(Uneven):
+    """While it trains, something reads a projection's input that has no factors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x + self.last(
+                (self.alone(self.first(x).permute(0, 2, 3, 1)) @ self.one.weight).permute(0, 3, 1, 2)
+            )
+        return super().forward(x)
+
+
+def test_readers_that_come_and_go() -> None:
+    x = images(2, 3, 7, 5)
+    with pytest.raises(TraceError, match=r"one:weight.*smooth=0"):
+        ssmquant.prepare(Moody(), CONFIG, example_inputs=(x,))
+    ssmquant.prepare(Moody(), QConfig.lsq(4, 4), example_inputs=(x,))
 
 
 def test_measuring_changes_no_factors() -> None:
