@@ -300,6 +300,19 @@ def test_file_size_of_the_light_model(half: bool, limit: int, tmp_path: Path) ->
 # ---- saving --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("bits", "whole", "half"), [(2, 600_000, 450_000), (4, 820_000, 650_000)])
+def test_file_sizes_of_what_enlarges_four_times(bits: int, whole: int, half: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = images(1, 3, 8, 8)
+    prepared = prepared_and_calibrated(
+        zoo.build("mambair_light", upscale=4).eval(), QConfig.recommended(bits, bits), x
+    )
+    for dtype, limit in ((torch.float32, whole), (torch.float16, half)):
+        path = tmp_path / "model.safetensors"
+        ssmquant.save(ssmquant.convert(prepared, float_dtype=dtype), path)
+        assert path.stat().st_size <= limit
+
+
 def test_only_deployed_models_are_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="deployed"):
         ssmquant.save(scanner(), tmp_path / "m")

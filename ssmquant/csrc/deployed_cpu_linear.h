@@ -53,7 +53,7 @@ struct Linear {
   const int64_t row, count;  // of the rows of all samples
   const float *scales, *shifts;  // of each row, where they are its own; then qmin is 0
 
-  template <int rows, int tiles>
+  template <bool by_row, int rows, int tiles>
   void codes(int64_t first, int64_t tile) const {
     const int64_t units = call.weights.units;
     I total[rows][tiles] = {};
@@ -65,12 +65,16 @@ struct Linear {
       const int64_t at = (tile + t) * W;
       const V scale = load(call.weights.scale + at) * q.scale, shift = load(call.weights.shift + at) * q.scale;
       const V all = load(call.weights.total + at);
-      V constant = all * offset;
+      V constant = by_row ? V{} : all * offset;
       if (call.bias != nullptr) constant = constant + load(call.bias + at);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         V y = floats(total[r][t]) * scale - shift * sum_of(call.x.sums[first + r]);
-        y = scales == nullptr ? y + constant : y * scales[first + r] + (constant - all * shifts[first + r]);
+        if constexpr (by_row) {
+          y = y * scales[first + r] - all * shifts[first + r] + constant;
+        } else {
+          y = y + constant;
+        }
         store_some(call.y + (first + r) * call.outputs + at, y, call.outputs - at);
       }
     }
@@ -102,13 +106,16 @@ struct Linear {
     }
   }
 
-  void on_codes() const {
+  template <bool by_row>
+  void products() const {
     for_tiles(call.outputs, [&](auto tiles, int64_t tile) {
       for_rows(count, [&](auto rows, int64_t r) {
-        codes<decltype(rows)::value, decltype(tiles)::value>(row + r, tile);
+        codes<by_row, decltype(rows)::value, decltype(tiles)::value>(row + r, tile);
       });
     });
   }
+
+  void on_codes() const { scales == nullptr ? products<false>() : products<true>(); }
 
   // `x`: scratch for kMostRows rows and W values behind them.
   void on_values(float* x) const {
