@@ -297,9 +297,6 @@ def test_file_size_of_the_light_model(half: bool, limit: int, tmp_path: Path) ->
     assert (tmp_path / "light").stat().st_size <= limit
 
 
-# ---- saving --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("bits", "whole", "half"), [(2, 600_000, 450_000), (4, 820_000, 650_000)])
 def test_file_sizes_of_what_enlarges_four_times(bits: int, whole: int, half: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -311,6 +308,9 @@ def test_file_sizes_of_what_enlarges_four_times(bits: int, whole: int, half: int
         path = tmp_path / "model.safetensors"
         ssmquant.save(ssmquant.convert(prepared, float_dtype=dtype), path)
         assert path.stat().st_size <= limit
+
+
+# ---- saving --------------------------------------------------------------------------------------------------------
 
 
 def test_only_deployed_models_are_saved(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ struct Quantizer {
   int64_t by_sample, qmin, qmax;
 };
 
-// Mirrored by ssmquant/ops/deployed/cpu.py. Strides count elements. All members have eight bytes.
+// Mirrored by ssmquant/ops/deployed/calls.py. Strides count elements. All members have eight bytes.
 struct Values {  // (batch, rows, groups, columns)
   const float* data;
   int64_t batch, row, group, column;

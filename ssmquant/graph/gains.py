@@ -22,15 +22,15 @@ _NORMS = nn.LayerNorm, nn.RMSNorm
 _QUESTIONS = {"size", "dim"}
 
 
-def _norm_of(point: Point) -> tuple[str, fx.Node] | None:
-    """The called module whose result, its last axis where the point has its channels, goes to this point alone."""
+def _norm_of(point: Point) -> str | None:
+    """The name of the called module whose result, channels in its last axis, goes to this point alone."""
     assert point.channels is not None
     node, axis = point.node, point.channels[0]
     readers: set[fx.Node] = {site.node for site, _ in point.uses}
     while {n for n in node.users if op_name(n) not in _QUESTIONS} == readers and not node.meta.get("mutates"):
         if node.op == "call_module":
             shape = shape_of(node)
-            return (str(node.target), node) if shape is not None and axis == len(shape) - 1 else None
+            return str(node.target) if shape is not None and axis == len(shape) - 1 else None
         if not node.args or not isinstance(node.args[0], fx.Node):
             return None
         above = node.args[0]
@@ -66,12 +66,10 @@ def foldable(model: nn.Module, plans: Iterable[Plan], activations: nn.ModuleDict
     found: dict[str, set[str | None]] = {}
     often: set[str] = set()
     for plan in plans:
-        nodes: dict[fx.Node, None] = {}
-        for point in plan.points:
-            if point.what == "activation" and point.gain is not None:
-                norm = _norm_of(point)
-                found.setdefault(point.key, set()).add(None if norm is None else norm[0])
-                nodes = nodes or dict.fromkeys(point.node.graph.nodes)
+        points = [p for p in plan.points if p.what == "activation" and p.gain is not None]
+        for point in points:
+            found.setdefault(point.key, set()).add(_norm_of(point))
+        nodes = points[0].node.graph.nodes if points else ()
         calls = Counter(str(n.target) for n in nodes if n.op == "call_module")
         often |= {name for name, count in calls.items() if count > 1}
     out = {}
@@ -135,11 +133,9 @@ def gains_in_sight(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     new = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for n in graph.nodes:
-        if not has_gain(n):
-            made[n] = new.node_copy(n, made.__getitem__)
-            continue
         made[n] = new.node_copy(n, made.__getitem__)
-        with new.inserting_before(made[n]):
-            made[n].args = (product_of(new, made[n], model),)
-        made[n].target = f"{n.target}.quantizer"
+        if has_gain(n):
+            with new.inserting_before(made[n]):
+                made[n].args = (product_of(new, made[n], model),)
+            made[n].target = f"{n.target}.quantizer"
     return new

@@ -321,7 +321,7 @@ def _fused_norm(norm: LastNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
     if norm is None:
         return x, None
     if isinstance(norm[0], Tensor):
-        return _dense(x), Norm(norm[0].contiguous(), None, 0.0, factors=True)
+        return _dense(x), Norm(norm[0].to(x.dtype).contiguous(), None, 0.0, factors=True)
     if len(norm) == 1:
         module = norm[0]
         rms = type(module) is nn.RMSNorm

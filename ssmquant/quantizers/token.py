@@ -52,6 +52,10 @@ def token_range(
     return alpha, half * clip[0] - middle, half
 
 
+def _range_of(x: Tensor, axis: int, clip: Tensor, levels: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return token_range(*x.aminmax(dim=axis, keepdim=True), clip, levels, eps)
+
+
 def _rows(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis, -1).reshape(-1, x.shape[axis]) if x.dim() else x.reshape(1, 1)
 
@@ -66,8 +70,7 @@ class _TokenFunction(torch.autograd.Function):
         ctx.save_for_backward(x, clip)
         ctx.static = axis, levels, eps, scaled
         xc = x.to(clip.dtype)
-        low, high = xc.amin(axis, keepdim=True), xc.amax(axis, keepdim=True)
-        alpha, beta, _ = token_range(low, high, clip, levels, eps)
+        alpha, beta, _ = _range_of(xc, axis, clip, levels, eps)
         index = affine_index(xc, alpha, beta, 0, levels - 1)
         return in_dtype(affine_decode(index, Affine(alpha, beta), 0), x.dtype)
 
@@ -78,8 +81,7 @@ class _TokenFunction(torch.autograd.Function):
         axis, levels, eps, scaled = ctx.static
         n = levels - 1
         xc, grad = x.to(clip.dtype), grad.to(clip.dtype)
-        low, high = xc.amin(axis, keepdim=True), xc.amax(axis, keepdim=True)
-        alpha, beta, half = token_range(low, high, clip, levels, eps)
+        alpha, beta, half = _range_of(xc, axis, clip, levels, eps)
         u = (xc + beta) / alpha
         inside = (u >= -0.5) & (u <= n + 0.5)
         dx = grad * inside
@@ -103,7 +105,6 @@ class Token(Quantizer):
 
     Args:
         channel_axis: the axis of a row's elements.
-
         num_groups: accepted for a uniform constructor; there is no state per group.
 
     A NaN or inf makes its whole row NaN: its range is then unknown.
@@ -163,10 +164,9 @@ class Token(Quantizer):
         return self.channel_axis
 
     def _affine(self, x: Tensor) -> Affine:
-        cd, axis = compute_dtype(x, self.clip), self._axis_of(x)
-        xc = x.to(cd)
-        low, high = xc.amin(axis, keepdim=True), xc.amax(axis, keepdim=True)
-        alpha, beta, _ = token_range(low, high, self.clip.to(cd), 2 ** self._width(), self.eps)
+        cd = compute_dtype(x, self.clip)
+        levels = 2 ** self._width()
+        alpha, beta, _ = _range_of(x.to(cd), self._axis_of(x), self.clip.to(cd), levels, self.eps)
         return Affine(alpha, beta)
 
     def _quantize(self, x: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class Token(Quantizer):
         rows = torch.cat([_rows(b, self._axis_of(b)) for b in batches])
         rows = rows[:: -(-len(rows) // 2**10)]
         rows = rows.to(compute_dtype(rows, self.clip))
-        low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+        low, high = rows.aminmax(dim=1, keepdim=True)
         levels = 2 ** self._width()
 
         def error(a: float, b: float) -> float:

@@ -8,7 +8,6 @@ nor, but for the order of sums, on the path.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.errors import InputError
-from ssmquant.ops import native
+from ssmquant.ops.deployed import calls
 from ssmquant.ops.deployed.forms import Codes, Grid, Norm, RowGrid, Weights
 from ssmquant.ops.deployed.memory import new
 
@@ -53,236 +52,47 @@ _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 _PAD, _SLACK, _MOMENTS, _FACTORS = 16, 64, 5, 3  # of deployed_cpu.h
 
 
-def _integers(*names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_int64) for name in names]
-
-
-def _pointers(*names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_void_p) for name in names]
-
-
-class _Quantizer(ctypes.Structure):
-    _fields_ = [*_pointers("scale", "shift", "low", "high"), *_integers("by_sample", "qmin", "qmax")]
-
-
-class _Values(ctypes.Structure):
-    _fields_ = [*_pointers("data"), *_integers("batch", "row", "group", "column")]
-
-
-class _Codes(ctypes.Structure):
-    _fields_ = [*_pointers("data", "sums"), *_integers("padded", "batch", "row", "group")]
-
-
-class _Weights(ctypes.Structure):
-    _fields_ = [*_pointers("codes", "scale", "shift", "total"), *_integers("units")]
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [*_integers("kind"), *_pointers("weight", "bias"), ("eps", ctypes.c_double)]
-
-
-class _EncodeCall(ctypes.Structure):
-    _fields_ = [
-        *_integers("path", "threads", "batch", "rows", "groups", "columns"),
-        ("x", _Values),
-        ("norm", _Norm),
-        ("quantizer", _Quantizer),
-        ("codes", _Codes),
-    ]
-
-
-class _MomentsCall(ctypes.Structure):
-    _fields_ = [
-        *_integers("path", "threads", "batch", "rows", "groups", "columns"),
-        ("x", _Values),
-        *_pointers("workspace", "moments"),
-    ]
-
-
-class _GateCall(ctypes.Structure):
-    _fields_ = [
-        *_integers("path", "threads", "batch", "rows", "columns"),
-        ("x", _Values),
-        ("z", _Values),
-        ("norm", _Norm),
-        *_pointers("y", "workspace", "moments"),
-    ]
-
-
-class _RangesCall(ctypes.Structure):
-    _fields_ = [
-        *_pointers("moments"),
-        *_integers("samples", "count", "copies"),
-        *_pointers("w", "v"),
-        *_integers("levels"),
-        ("eps", ctypes.c_double),
-        *_pointers("ranges"),
-    ]
-
-
-class _LinearCall(ctypes.Structure):
-    _fields_ = [
-        *_integers("path", "threads", "batch", "rows", "inputs", "outputs"),
-        ("x", _Codes),
-        ("quantizer", _Quantizer),
-        ("weights", _Weights),
-        *_pointers("bias", "y"),
-    ]
-
-
-class _ProjectCall(ctypes.Structure):
-    _fields_ = [
-        *_integers("path", "threads", "batch", "rows", "inputs", "outputs"),
-        ("x", _Values),
-        ("z", _Values),
-        ("norm", _Norm),
-        ("quantizer", _Quantizer),
-        *_pointers("clip"),
-        ("eps", ctypes.c_double),
-        ("weights", _Weights),
-        *_pointers("bias"),
-        ("residual", _Values),
-        *_pointers("gain", "workspace", "y"),
-    ]
-
-
-class _BlendCall(ctypes.Structure):
-    _fields_ = [
-        *_integers("path", "threads", "batch", "rows", "columns"),
-        ("x", _Values),
-        ("v", _Values),
-        *_pointers("gain", "scale", "y"),
-    ]
-
-
-class _Window(ctypes.Structure):
-    _fields_ = _integers("height", "width", "down", "right")
-
-
-class _ConvCall(ctypes.Structure):
-    _fields_ = [
-        *_integers("path", "threads", "batch", "height", "width", "outputs"),
-        ("window", _Window),
-        ("x", _Codes),
-        ("quantizer", _Quantizer),
-        ("weights", _Weights),
-        *_pointers("bias", "y"),
-    ]
-
-
-class _DepthwiseCall(ctypes.Structure):
-    _fields_ = [
-        *_integers("path", "threads", "batch", "height", "width", "channels"),
-        ("window", _Window),
-        ("x", _Values),
-        ("quantizer", _Quantizer),
-        *_pointers("weights", "bias"),
-        *_integers("act"),
-        *_pointers("y"),
-    ]
-
-
-class _ScanCall(ctypes.Structure):
-    _fields_ = [
-        *_integers("path", "threads", "batch", "pixels", "channels", "states", "directions"),
-        *((name, _Codes) for name in ("u", "b", "c", "rank")),
-        *((name, _Quantizer) for name in ("of_u", "of_b", "of_c", "of_rank", "of_delta")),
-        ("weights", _Weights),
-        *_pointers("a", "bias", "skip"),
-        *_integers("softplus"),
-        *_pointers("order", "done", "workspace", "moments", "y"),
-    ]
-
-
-class _CoreCall(ctypes.Structure):
-    _fields_ = [
-        ("x", _Values),
-        ("of_x", _Quantizer),
-        ("projection", _Weights),
-        *_integers("rows", "at_rank", "at_b", "at_c", "ranks"),
-        *_pointers("workspace"),
-        ("scan", _ScanCall),
-    ]
-
-
-@functools.cache
-def _found() -> ctypes.CDLL | str:
-    found = native.library()
-    if isinstance(found, str):
-        return found
-    calls = {
-        "encode": _EncodeCall,
-        "moments": _MomentsCall,
-        "gate": _GateCall,
-        "ranges": _RangesCall,
-        "linear": _LinearCall,
-        "project": _ProjectCall,
-        "blend": _BlendCall,
-        "conv": _ConvCall,
-        "depthwise": _DepthwiseCall,
-        "delta_moments": _ScanCall,
-        "scan": _ScanCall,
-        "core": _CoreCall,
-    }
-    for name, call in calls.items():
-        function = getattr(found, f"ssmquant_deployed_{name}")
-        function.argtypes, function.restype = [ctypes.POINTER(call)], None
-    for name in ("project", "core"):
-        function = getattr(found, f"ssmquant_deployed_{name}_workspace")
-        function.argtypes, function.restype = [ctypes.POINTER(calls[name])], ctypes.c_int64
-    for name in ("paths", "path", "lanes", "unit", "tasks"):
-        function = getattr(found, f"ssmquant_deployed_{name}")
-        function.argtypes = [] if name == "paths" else [ctypes.c_int64]
-        function.restype = ctypes.c_char_p if name == "path" else ctypes.c_int64
-    return found
-
-
-def _library() -> ctypes.CDLL:
-    found = _found()
-    if isinstance(found, str):
-        raise RuntimeError(f"deployed: {found}")
-    return found
-
-
 def unavailable(device: torch.device) -> str | None:
     """Why nothing can run there, or None. May compile at first use."""
     if device.type != "cpu":
         return f"for the CPU, not for {device.type}"
-    found = _found()
+    found = calls.found()
     return found if isinstance(found, str) else None
 
 
 def paths() -> tuple[str, ...]:
     """The instruction sets that this machine can run, best first."""
-    library = _library()
+    library = calls.library()
     return tuple(library.ssmquant_deployed_path(i).decode() for i in range(library.ssmquant_deployed_paths()))
 
 
-def _quantizer(grid: Grid) -> _Quantizer:
+def _quantizer(grid: Grid) -> calls.Quantizer:
     low, high = (None if t is None else t.data_ptr() for t in (grid.low, grid.high))
     by_sample = grid.scale.numel() > 1
-    return _Quantizer(
+    return calls.Quantizer(
         grid.scale.data_ptr(), grid.shift.data_ptr(), low, high, by_sample, grid.qmin, grid.qmax
     )
 
 
-def _codes(codes: Codes) -> _Codes:
-    return _Codes(codes.data.data_ptr(), codes.sums.data_ptr(), codes.data.shape[-1], *codes.sums.stride())
+def _codes(codes: Codes) -> calls.Codes:
+    return calls.Codes(
+        codes.data.data_ptr(), codes.sums.data_ptr(), codes.data.shape[-1], *codes.sums.stride()
+    )
 
 
-def _weights(weights: Weights) -> _Weights:
+def _weights(weights: Weights) -> calls.Weights:
     tensors = weights.codes, weights.scale, weights.shift, weights.total
-    return _Weights(
+    return calls.Weights(
         *(t.data_ptr() for t in tensors), weights.codes.shape[-3] if weights.codes.dim() > 3 else 0
     )
 
 
-def _values(x: Tensor) -> _Values:
-    return _Values(x.data_ptr(), *x.stride())
+def _values(x: Tensor) -> calls.Values:
+    return calls.Values(x.data_ptr(), *x.stride())
 
 
 def _workspace(batch: int, rows: int) -> Tensor:
-    return new(batch * _library().ssmquant_deployed_tasks(rows) * _MOMENTS, dtype=torch.float64)
+    return new(batch * calls.library().ssmquant_deployed_tasks(rows) * _MOMENTS, dtype=torch.float64)
 
 
 def _room(*shape: int, zero: bool) -> Codes:
@@ -295,11 +105,11 @@ def _room(*shape: int, zero: bool) -> Codes:
     return Codes(data[:size].view(shape), sums)
 
 
-def _norm(norm: Norm | None) -> _Norm:
+def _norm(norm: Norm | None) -> calls.Norm:
     if norm is None:
-        return _Norm()
+        return calls.Norm()
     pointers = (None if t is None else t.data_ptr() for t in (norm.weight, norm.bias))
-    return _Norm(_FACTORS if norm.factors else 2 if norm.rms else 1, *pointers, norm.eps)
+    return calls.Norm(_FACTORS if norm.factors else 2 if norm.rms else 1, *pointers, norm.eps)
 
 
 def encode(
@@ -326,9 +136,9 @@ def encode(
     else:
         codes = _room(batch, rows + 2 * down, groups + 2 * right, padded, zero=border != (0, 0))
     inner = Codes(codes.data[:, down:, right:], codes.sums[:, down:, right:])
-    call = _EncodeCall(path, torch.get_num_threads(), batch, rows, groups, columns)
+    call = calls.EncodeCall(path, torch.get_num_threads(), batch, rows, groups, columns)
     call.x, call.norm, call.quantizer, call.codes = _values(x), _norm(norm), _quantizer(grid), _codes(inner)
-    _library().ssmquant_deployed_encode(call)
+    calls.library().ssmquant_deployed_encode(call)
     return codes
 
 
@@ -336,9 +146,9 @@ def moments(x: Tensor, path: int = 0) -> Tensor:
     """Mean, unbiased standard deviation (0 of a single element), minimum and maximum of each sample: (batch, 4)."""
     batch, rows, groups, columns = x.shape
     out, workspace = torch.empty(batch, 4), _workspace(batch, rows)
-    call = _MomentsCall(path, torch.get_num_threads(), batch, rows, groups, columns)
+    call = calls.MomentsCall(path, torch.get_num_threads(), batch, rows, groups, columns)
     call.x, call.workspace, call.moments = _values(x), workspace.data_ptr(), out.data_ptr()
-    _library().ssmquant_deployed_moments(call)
+    calls.library().ssmquant_deployed_moments(call)
     return out
 
 
@@ -352,13 +162,15 @@ def gate(
     batch, rows, _, columns = x.shape
     y, workspace = new(batch, rows, columns), _workspace(batch, rows)
     out = torch.empty(batch, 4) if with_moments else None
-    call = _GateCall(path, torch.get_num_threads(), batch, rows, columns, _values(x), _values(z), _norm(norm))
+    call = calls.GateCall(
+        path, torch.get_num_threads(), batch, rows, columns, _values(x), _values(z), _norm(norm)
+    )
     call.y, call.workspace, call.moments = (
         y.data_ptr(),
         workspace.data_ptr(),
         None if out is None else out.data_ptr(),
     )
-    _library().ssmquant_deployed_gate(call)
+    calls.library().ssmquant_deployed_gate(call)
     return y, out
 
 
@@ -367,11 +179,11 @@ def ranges(
 ) -> tuple[Tensor, ...]:
     """Scale, shift, low and high of DLS for samples of ``count`` elements, from their moments, (samples, 4)."""
     out = torch.empty(4, len(moments))
-    call = _RangesCall(
+    call = calls.RangesCall(
         moments.data_ptr(), len(moments), count, copies, w.data_ptr(), v.data_ptr(), levels, eps
     )
     call.ranges = out.data_ptr()
-    _library().ssmquant_deployed_ranges(call)
+    calls.library().ssmquant_deployed_ranges(call)
     return out.unbind(0)
 
 
@@ -380,7 +192,7 @@ def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, values: bool = False, p
 
     ``values``: for ``linear`` of an input whose grid has ``low`` and ``high``.
     """
-    library = _library()
+    library = calls.library()
     lanes, unit = library.ssmquant_deployed_lanes(path), library.ssmquant_deployed_unit(path)
     *lead, outputs, inputs = codes.shape
     total = scale.double() * codes.sum(-1, dtype=torch.int64) - inputs * shift.double()
@@ -398,7 +210,7 @@ def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, values: bool = False, p
 
 def by_lanes(x: Tensor, path: int = 0) -> Tensor:
     """(..., outputs) as float32 with zeros behind, up to whole vectors."""
-    return F.pad(x.float(), (0, -x.shape[-1] % _library().ssmquant_deployed_lanes(path))).contiguous()
+    return F.pad(x.float(), (0, -x.shape[-1] % calls.library().ssmquant_deployed_lanes(path))).contiguous()
 
 
 def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, path: int = 0) -> Tensor:
@@ -411,10 +223,10 @@ def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, p
     inputs = weights.codes.shape[-2]  # of those for values
     if grid.low is not None and inputs > MOST_INPUTS:
         raise InputError(f"deployed: a product of values takes up to {MOST_INPUTS} inputs, not {inputs}")
-    call = _LinearCall(path, torch.get_num_threads(), batch, rows, inputs, weights.outputs)
+    call = calls.LinearCall(path, torch.get_num_threads(), batch, rows, inputs, weights.outputs)
     call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
-    _library().ssmquant_deployed_linear(call)
+    calls.library().ssmquant_deployed_linear(call)
     return y
 
 
@@ -440,7 +252,7 @@ def project(
     """
     batch, rows, inputs = x.shape
     y = new(batch, rows, weights.outputs)
-    call = _ProjectCall(path, torch.get_num_threads(), batch, rows, inputs, weights.outputs)
+    call = calls.ProjectCall(path, torch.get_num_threads(), batch, rows, inputs, weights.outputs)
     call.x, call.norm = _values(x.unsqueeze(2)), _norm(norm)
     if z is not None:
         call.z = _values(z.unsqueeze(2))
@@ -453,7 +265,7 @@ def project(
         call.quantizer = _quantizer(grid)
     call.weights = _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
-    library = _library()
+    library = calls.library()
     scratch = new(library.ssmquant_deployed_project_workspace(call), dtype=torch.uint8)
     call.workspace = scratch.data_ptr()
     library.ssmquant_deployed_project(call)
@@ -467,11 +279,11 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor, path: int = 
     """
     batch, rows, columns = x.shape
     y = new(batch, rows, columns)
-    call = _BlendCall(path, torch.get_num_threads(), batch, rows, columns)
+    call = calls.BlendCall(path, torch.get_num_threads(), batch, rows, columns)
     call.x, call.v = _values(x.unsqueeze(2)), _values(v.unsqueeze(2))
     call.gain, call.scale = None if gain is None else gain.data_ptr(), scale.data_ptr()
     call.y = y.data_ptr()
-    _library().ssmquant_deployed_blend(call)
+    calls.library().ssmquant_deployed_blend(call)
     return y
 
 
@@ -493,13 +305,13 @@ def conv(
         bias: from ``by_lanes``.
     """
     batch, high, wide, _ = x.data.shape
-    window = _Window(*kernel, *dilation)
+    window = calls.Window(*kernel, *dilation)
     height, width = (n - (k - 1) * d for n, k, d in zip((high, wide), kernel, dilation, strict=True))
     y = new(batch, height, width, weights.outputs)
-    call = _ConvCall(path, torch.get_num_threads(), batch, height, width, weights.outputs, window)
+    call = calls.ConvCall(path, torch.get_num_threads(), batch, height, width, weights.outputs, window)
     call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
-    _library().ssmquant_deployed_conv(call)
+    calls.library().ssmquant_deployed_conv(call)
     return y
 
 
@@ -520,18 +332,18 @@ def depthwise(
         weights: values, (taps, channels) from ``by_lanes``; bias: the same, (channels,).
         act: "silu", "gelu" (to 1.5e-7 of the exact one), or None.
     """
-    window = _Window(*kernel, *dilation)
+    window = calls.Window(*kernel, *dilation)
     y = new(*x.shape)
-    call = _DepthwiseCall(path, torch.get_num_threads(), *x.shape, window)
+    call = calls.DepthwiseCall(path, torch.get_num_threads(), *x.shape, window)
     call.x, call.quantizer, call.act = _values(x), _quantizer(grid), _ACTIVATIONS[act]
     call.weights, call.bias, call.y = weights.data_ptr(), bias.data_ptr(), y.data_ptr()
-    _library().ssmquant_deployed_depthwise(call)
+    calls.library().ssmquant_deployed_depthwise(call)
     return y
 
 
-def _scan_call(rank: Codes, of_rank: Grid, weights: Weights, path: int) -> _ScanCall:
+def _scan_call(rank: Codes, of_rank: Grid, weights: Weights, path: int) -> calls.ScanCall:
     batch, pixels, directions, _ = rank.data.shape
-    call = _ScanCall(path, torch.get_num_threads(), batch, pixels, weights.outputs, 0, directions)
+    call = calls.ScanCall(path, torch.get_num_threads(), batch, pixels, weights.outputs, 0, directions)
     call.rank, call.of_rank, call.weights = _codes(rank), _quantizer(of_rank), _weights(weights)
     return call
 
@@ -542,7 +354,7 @@ def delta_moments(rank: Codes, of_rank: Grid, weights: Weights, path: int = 0) -
     call = _scan_call(rank, of_rank, weights, path)
     out, workspace = torch.empty(batch, 4), _workspace(batch, pixels)
     call.workspace, call.moments = workspace.data_ptr(), out.data_ptr()
-    _library().ssmquant_deployed_delta_moments(call)
+    calls.library().ssmquant_deployed_delta_moments(call)
     return out
 
 
@@ -575,12 +387,12 @@ def scan(
     """
     call = _scan_call(*rank, weights, path)
     y, _done = _fill(call, u, of_delta, a, b, c, skip, bias, softplus, order)
-    _library().ssmquant_deployed_scan(call)
+    calls.library().ssmquant_deployed_scan(call)
     return y
 
 
 def _fill(
-    call: _ScanCall,
+    call: calls.ScanCall,
     u: tuple[Codes, Grid],
     of_delta: Grid | None,
     a: Tensor,
@@ -655,7 +467,7 @@ class Core:
             made[name] = Codes(codes.data.transpose(1, 2), codes.sums.transpose(1, 2))
             at = self._take(codes.data.numel() + _SLACK)
             places_of[name] = at, self._take(4 * codes.sums.numel())
-        call = _CoreCall()
+        call = calls.CoreCall()
         if of_x is not None:
             call.of_x = _quantizer(of_x)
         call.projection, call.rows = _weights(projection), projection.outputs // directions
@@ -664,8 +476,8 @@ class Core:
         call.scan = _scan_call(made["rank"], of_rank, steps, path)
         others = (made["u"], of_u), of_delta, a, (made["b"], of_b), (made["c"], of_c)
         _, done = _fill(call.scan, *others, skip, bias, softplus, order)
-        self._run = _library().ssmquant_deployed_core
-        self._workspace = self._take(_library().ssmquant_deployed_core_workspace(call))
+        self._run = calls.library().ssmquant_deployed_core
+        self._workspace = self._take(calls.library().ssmquant_deployed_core_workspace(call))
         self._done, self._done_bytes = self._take(8 * done.numel()), 8 * done.numel()
         self._call, self._shape, self._places = call, shape, places_of
         # Their memory is in the call.
@@ -678,11 +490,11 @@ class Core:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: any strides."""
-        call = _CoreCall.from_buffer_copy(self._call)
+        call = calls.CoreCall.from_buffer_copy(self._call)
         memory, y = new(self._bytes, dtype=torch.uint8), new(*self._shape)
         start = memory.data_ptr()
         batch, row, column = x.stride()
-        call.x = _Values(x.data_ptr(), batch, row, 0, column)
+        call.x = calls.Values(x.data_ptr(), batch, row, 0, column)
         scan = call.scan
         for name, (data, sums) in self._places.items():
             codes = getattr(scan, name)
