@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,13 @@ class Cell:
         return QConfig() if make is None or self.bits is None else make(self.bits)
 
 
+_TRAINING = ("distill", "quantizer_lr", "ema", "weights_first", "rate", "loss")
+
+
 def _key(cell: Cell, settings: Settings) -> dict[str, Any]:
     """All that decides what a cell is trained to, as JSON has it."""
     method = methods.find(cell.method)
-    training = {k: getattr(method, k) for k in ("distill", "quantizer_lr", "ema", "weights_first")}
+    training = {k: getattr(method, k) for k in _TRAINING}
     key = {
         **settings.describe(),
         "cell": asdict(cell),
@@ -128,7 +131,8 @@ def _keyed(path: Path, cell: Cell, settings: Settings) -> dict[str, Any] | None:
         return None
     if settings.data is None:
         wanted["data"] = key.get("data")
-    return found if {**key, "config": _complete(key.get("config"))} == wanted else None
+    complete = {"config": _complete(key.get("config")), "training": _complete_training(key.get("training"))}
+    return found if {**key, **complete} == wanted else None
 
 
 def _complete(config: Any) -> Any:
@@ -137,6 +141,12 @@ def _complete(config: Any) -> Any:
         return json.loads(QConfig.from_dict(config).to_json())
     except ConfigError:
         return config
+
+
+def _complete_training(training: Any) -> Any:
+    """A method's way of training, likewise."""
+    defaults = {f.name: f.default for f in fields(methods.Method) if f.name in _TRAINING}
+    return {**defaults, **training} if isinstance(training, dict) else training
 
 
 def load_result(cell: Cell, settings: Settings, out: Path) -> dict[str, Any] | None:
@@ -311,9 +321,10 @@ def run_cell(
     example = torch.zeros(1, 3, settings.patch, settings.patch, device=device)
     teacher = _teacher(model, example) if method.distill else None
     first = round(settings.steps * method.weights_first)
+    rate = settings.lr * method.rate
     recipe = Recipe(
-        steps=settings.steps - first, batch=settings.batch, lr=settings.lr, warmup=settings.warmup, ema=method.ema,
-        bf16=settings.bf16, distill=method.distill, cuda_graph=device.type == "cuda", log_every=100,
+        steps=settings.steps - first, batch=settings.batch, lr=rate, warmup=settings.warmup, loss=method.loss,
+        ema=method.ema, bf16=settings.bf16, distill=method.distill, cuda_graph=device.type == "cuda", log_every=100,
         checkpoint=folder / "checkpoint.pt", checkpoint_every=500,
     )  # fmt: skip
     config = cell.config()
@@ -323,7 +334,7 @@ def run_cell(
     prepared: nn.Module = ssmquant.prepare(model, config, example_inputs=(example,))
     if cell.bits is not None and config.searches:
         ssmquant.calibrate(prepared, _batches(data, settings, cell.seed), progress=False)
-    groups = ssmquant.param_groups(prepared, settings.lr, 0.0, settings.lr * method.quantizer_lr)
+    groups = ssmquant.param_groups(prepared, rate, 0.0, rate * method.quantizer_lr)
     data.seed(cell.seed)
     done = fit(
         prepared, data, _until(recipe, deadline), groups=list(groups), title=cell.name, resume=True, teacher=teacher

@@ -20,7 +20,7 @@ class Method:
     ``config`` makes the configuration for a bit width (None: the float model, trained as long). ``distill``: share of
     the loss that compares with the float model's output. ``quantizer_lr``: learning rate of the quantizers' scalars
     over that of the weights. ``ema``: decay of averaged weights. ``weights_first``: share of the steps in which
-    activations stay in float.
+    activations stay in float. ``rate``: factor of the learning rate. ``loss``: of :class:`training.Recipe`.
     """
 
     name: str
@@ -30,6 +30,8 @@ class Method:
     quantizer_lr: float = 1.0
     ema: float | None = None
     weights_first: float = 0.0
+    rate: float = 1.0
+    loss: str = "l1"
 
 
 def _plain(**changes: Any) -> Callable[[int], QConfig]:
@@ -112,6 +114,12 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
             _ours("slow-scalars", "quantizers at 0.1 of the rate", quantizer_lr=0.1),
             _ours("fast-scalars", "quantizers at 4 times the rate", quantizer_lr=4.0),
             _ours("ema", "EMA 0.99", ema=0.99),
+            _ours("half-rate", "half the learning rate", rate=0.5),
+            _ours("double-rate", "twice the learning rate", rate=2.0),
+            _ours("squared", "squared errors", loss="l2"),
+            _ours(
+                "smooth-squared", "factors of channels, squared errors", changes={"smooth": 1.0}, loss="l2"
+            ),
             _ours("weights-first", "weights first, 30 % of the steps", weights_first=0.3),
             replace(
                 METHODS["official"],

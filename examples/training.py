@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,16 @@ class Data(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
+LOSSES = MappingProxyType(
+    {
+        "l1": lambda error: error.abs().mean(),
+        "charbonnier": lambda error: (error.square() + 1e-6).sqrt().mean(),
+        "l2": lambda error: error.square().mean(),
+    }
+)
+"""Losses by name, of the difference of output and picture."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train; ``steps=None`` needs ``time_limit`` (seconds) and anneals the learning rate over that."""
@@ -47,7 +58,7 @@ class Recipe:
     warmup: int = 50
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    loss: str = "l1"  # or "charbonnier"
+    loss: str = "l1"  # or "charbonnier", "l2"
     distill: float = (
         0.0  # share of the loss that compares with the teacher's output instead of the clean picture
     )
@@ -64,8 +75,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.steps is None and self.time_limit is None:
             raise ConfigError("give steps, time_limit, or both")
-        if self.loss not in ("l1", "charbonnier"):
-            raise ConfigError(f"loss must be 'l1' or 'charbonnier', not {self.loss!r}")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill is a share from 0 to 1, not {self.distill!r}")
 
@@ -185,8 +196,8 @@ class Step:
         self.loss_sum += loss.detach()
 
     def _loss(self, out: Tensor, wanted: Tensor) -> Tensor:
-        error = out.float() - wanted.float()
-        return error.abs().mean() if self.recipe.loss == "l1" else (error.square() + 1e-6).sqrt().mean()
+        loss: Tensor = LOSSES[self.recipe.loss](out.float() - wanted.float())
+        return loss
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         if self.graph is None:
