@@ -20,7 +20,9 @@ class Method:
     ``config`` makes the configuration for a bit width (None: the float model, trained as long). ``distill``: share of
     the loss that compares with the float model's output. ``quantizer_lr``: learning rate of the quantizers' scalars
     over that of the weights. ``ema``: decay of averaged weights. ``weights_first``: share of the steps in which
-    activations stay in float. ``rate``: factor of the learning rate. ``loss``: of :class:`training.Recipe`.
+    activations stay in float. ``rate``: factor of the learning rate.
+    ``loss``, ``features``: of :class:`training.Recipe`, the latter on the outputs of a MambaIR's groups. ``sharpen``:
+    largest amount by which half of the inputs are sharpened.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Method:
     weights_first: float = 0.0
     rate: float = 1.0
     loss: str = "l1"
+    features: float = 0.0
+    sharpen: float = 0.0
 
 
 def _plain(**changes: Any) -> Callable[[int], QConfig]:
@@ -116,6 +120,13 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
             _ours("ema", "EMA 0.99", ema=0.99),
             _ours("half-rate", "half the learning rate", rate=0.5),
             _ours("double-rate", "twice the learning rate", rate=2.0),
+            _ours("quad-rate", "4 times the learning rate", rate=4.0),
+            _ours("smooth-double", "factors of channels, rate 2", changes={"smooth": 1.0}, rate=2.0),
+            _ours("features-02", "features 0.02", features=0.02),
+            _ours("features-1", "features 0.1", features=0.1),
+            _ours("smooth-features", "factors, features 0.02", changes={"smooth": 1.0}, features=0.02),
+            _ours("all", "factors, features 0.02, rate 2", changes={"smooth": 1.0}, features=0.02, rate=2.0),
+            _ours("sharpen", "the float model's output alone, sharpened", distill=1.0, sharpen=2.0),
             _ours("squared", "squared errors", loss="l2"),
             _ours(
                 "smooth-squared", "factors of channels, squared errors", changes={"smooth": 1.0}, loss="l2"

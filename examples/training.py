@@ -62,6 +62,8 @@ class Recipe:
     distill: float = (
         0.0  # share of the loss that compares with the teacher's output instead of the clean picture
     )
+    features: float = 0.0
+    """Weight of the relative error of further outputs of model and teacher (:mod:`features`), beside the loss."""
     clip: float | None = 1.0  # largest norm of the gradient of all parameters
     ema: float | None = None  # decay, such as 0.999; the averaged weights are what fit leaves in the model
     bf16: bool = False
@@ -179,13 +181,16 @@ class Step:
     def _work(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-            out = self.forward(x)
+            out, *features = _outputs(self.forward(x))
             share = self.recipe.distill if self.teacher is not None else 0.0
             loss = (1 - share) * self._loss(out, y)
             if self.teacher is not None and share:
                 with torch.no_grad():
-                    wanted = self.teacher(x)
+                    wanted, *known = _outputs(self.teacher(x))
                 loss = loss + share * self._loss(out, wanted)
+                if features:
+                    errors = [_relative_error(a, b) for a, b in zip(features, known, strict=True)]
+                    loss = loss + self.recipe.features * torch.stack(errors).mean()
         loss.backward()
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.params, self.recipe.clip)
@@ -224,6 +229,15 @@ class Step:
         with torch.cuda.graph(graph):
             self._work(self.x, self.y)
         self.graph = graph
+
+
+def _outputs(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _relative_error(value: Tensor, known: Tensor) -> Tensor:
+    known = known.float()
+    return (value.float() - known).abs().mean() / known.abs().mean().clamp(min=1e-12)
 
 
 def fit(
