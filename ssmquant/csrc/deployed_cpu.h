@@ -136,16 +136,18 @@ struct BlendCall {
   float* y;            // (batch, rows, columns)
 };
 
-struct Window {  // of a convolution with stride 1
+struct Window {  // of a convolution
   int64_t height, width;  // taps
   int64_t down, right;    // pixels between taps
 };
 
-// A convolution of codes in an image with a border: (batch, height + .., width + .., padded), codes and sums of the
-// border 0. The sums of codes leave the border out, which is no code but zero.
+// A convolution of codes in an image with a border: (batch, image_height + 2 * above, image_width + 2 * before, padded),
+// codes and sums of the border 0. The sums of codes leave the border out, which is no code but zero.
 struct ConvCall {
   int64_t path, threads;
   int64_t batch, height, width, outputs;
+  int64_t image_height, image_width, above, before;
+  int64_t step_down, step_right;  // from one output pixel to the next
   Window window;
   Codes x;
   Quantizer quantizer;  // without low and high

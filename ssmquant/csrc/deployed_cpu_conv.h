@@ -8,20 +8,20 @@ namespace {
 struct Conv {
   const ConvCall& call;
   const Grid q;
-  const int64_t units, tiles_all, right_edge, bottom_edge;  // the border is as wide on both sides
+  const int64_t units, tiles_all, tall, wide;  // how far the last tap is from the first
 
   explicit Conv(const ConvCall& call, int64_t sample)
       : call(call),
         q(call.quantizer, sample),
         units(call.weights.units),
         tiles_all((call.outputs + W - 1) / W),
-        right_edge((call.window.width - 1) * call.window.right / 2),
-        bottom_edge((call.window.height - 1) * call.window.down / 2) {}
+        tall((call.window.height - 1) * call.window.down),
+        wide((call.window.width - 1) * call.window.right) {}
 
-  // Whether tap (i, j) of an output pixel lies in the image.
-  bool inside(int64_t y, int64_t x, int64_t i, int64_t j) const {
-    const int64_t v = y + i * call.window.down - bottom_edge, u = x + j * call.window.right - right_edge;
-    return v >= 0 && v < call.height && u >= 0 && u < call.width;
+  // Whether tap (i, j) of an output pixel, whose first one is (top, left) in the image, lies in that.
+  bool inside(int64_t top, int64_t left, int64_t i, int64_t j) const {
+    const int64_t v = top + i * call.window.down, u = left + j * call.window.right;
+    return v >= 0 && v < call.image_height && u >= 0 && u < call.image_width;
   }
 
   // Output pixels (y, x .. x + rows - 1).
@@ -31,15 +31,17 @@ struct Conv {
     float sums[rows] = {};
     for (int64_t i = 0; i < call.window.height; ++i) {
       for (int64_t j = 0; j < call.window.width; ++j) {
-        const int64_t at = sample * call.x.batch + (y + i * call.window.down) * call.x.row + x + j * call.window.right;
+        const int64_t at = sample * call.x.batch + (y * call.step_down + i * call.window.down) * call.x.row +
+                           x * call.step_right + j * call.window.right;
         const int64_t tap = i * call.window.width + j;
         const Weight* w = static_cast<const Weight*>(call.weights.codes) + (tap * tiles_all + tile) * units * kWeights;
-        multiply<rows, tiles>(call.x.data + at * call.x.padded, call.x.padded, w, units, total);
-        for (int r = 0; r < rows; ++r) sums[r] += sum_of(call.x.sums[at + r]);
+        multiply<rows, tiles>(call.x.data + at * call.x.padded, call.step_right * call.x.padded, w, units, total);
+        for (int r = 0; r < rows; ++r) sums[r] += sum_of(call.x.sums[at + r * call.step_right]);
       }
     }
     const float offset = q.qmin * q.scale - q.shift;
-    const bool rows_inside = y >= bottom_edge && y + bottom_edge < call.height;
+    const int64_t top = y * call.step_down - call.above;
+    const bool rows_inside = top >= 0 && top + tall < call.image_height;
     for (int t = 0; t < tiles; ++t) {
       const int64_t at = (tile + t) * W;
       const V scale = load(call.weights.scale + at) * q.scale, shift = load(call.weights.shift + at) * q.scale;
@@ -50,10 +52,11 @@ struct Conv {
       }
       for (int r = 0; r < rows; ++r) {
         V weights = all;
-        if (!rows_inside || x + r < right_edge || x + r + right_edge >= call.width) {
+        const int64_t left = (x + r) * call.step_right - call.before;
+        if (!rows_inside || left < 0 || left + wide >= call.image_width) {
           weights = V{};
           for (int64_t tap = 0; tap < call.window.height * call.window.width; ++tap) {
-            if (inside(y, x + r, tap / call.window.width, tap % call.window.width)) {
+            if (inside(top, left, tap / call.window.width, tap % call.window.width)) {
               weights = weights + load(call.weights.total + tap * tiles_all * W + at);
             }
           }

@@ -66,13 +66,17 @@ def _conv2d(
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
-    dilation: tuple[int, int],
+    window: deployed.Window,
     act: Any,
     last: bool,
     gain: Tensor | None = None,
 ) -> Tensor:
     _check(x)
-    y = deployed.conv2d(x, of_x, weight, bias, dilation, act, gain)
+    stride, padding, dilation = window
+    sizes = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
+    if min(cpu.conv_size(sizes, weight.shape[2:] or (1, 1), dilation, stride)) < 1:
+        raise Unfit
+    y = deployed.conv2d(x, of_x, weight, bias, window, act, gain)
     return y if last else y.contiguous()
 
 
@@ -133,7 +137,8 @@ class _Layers:
             options = _conv_options(node)
             if not self._takes_conv(of_x, packed, *options):
                 return False
-            new = self._conv(node, x, of_x, weight, packed, bias, options[2])
+            stride, padding, dilation, _ = options
+            new = self._conv(node, x, of_x, weight, packed, bias, (stride, padding, dilation))
         if new is None:
             return False
         exact = not deployed.dynamic(of_x) and not (node.target is F.conv2d and packed.shape[1] == 1)
@@ -201,7 +206,7 @@ class _Layers:
         weight: fx.Node,
         packed: PackedTensor,
         bias: Any,
-        dilation: tuple[int, int],
+        window: deployed.Window,
     ) -> fx.Node:
         value = self._any_layout(x.args[0])
         gain: Any = None
@@ -212,8 +217,8 @@ class _Layers:
         with self.graph.inserting_before(node):
             owners = self._owner(x), self._owner(weight)
             norm = None
-            pointwise = packed.shape[2:] in ((), (1, 1)) and gain is None
-            if pointwise and deployed.static(of_x) and _is_channels_first(value):
+            pointwise = deployed.is_pointwise(packed.shape[2:] or (1, 1), window)
+            if pointwise and gain is None and deployed.static(of_x) and _is_channels_first(value):
                 norm = self._norm(self._any_layout(value.args[0]))
             if norm is not None:  # a product of rows, which then are channels first
                 args: tuple[Any, ...] = (norm.args[0], *owners, bias, self._norm_of(norm))
@@ -225,7 +230,7 @@ class _Layers:
                 if packed.shape[1] == 1 and (act := self._activation(node)) is not None:
                     last = act
                 module = None if act is None else self._owner(act)
-                args = (value, *owners, bias, dilation, module, self._any_strides(last), gain)
+                args = (value, *owners, bias, window, module, self._any_strides(last), gain)
                 new = self.graph.call_function(_conv2d, args)
         new.meta.update(last.meta)
         last.replace_all_uses_with(new)
@@ -321,18 +326,19 @@ class _Layers:
         self, of_x: nn.Module, weight: PackedTensor, stride: Any, padding: Any, dilation: Any, groups: Any
     ) -> bool:
         kernel = weight.shape[2:] or (1, 1)
-        if len(kernel) != 2 or stride != (1, 1) or not isinstance(padding, tuple):
-            return False
-        if any(
-            k % 2 == 0 or p != (k - 1) * d // 2 for k, p, d in zip(kernel, padding, dilation, strict=True)
-        ):
+        if len(kernel) != 2 or None in (stride, padding, dilation):
             return False
         if groups > 1:
+            keeps = all(
+                k % 2 and p == (k - 1) * d // 2 for k, p, d in zip(kernel, padding, dilation, strict=True)
+            )
+            if not keeps or stride != (1, 1) or weight.shape[:2] != (groups, 1):
+                return False
             span = max((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
-            return weight.shape[:2] == (groups, 1) and span <= cpu.MOST_SPAN and deployed.coded(of_x)
+            return span <= cpu.MOST_SPAN and deployed.coded(of_x)
         if weight.shape[1] == 1:
             return False  # it would pass for a depthwise one
-        if kernel == (1, 1):
+        if deployed.is_pointwise(kernel, (stride, padding, dilation)):
             return self._takes_input(of_x, weight) or deployed.by_row(of_x, 1)
         return deployed.static(of_x)
 
@@ -481,12 +487,21 @@ def _before(norm: fx.Node | None, value: fx.Node) -> Any:
 
 
 def _conv_options(node: fx.Node) -> tuple[Any, Any, Any, Any]:
-    """Stride, padding and dilation, a pair each (or what else was given), and groups."""
+    """Stride, padding and dilation, a pair each or None for what is none, and groups."""
     names = ("stride", "padding", "dilation", "groups")
     given: dict[str, Any] = dict(zip(names, (1, 0, 1, 1), strict=True))
     given |= {**dict(zip(names, node.args[3:], strict=False)), **node.kwargs}
-    stride, padding, dilation = ((v, v) if isinstance(v := given[k], int) else v for k in names[:3])
+    stride, padding, dilation = (_pair(given[k]) for k in names[:3])
     return stride, padding, dilation, given["groups"]
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    both = (
+        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    )
+    if len(both) == 1:
+        both *= 2
+    return both if len(both) == 2 and all(isinstance(v, int) for v in both) else None
 
 
 def _without_ones(weight: fx.Node) -> fx.Node:

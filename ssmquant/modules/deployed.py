@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain
@@ -385,23 +385,27 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     return cpu.blend(x3, gain, v3, scale.flatten(1).contiguous()).view(x.shape)
 
 
+Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
 def conv2d(
     x: Tensor,
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
-    dilation: tuple[int, int],
+    window: Window,
     act: Any = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """A convolution of the quantized x, (B, C, H, W) with any strides, that keeps its size.
+    """A convolution of the quantized x, (B, C, H, W) with any strides; ``window``: stride, padding and dilation.
 
-    Dense (1x1 also of values that are clamped), or depthwise, then with ``act``, a SiLU or GELU. ``gain``, (C,):
-    factors of x, for a dense one.
+    Dense, 1x1 without stride and padding (also of values that are clamped), or depthwise, which keeps the size and
+    takes ``act``, a SiLU or GELU. ``gain``, (C,): factors of x, for a dense one.
 
     Returns:
         (B, outputs, H, W), channels last.
     """
+    stride, padding, dilation = window
     outputs, inputs, *kernel = weight.shape if len(weight.shape) > 2 else (*weight.shape, 1, 1)
     if inputs == 1 and outputs == x.shape[1]:
         image = x.permute(0, 2, 3, 1)
@@ -414,16 +418,20 @@ def conv2d(
         y = cpu.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own)
         y = y.permute(0, 3, 1, 2)
         return y if act is None or own is not None else act(y)
-    if kernel == [1, 1]:
+    if is_pointwise(kernel, window):
         factors = None if gain is None else (gain,)
         return linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors).permute(0, 3, 1, 2)
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = _grid(of_x, _no_moments, 0)
-    down, right = ((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
     image, first = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
-    codes = cpu.encode(image, grid, (down, right), norm=first)
-    y = cpu.conv(codes, grid, taps, _bias(bias), (kernel[0], kernel[1]), dilation)
+    codes = cpu.encode(image, grid, padding, norm=first)
+    y = cpu.conv(codes, grid, taps, _bias(bias), (kernel[0], kernel[1]), dilation, stride, padding)
     return y.permute(0, 3, 1, 2)
+
+
+def is_pointwise(kernel: Sequence[int], window: Window) -> bool:
+    """Whether a convolution is a linear layer of each pixel."""
+    return tuple(kernel) == (1, 1) and window[:2] == ((1, 1), (0, 0))
 
 
 def _sure(grid: Grid | None) -> Grid:

@@ -131,13 +131,12 @@ def plain_blend(x: Tensor, gain: Any, v: Tensor, scale: Tensor) -> Tensor:
 
 
 def plain_conv(
-    x: Tensor, of_x: Any, weight: Any, bias: Any, dilation: Any, act: Any = None, gain: Any = None
+    x: Tensor, of_x: Any, weight: Any, bias: Any, window: Any, act: Any = None, gain: Any = None
 ) -> Tensor:
     x = x if gain is None else x * gain[:, None, None]
     w = weight() if len(weight.shape) == 4 else weight()[:, :, None, None]
     depthwise = w.shape[1] == 1 and w.shape[0] == x.shape[1]
-    padding = tuple((k - 1) * d // 2 for k, d in zip(w.shape[2:], dilation, strict=True))
-    y = F.conv2d(quantized(x, of_x), w, bias, 1, padding, dilation, w.shape[0] if depthwise else 1)
+    y = F.conv2d(quantized(x, of_x), w, bias, *window, w.shape[0] if depthwise else 1)
     return y if act is None else act(y)
 
 
@@ -565,12 +564,12 @@ def test_nothing_to_fuse() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3, stride=2)
+            self.conv = nn.Conv2d(4, 4, 3, groups=2)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x).flatten(1)  # type: ignore[no-any-return]
 
-    x = torch.rand(2, 3, 9, 9)
+    x = torch.rand(2, 4, 9, 9)
     config = dynamic(4, keep_first_last=False)
     prepared = ssmquant.prepare(Plain().eval(), config, example_inputs=(x,))
     ssmquant.calibrate(prepared, [x], progress=False)
@@ -588,7 +587,7 @@ def test_layers_of_other_shapes() -> None:
             self.deep = nn.Linear(70, 6, bias=False)
             self.one = nn.Conv2d(1, 4, 3, padding=1)
             self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
-            self.even = nn.Conv2d(4, 3, 2)
+            self.even = nn.Conv2d(4, 3, 2, stride=(2, 1), padding=1)
             self.wide = nn.Conv2d(3, 5, (3, 5), padding=(2, 4), dilation=2)
 
         def forward(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -604,7 +603,7 @@ def test_layers_of_other_shapes() -> None:
     with torch.no_grad():
         got = model(x, image)
     assert names(model).count("_linear") == 2
-    assert names(model).count("_conv2d") == 1
+    assert names(model).count("_conv2d") == 2
     with use_backend("chunked", op="fuse"), torch.no_grad():
         want = model(x, image)
     for a, b in zip(got, want, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -341,11 +341,50 @@ def test_gelu(path: int) -> None:
     st.integers(1, 14),
     st.integers(1, 70),
     st.integers(1, 20),
+    st.sampled_from([(3, 3), (1, 1), (5, 3), (1, 7), (2, 2), (4, 3)]),
+    *(st.tuples(st.integers(low, high), st.integers(low, high)) for low, high in ((1, 2), (1, 4), (0, 3))),
+    seeds,
+)
+def test_dense_convolutions(
+    path: int,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    seed: int,
+) -> None:
+    sizes = height + 2 * padding[0], width + 2 * padding[1]
+    assume(min(cpu.conv_size(sizes, kernel, dilation, stride)) > 0)
+    torch.manual_seed(seed)
+    grid, outputs, taps = make_grid(4, batch), 13, math.prod(kernel)
+    weights, values = make_weight((taps, outputs, channels), 4, path, taps=True)
+    bias = torch.randn(outputs)
+    images = torch.randn(batch, channels, height, width)
+    for image in (images, images.contiguous(memory_format=torch.channels_last)):
+        pixels = image.permute(0, 2, 3, 1)
+        codes = cpu.encode(pixels, grid, padding, path=path)
+        y = cpu.conv(codes, grid, weights, cpu.by_lanes(bias, path), kernel, dilation, stride, padding, path)
+        x = decoded(cpu.encode(pixels, grid, path=path), grid, channels).permute(0, 3, 1, 2)
+        dense = values.view(*kernel, outputs, channels).permute(2, 3, 0, 1)
+        close(y.permute(0, 3, 1, 2), F.conv2d(x, dense, bias.double(), stride, padding, dilation))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@FEW
+@given(
+    st.integers(1, 2),
+    st.integers(1, 14),
+    st.integers(1, 70),
+    st.integers(1, 20),
     st.sampled_from([(3, 3, 1), (1, 1, 1), (3, 3, 2), (5, 3, 1), (1, 7, 2)]),
     st.sampled_from([None, "silu", "gelu"]),
     seeds,
 )
-def test_convolutions(
+def test_depthwise_convolutions(
     path: int,
     batch: int,
     height: int,
@@ -359,21 +398,11 @@ def test_convolutions(
     down, right, dilation = form
     kernel, spread = (down, right), (dilation, dilation)
     border = ((down - 1) * dilation // 2, (right - 1) * dilation // 2)
-    grid, clamped = make_grid(4, batch), make_grid(4, batch, clamped=True)
-    outputs, taps = 13, down * right
-    weights, values = make_weight((taps, outputs, channels), 4, path, taps=True)
-    bias, own = torch.randn(outputs), torch.randn(channels)
-    depth = torch.randn(taps, channels)
+    clamped = make_grid(4, batch, clamped=True)
+    own, depth = torch.randn(channels), torch.randn(down * right, channels)
     images = torch.randn(batch, channels, height, width)
     for image in (images, images.contiguous(memory_format=torch.channels_last)):
         pixels = image.permute(0, 2, 3, 1)
-        codes = cpu.encode(pixels, grid, border, path=path)
-        y = cpu.conv(codes, grid, weights, cpu.by_lanes(bias, path), kernel, spread, path)
-        x = decoded(cpu.encode(pixels, grid, path=path), grid, channels).permute(0, 3, 1, 2)
-        dense = values.view(down, right, outputs, channels).permute(2, 3, 0, 1)
-        want = F.conv2d(x, dense, bias.double(), 1, border, dilation)
-        close(y.permute(0, 3, 1, 2), want)
-
         y = cpu.depthwise(
             pixels, clamped, cpu.by_lanes(depth, path), cpu.by_lanes(own, path), kernel, spread, act, path
         )

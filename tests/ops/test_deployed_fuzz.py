@@ -76,6 +76,8 @@ class Layers(nn.Module):
         self.normed, self.gated = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
         self.point = nn.Conv2d(inputs, outputs, 1)
         self.dense = nn.Conv2d(inputs, outputs, kernel, **options)
+        full = tuple((k - 1) * dilation for k in kernel)
+        self.strided = nn.Conv2d(inputs, outputs, kernel, (2, 3), full, dilation)
         self.depth = nn.Conv2d(inputs, inputs, kernel, groups=inputs, bias=outputs % 2 > 0, **options)
         self.act = nn.GELU() if dilation > 1 else nn.SiLU()
         self.gain, self.channel_gain = nn.Parameter(torch.randn(outputs)), nn.Parameter(torch.randn(inputs))
@@ -92,6 +94,7 @@ class Layers(nn.Module):
             self.gated(self.gate_norm(rows) * F.silu(rows.flip(1))) + more,
             self.point(x),
             self.dense(x),
+            self.strided(x),
             self.act(self.depth(x)),
             last * self.channel_gain + (x * x.mean((2, 3), keepdim=True)).permute(0, 2, 3, 1),
         )

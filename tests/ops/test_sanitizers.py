@@ -291,7 +291,8 @@ def call_deployed() -> None:
                 weights, _ = make_weight((taps, channels + 2, channels), 4, path, taps=True)
                 codes = cpu.encode(image, grid, border, path=path)  # type: ignore[arg-type]
                 for bias in (None, lanes(channels + 2)):
-                    cpu.conv(codes, grid, weights, bias, kernel, dilation, path)
+                    for stride in ((1, 1), (2, 3)):
+                        cpu.conv(codes, grid, weights, bias, kernel, dilation, stride, border, path)  # type: ignore[arg-type]
                 for given in layouts(image):
                     own = lanes(taps, channels), lanes(channels)
                     for act in (None, "silu", "gelu"):

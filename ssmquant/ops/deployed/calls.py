@@ -140,6 +140,7 @@ class Window(ctypes.Structure):
 class ConvCall(ctypes.Structure):
     _fields_ = [
         *_integers("path", "threads", "batch", "height", "width", "outputs"),
+        *_integers("image_height", "image_width", "above", "before", "step_down", "step_right"),
         ("window", Window),
         ("x", Codes),
         ("quantizer", Quantizer),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -287,28 +288,43 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor, path: int = 
     return y
 
 
+def conv_size(
+    sizes: Sequence[int], kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]
+) -> tuple[int, int]:
+    """Height and width of what a convolution makes of an image, its padding included; below 1 if that is too small."""
+    height, width = (
+        (n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(sizes, kernel, dilation, stride, strict=True)
+    )
+    return height, width
+
+
 def conv(
     x: Codes,
     grid: Grid,
     weights: Weights,
     bias: Tensor | None,
     kernel: tuple[int, int],
-    dilation: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
     path: int = 0,
 ) -> Tensor:
-    """A convolution with stride 1 and as much padding as keeps the size: (batch, height, width, outputs).
+    """A convolution: (batch, height, width, outputs), sizes as PyTorch has them, which must not be 0.
 
     Args:
-        x: with a border as wide as that padding.
+        x: with a border as wide as ``padding``.
         grid: without ``low`` and ``high``.
         weights: (taps, outputs, inputs), with the same scales and shifts for all taps.
         bias: from ``by_lanes``.
     """
-    batch, high, wide, _ = x.data.shape
-    window = calls.Window(*kernel, *dilation)
-    height, width = (n - (k - 1) * d for n, k, d in zip((high, wide), kernel, dilation, strict=True))
+    batch, *sizes, _ = x.data.shape
+    height, width = conv_size(sizes, kernel, dilation, stride)
     y = new(batch, height, width, weights.outputs)
-    call = calls.ConvCall(path, torch.get_num_threads(), batch, height, width, weights.outputs, window)
+    call = calls.ConvCall(path, torch.get_num_threads(), batch, height, width, weights.outputs)
+    call.image_height, call.image_width = (n - 2 * p for n, p in zip(sizes, padding, strict=True))
+    call.above, call.before = padding
+    call.step_down, call.step_right = stride
+    call.window = calls.Window(*kernel, *dilation)
     call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
     calls.library().ssmquant_deployed_conv(call)
@@ -325,7 +341,7 @@ def depthwise(
     act: str | None = None,
     path: int = 0,
 ) -> Tensor:
-    """A convolution of each channel as ``conv`` has it, of quantized values, and ``act``: of the shape of x.
+    """A convolution of each channel of quantized values, with as much padding as keeps the size, and ``act``.
 
     Args:
         x: (batch, height, width, channels), any strides.
