@@ -22,8 +22,7 @@ import methods
 import numpy as np
 import torch
 from evalsets import EvalSet
-from features import stages, with_features
-from patches import PatchData, Sharpened
+from patches import PatchData
 from PIL import Image
 from torch import Tensor, nn
 from training import Recipe, fit
@@ -98,7 +97,7 @@ class Cell:
         return QConfig() if make is None or self.bits is None else make(self.bits)
 
 
-_TRAINING = ("distill", "quantizer_lr", "ema", "weights_first", "rate", "loss", "features", "sharpen")
+_TRAINING = ("distill", "quantizer_lr", "ema", "weights_first", "rate")
 
 
 def _key(cell: Cell, settings: Settings) -> dict[str, Any]:
@@ -320,36 +319,28 @@ def run_cell(
     _forget_others(folder, _key(cell, settings))
     model: nn.Module = load_float(settings.init).to(device)
     example = torch.zeros(1, 3, settings.patch, settings.patch, device=device)
-    observed = with_features(model, stages(model)) if method.features else model
-    teacher = _teacher(observed, example) if method.distill else None
-    shown = Sharpened(data, method.sharpen) if method.sharpen else data
+    teacher = _teacher(model, example) if method.distill else None
     first = round(settings.steps * method.weights_first)
     rate = settings.lr * method.rate
     recipe = Recipe(
-        steps=settings.steps - first, batch=settings.batch, lr=rate, warmup=settings.warmup, loss=method.loss,
-        features=method.features, ema=method.ema, bf16=settings.bf16, distill=method.distill,
-        cuda_graph=device.type == "cuda", log_every=100,
+        steps=settings.steps - first, batch=settings.batch, lr=rate, warmup=settings.warmup, ema=method.ema,
+        bf16=settings.bf16, distill=method.distill, cuda_graph=device.type == "cuda", log_every=100,
         checkpoint=folder / "checkpoint.pt", checkpoint_every=500,
     )  # fmt: skip
     config = cell.config()
     trained, seconds = _train_weights(model, config, cell, settings, data, recipe, first, teacher, deadline)
     if not trained:
         return False
-    prepared: nn.Module = ssmquant.prepare(observed, config, example_inputs=(example,))
+    prepared: nn.Module = ssmquant.prepare(model, config, example_inputs=(example,))
     if cell.bits is not None and config.searches:
         ssmquant.calibrate(prepared, _batches(data, settings, cell.seed), progress=False)
     groups = ssmquant.param_groups(prepared, rate, 0.0, rate * method.quantizer_lr)
     data.seed(cell.seed)
     done = fit(
-        prepared, shown, _until(recipe, deadline), groups=list(groups), title=cell.name, resume=True, teacher=teacher
+        prepared, data, _until(recipe, deadline), groups=list(groups), title=cell.name, resume=True, teacher=teacher
     )  # fmt: skip
     if not done.finished:
         return False
-    if observed is not model:
-        state = prepared.state_dict()
-        prepared = ssmquant.prepare(model, config, example_inputs=(example,))
-        prepared.load_state_dict(state)
-        prepared.eval()
     path = folder / _MODEL
     facts: dict[str, Any] = {}
     files = [_MODEL]

@@ -21,8 +21,6 @@ class Method:
     the loss that compares with the float model's output. ``quantizer_lr``: learning rate of the quantizers' scalars
     over that of the weights. ``ema``: decay of averaged weights. ``weights_first``: share of the steps in which
     activations stay in float. ``rate``: factor of the learning rate.
-    ``loss``, ``features``: of :class:`training.Recipe`, the latter on the outputs of a MambaIR's groups. ``sharpen``:
-    largest amount by which half of the inputs are sharpened.
     """
 
     name: str
@@ -33,9 +31,6 @@ class Method:
     ema: float | None = None
     weights_first: float = 0.0
     rate: float = 1.0
-    loss: str = "l1"
-    features: float = 0.0
-    sharpen: float = 0.0
 
 
 def _plain(**changes: Any) -> Callable[[int], QConfig]:
@@ -121,16 +116,8 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
             _ours("half-rate", "half the learning rate", rate=0.5),
             _ours("double-rate", "twice the learning rate", rate=2.0),
             _ours("quad-rate", "4 times the learning rate", rate=4.0),
-            _ours("smooth-double", "factors of channels, rate 2", changes={"smooth": 1.0}, rate=2.0),
-            _ours("features-02", "features 0.02", features=0.02),
-            _ours("features-1", "features 0.1", features=0.1),
-            _ours("smooth-features", "factors, features 0.02", changes={"smooth": 1.0}, features=0.02),
-            _ours("all", "factors, features 0.02, rate 2", changes={"smooth": 1.0}, features=0.02, rate=2.0),
-            _ours("sharpen", "the float model's output alone, sharpened", distill=1.0, sharpen=2.0),
-            _ours("squared", "squared errors", loss="l2"),
-            _ours(
-                "smooth-squared", "factors of channels, squared errors", changes={"smooth": 1.0}, loss="l2"
-            ),
+            _ours("rate-8", "8 times the learning rate", rate=8.0),
+            _ours("smooth-4", "factors of channels, 4 times the rate", changes={"smooth": 1.0}, rate=4.0),
             _ours("weights-first", "weights first, 30 % of the steps", weights_first=0.3),
             replace(
                 METHODS["official"],

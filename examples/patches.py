@@ -142,26 +142,3 @@ class PatchData:
         rows, cols = line[None, :, None], line[None, None, :]
         rows, cols = torch.where(t, cols, rows), torch.where(t, rows, cols)
         return torch.where(flip_rows, side - 1 - rows, rows), torch.where(flip_cols, side - 1 - cols, cols)
-
-
-class Sharpened:
-    """``data`` with the inputs of the first half of each batch sharpened, by 0 to ``most`` of their detail.
-
-    Detail is what a mean over 3x3 takes away. The clean pictures stay as they are: for distillation alone.
-    """
-
-    def __init__(self, data: PatchData, most: float) -> None:
-        self.data, self.most = data, most
-
-    def sample(self, batch: int) -> tuple[Tensor, Tensor]:
-        x, y = self.data.sample(batch)
-        half = x[: batch // 2]
-        amount = torch.linspace(0, self.most, len(half), device=x.device)[:, None, None, None]
-        mean = torch.nn.functional.avg_pool2d(half, 3, 1, 1, count_include_pad=False)
-        return torch.cat([(half + amount * (half - mean)).clamp(0, 1), x[batch // 2 :]]), y
-
-    def state(self) -> dict[str, Tensor]:
-        return self.data.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.data.load_state(state)

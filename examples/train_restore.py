@@ -33,7 +33,7 @@ import torch
 from evalsets import set_names
 from patches import PatchData
 from torch import nn
-from training import LOSSES, Recipe, Result, fit
+from training import Recipe, Result, fit
 
 import ssmquant
 import ssmquant.zoo
@@ -63,7 +63,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=5e-4)
     add("--lr-quantizer", type=float, help="of the quantizers' own scalars (default: lr)")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
-    add("--loss", choices=tuple(LOSSES), default="l1")
+    add("--loss", choices=("l1", "charbonnier"), default="l1")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of a new model (default 0)")
     add("--ema", type=float, help="decay of averaged weights, such as 0.999")
     add("--quant", choices=("none", *common.SCHEMES), default="none")

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -37,16 +36,6 @@ class Data(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
-LOSSES = MappingProxyType(
-    {
-        "l1": lambda error: error.abs().mean(),
-        "charbonnier": lambda error: (error.square() + 1e-6).sqrt().mean(),
-        "l2": lambda error: error.square().mean(),
-    }
-)
-"""Losses by name, of the difference of output and picture."""
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How to train; ``steps=None`` needs ``time_limit`` (seconds) and anneals the learning rate over that."""
@@ -58,12 +47,10 @@ class Recipe:
     warmup: int = 50
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    loss: str = "l1"  # or "charbonnier", "l2"
+    loss: str = "l1"  # or "charbonnier"
     distill: float = (
         0.0  # share of the loss that compares with the teacher's output instead of the clean picture
     )
-    features: float = 0.0
-    """Weight of the relative error of further outputs of model and teacher (:mod:`features`), beside the loss."""
     clip: float | None = 1.0  # largest norm of the gradient of all parameters
     ema: float | None = None  # decay, such as 0.999; the averaged weights are what fit leaves in the model
     bf16: bool = False
@@ -77,8 +64,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.steps is None and self.time_limit is None:
             raise ConfigError("give steps, time_limit, or both")
-        if self.loss not in LOSSES:
-            raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+        if self.loss not in ("l1", "charbonnier"):
+            raise ConfigError(f"loss must be 'l1' or 'charbonnier', not {self.loss!r}")
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill is a share from 0 to 1, not {self.distill!r}")
 
@@ -181,16 +168,13 @@ class Step:
     def _work(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-            out, *features = _outputs(self.forward(x))
+            out = self.forward(x)
             share = self.recipe.distill if self.teacher is not None else 0.0
             loss = (1 - share) * self._loss(out, y)
             if self.teacher is not None and share:
                 with torch.no_grad():
-                    wanted, *known = _outputs(self.teacher(x))
+                    wanted = self.teacher(x)
                 loss = loss + share * self._loss(out, wanted)
-                if features:
-                    errors = [_relative_error(a, b) for a, b in zip(features, known, strict=True)]
-                    loss = loss + self.recipe.features * torch.stack(errors).mean()
         loss.backward()
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.params, self.recipe.clip)
@@ -201,8 +185,8 @@ class Step:
         self.loss_sum += loss.detach()
 
     def _loss(self, out: Tensor, wanted: Tensor) -> Tensor:
-        loss: Tensor = LOSSES[self.recipe.loss](out.float() - wanted.float())
-        return loss
+        error = out.float() - wanted.float()
+        return error.abs().mean() if self.recipe.loss == "l1" else (error.square() + 1e-6).sqrt().mean()
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         if self.graph is None:
@@ -229,15 +213,6 @@ class Step:
         with torch.cuda.graph(graph):
             self._work(self.x, self.y)
         self.graph = graph
-
-
-def _outputs(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return out if isinstance(out, tuple) else (out,)
-
-
-def _relative_error(value: Tensor, known: Tensor) -> Tensor:
-    known = known.float()
-    return (value.float() - known).abs().mean() / known.abs().mean().clamp(min=1e-12)
 
 
 def fit(
