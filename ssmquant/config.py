@@ -257,8 +257,8 @@ class QConfig:
 
         Against Q-MambaIR's placement (:meth:`qmambair`): a scale for each output channel of a weight, with levels that
         are symmetric about 0; ranges initialised by squared error; static ranges in the scan too, which fine-tune as
-        well as DLS's dynamic ones and cost nothing when deployed; and, for speed, the decay A shared over channels and
-        evenly spaced.
+        well as DLS's dynamic ones and cost nothing when deployed; channels of inputs evened out by powers of two, which
+        norms and weights take (``smooth=1.0``); and, for speed, the decay A shared over channels and evenly spaced.
         """
         base: dict[str, Any] = {
             "w_bits": w_bits,
@@ -267,6 +267,7 @@ class QConfig:
             "decay": "ladder",
             "granularity": "channel",
             "weight_options": {"shift": "half"},
+            "smooth": 1.0,
         }
         return cls(**{**base, **changes})
 

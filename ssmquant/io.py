@@ -3,13 +3,13 @@
 Layout (format version 2). So that the header stays small, tensors of a kind are one flat tensor:
 
 - ``meta``: zlib-compressed JSON (uint8): configuration, example input, a table of all quantized operands with the flags
-  of their quantizers, one of the float tensors; in both, what is usual is left out;
+  of their quantizers and exponents of two of the factors of their channels, one of the float tensors; in both, what is
+  usual is left out;
 - ``codes``: the packed codes (``ssmquant.pack``) of all weights and static operands, one after the other (uint8); of
   an operand whose entry says ``alike`` a single one, which all its elements have;
 - ``scales``: for each of them ``scale`` (of those ``alike`` it is 1 and left out), ``shift`` unless it follows from the
   scale, and, if clamped, ``lo``, ``hi`` (float32);
 - ``quantizers``: the state of the activation quantizers (float32);
-- ``gains``: exponents of two of the factors of their channels, where an entry says ``gain`` (int8);
 - ``float32``, ``float16`` ...: the parameters and buffers that stay in float, by stored dtype.
 
 ``load`` traces the model again on fake tensors and compares its quantized operands with the file's.
@@ -103,7 +103,6 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     codes: list[Tensor] = []
     scales: list[Tensor] = []
     state: list[Tensor] = []
-    exponents: list[Tensor] = []
     table = []
     for p in points:
         if p.what == "activation":
@@ -113,10 +112,9 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
             values = {k: v for k, v in own.items() if v.is_floating_point()}
             flags = {k: bool(v) for k, v in own.items() if k not in values}
             state += [v.detach().float().reshape(-1).cpu() for v in values.values()]
-            options = {"frozen": isinstance(wrapper.quantizer, FrozenRange), "gain": wrapper.gain is not None}
+            given: dict[str, Any] = {"frozen": True} if isinstance(wrapper.quantizer, FrozenRange) else {}
             if wrapper.gain is not None:
-                exponents.append(wrapper.gain.log2().to(torch.int8).cpu())
-            given = {k: True for k, there in options.items() if there}
+                given["gain"] = wrapper.gain.log2().int().tolist()
             table.append({**_identity(p), "values": list(values), "flags": flags, **given})
             continue
         packed = runtime.weights[p.key]
@@ -154,7 +152,6 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {
         "meta": torch.frombuffer(bytearray(blob), dtype=torch.uint8), "codes": _cat(codes, torch.uint8),
         "scales": _cat(scales, torch.float32), "quantizers": _cat(state, torch.float32),
-        **({"gains": torch.cat(exponents)} if exponents else {}),
         **{k: _cat(v, DTYPES[k]) for k, v in floats.items()},
     }  # fmt: skip
     write(path, tensors, {"format": FORMAT, "format_version": VERSION})
@@ -355,14 +352,21 @@ def _fill_activation(runtime: Runtime, p: Point, e: dict[str, Any], reader: Read
     quantizer.load_state_dict(state)
     if not quantizer.ready:  # a deployed model would not run
         raise reader.fail(f"'{p.name}' has no range")
-    channels = p.channels if p.gain is not None and _given(e, "gain", reader) else None
+    if p.gain is None and "gain" in e:
+        raise reader.fail(f"'{p.name}' has factors of channels, which the configuration has none of")
+    channels = p.channels if "gain" in e else None
     wrapper = ActivationQuantizer(p.name, quantizer, channels)
     if wrapper.gain is not None:
-        exponents = reader.take("gains", wrapper.gain.numel(), torch.int8, p.name).float()
-        if bool((exponents.abs() > MOST_GAIN).any()):
-            raise reader.fail(f"'{p.name}' has a factor out of range")
-        wrapper.gain = exponents.exp2()
+        wrapper.gain = _gain(e["gain"], wrapper.gain.numel(), p, reader)
     runtime.activations[p.key] = wrapper
+
+
+def _gain(exponents: Any, channels: int, p: Point, reader: Reader) -> Tensor:
+    if not isinstance(exponents, list) or len(exponents) != channels:
+        raise reader.fail(f"'{p.name}' has not one factor for each of {channels} channels")
+    if not all(type(e) is int and abs(e) <= MOST_GAIN for e in exponents):
+        raise reader.fail(f"'{p.name}' has a factor out of range")
+    return torch.tensor(exponents, dtype=torch.float32).exp2()
 
 
 def _fill_floats(model: nn.Module, meta: dict[str, Any], reader: Reader) -> None:

@@ -176,16 +176,16 @@ def test_a_cell_stops_at_the_deadline(place: Path, tmp_path: Path) -> None:
 def test_a_cell_of_a_version_that_had_fewer_options_counts(
     place: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    assert run(place, tmp_path, "2:ours", sets="A") == 0
-    path = tmp_path / "cells" / "ours-w2a2-s0" / "result.json"
+    assert run(place, tmp_path, "2:lsq", sets="A") == 0
+    path = tmp_path / "cells" / "lsq-w2a2-s0" / "result.json"
     result = json.loads(path.read_text())
     del result["key"]["training"]["rate"], result["key"]["config"]["smooth"]
     path.write_text(json.dumps(result))
     request.getfixturevalue("no_training")
-    assert run(place, tmp_path, "2:ours", sets="A") == 0
+    assert run(place, tmp_path, "2:lsq", sets="A") == 0
     result["key"]["training"]["distill"] = 0.123
     path.write_text(json.dumps(result))
-    assert run(place, tmp_path, "2:ours", sets="A", report=True) == 1
+    assert run(place, tmp_path, "2:lsq", sets="A", report=True) == 1
 
 
 def test_a_method_has_a_learning_rate_of_its_own(
@@ -199,9 +199,9 @@ def test_a_method_has_a_learning_rate_of_its_own(
         return real(model, data, recipe, groups, title, **more)
 
     monkeypatch.setattr(cells, "fit", watch)
-    assert run(place, tmp_path, "2:ours-half-rate,ours-slow-scalars", sets="A", lr=1e-3) == 0
-    assert set(rates["ours-half-rate-w2a2-s0"]) == {5e-4}
-    assert set(rates["ours-slow-scalars-w2a2-s0"]) == {1e-3, 1e-4}
+    assert run(place, tmp_path, "2:ours-rate-2,ours-slow-scalars", sets="A", lr=1e-3) == 0
+    assert set(rates["ours-rate-2-w2a2-s0"]) == {2e-3}
+    assert set(rates["ours-slow-scalars-w2a2-s0"]) == {4e-3, 4e-4}
     assert rates["float-float-s0"][0] == 1e-3
 
 

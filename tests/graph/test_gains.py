@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import QConfig, Rule
 from ssmquant.errors import ConfigError, FormatError, TraceError
-from ssmquant.files import FORMAT, VERSION
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules.activation import MOST_GAIN, ActivationQuantizer, gains
 from ssmquant.ops import use_backend
 from tests.small import images, prepared_and_calibrated, tiny_mambair
+from tests.test_io import loaded as files_loaded
+from tests.test_io import meta_of, with_meta
 
 WIDTH = 6
 
@@ -213,20 +214,25 @@ def test_files(tmp_path: Path) -> None:
     loaded = ssmquant.load(path, Uneven())
     assert torch.equal(plain(loaded, x), plain(d, x))
     assert {k: v.tolist() for k, v in of(loaded).items()} == {k: v.tolist() for k, v in of(d).items()}
-    tensors = load_file(path)
-    assert tensors["gains"].dtype == torch.int8
-    meta = {"format": FORMAT, "format_version": VERSION}
-    broken: dict[str, Any] = {
-        "too short": {**tensors, "gains": tensors["gains"][:-1].clone()},
-        "nothing refers to": {**tensors, "gains": torch.cat((tensors["gains"], tensors["gains"]))},
-        "out of range": {**tensors, "gains": torch.full_like(tensors["gains"], -128)},
-        "missing": {k: v for k, v in tensors.items() if k != "gains"},
-        "flat torch.int8": {**tensors, "gains": tensors["gains"].float()},
-    }
-    for what, content in broken.items():
-        save_file(content, path, meta)
+    content = path.read_bytes()
+    broken: list[tuple[str, Callable[[list[int]], Any]]] = [
+        ("not one factor for each", lambda g: g[:-1]),
+        ("not one factor for each", lambda g: [*g, 0]),
+        ("not one factor for each", lambda g: True),
+        ("out of range", lambda g: [-128] * len(g)),
+        ("out of range", lambda g: [1.0] * len(g)),
+        ("out of range", lambda g: [True] * len(g)),
+    ]
+    for what, change in broken:
+        meta = meta_of(content)
+        entry = next(e for e in meta["points"] if "gain" in e)
+        entry["gain"] = change(entry["gain"])
         with pytest.raises(FormatError, match=what):
-            ssmquant.load(path, Uneven())
+            files_loaded(with_meta(content, meta), Uneven())
+    meta = meta_of(content)
+    meta["config"]["smooth"] = 0.0
+    with pytest.raises(FormatError, match="which the configuration has none of"):
+        files_loaded(with_meta(content, meta), Uneven())
 
 
 def test_bytes_are_those_of_the_file() -> None:
