@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from ssmquant import zoo
 from ssmquant.errors import ConfigError, FormatError, SsmquantError
@@ -171,7 +172,10 @@ def peek(path: str | os.PathLike[str]) -> str:
 
 
 def build_zoo(description: Any, room: int) -> nn.Module:
-    """A zoo model of at most ``room`` values: a file cannot ask for more than it fills."""
+    """A zoo model of at most ``room`` values: a file cannot ask for more than it fills.
+
+    Its parameters are not initialised: memory that nothing has written to is not there yet.
+    """
     _check_numbers(description)
     mine, total = threading.get_ident(), 0
 
@@ -189,9 +193,22 @@ def build_zoo(description: Any, room: int) -> nn.Module:
             zoo.build(description)
     finally:
         handle.remove()
-    with warnings.catch_warnings():
+    with _Uninitialised(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return zoo.build(description)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what would write to parameters."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        written = args[0] if args else kwargs.get("tensor")  # functions of nn.init name it
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return written if in_place and isinstance(written, nn.Parameter) else func(*args, **kwargs)
 
 
 def _check_numbers(x: Any) -> None:

@@ -222,6 +222,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
 
 
 def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | None) -> Any:
+    own = model is None
     if model is None:
         if not isinstance(meta.get("zoo"), dict):
             raise FormatError(
@@ -233,7 +234,7 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
     config = QConfig.from_dict(meta["config"])
     adapter = get_adapter(meta["adapter"]) if isinstance(meta.get("adapter"), str) else find_adapter(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    new = copy.deepcopy(model).eval()
+    new = (model if own else copy.deepcopy(model)).eval()
     if not callable(getattr(new, meta["method"], None)):
         raise reader.fail(f"made for a method {meta['method']!r} that {type(model).__name__} does not have")
     runtime = Runtime(config, adapter, meta["method"])

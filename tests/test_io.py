@@ -737,6 +737,26 @@ def test_float_round_trip(half: bool, tmp_path: Path) -> None:
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize("name", ["mambair_tiny", "vmamba_nano", "vim_nano"])
+def test_parameters_that_a_file_has_are_not_initialised(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = zoo.build(name)
+    files.save_float(model, tmp_path / "m")
+    torch.use_deterministic_algorithms(True)  # memory that nothing has written to is NaN then
+    try:
+        fresh = files.build_zoo(zoo.describe(model), 10**9)
+        again = files.load_float(tmp_path / "m")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    weights = [p for p in fresh.parameters() if p.dim() > 1 and p.numel() > 1000]
+    assert sum(bool(p.isnan().all()) for p in weights) > 0.8 * len(weights)
+    for (key, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    for (key, a), (_, b) in zip(model.named_buffers(), again.named_buffers(), strict=True):
+        assert torch.equal(a, b), key
+
+
 @given(st.data())
 @settings(max_examples=20)
 def test_damaged_float_files(data: st.DataObject) -> None:

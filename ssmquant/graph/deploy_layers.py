@@ -188,11 +188,11 @@ class _Layers:
             if gate is not None:
                 y, z = gate
                 norm = self._norm(y)
-                args: tuple[Any, ...] = (_before(norm, y), z, self._norm_of(norm), *owners, bias)
+                args: tuple[Any, ...] = (self._before(norm, y), z, self._norm_of(norm), *owners, bias)
                 new = self.graph.call_function(_gated_linear, args)
             else:
                 norm = self._norm(value) if by_row or deployed.static(of_x) else None
-                args = (_before(norm, value), *owners, bias, self._norm_of(norm))
+                args = (self._before(norm, value), *owners, bias, self._norm_of(norm))
                 new = self.graph.call_function(_linear, args)
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
@@ -221,7 +221,7 @@ class _Layers:
             if pointwise and gain is None and deployed.static(of_x) and _is_channels_first(value):
                 norm = self._norm(self._any_layout(value.args[0]))
             if norm is not None:  # a product of rows, which then are channels first
-                args: tuple[Any, ...] = (norm.args[0], *owners, bias, self._norm_of(norm))
+                args: tuple[Any, ...] = (self._before(norm, value), *owners, bias, self._norm_of(norm))
                 rows = self.graph.call_function(_linear, args)
                 new = self.graph.call_method("permute", (rows, 0, 3, 1, 2))
                 if not self._any_strides(node):
@@ -294,12 +294,32 @@ class _Layers:
         if node is None:
             return None
         if node.target is times:
-            return (node.args[1],)
+            norm = self._with_factors(node)
+            return (node.args[1],) if norm is None else self._times(norm, node.args[1])
         if node.op == "call_module":
             return (self._owner(node),)
         rms = node.target is not F.layer_norm
         usual = None if rms else 1e-5
         return rms, node.kwargs.get("weight"), node.kwargs.get("bias"), node.kwargs.get("eps", usual)
+
+    def _with_factors(self, node: fx.Node) -> fx.Node | None:
+        """The norm whose result has factors, if these are in no module's weights since it is a function."""
+        norm = self._norm(node.args[0]) if node.target is times else None
+        return norm if norm is not None and norm.target in deployed.NORM_FUNCTIONS else None
+
+    def _times(self, norm: fx.Node, gain: Any) -> tuple[Any, ...]:
+        rms, weight, bias, eps = self._norm_of(norm) or ()
+        weight = gain if weight is None else self.graph.call_function(operator.mul, (weight, gain))
+        return (
+            rms,
+            weight,
+            None if bias is None else self.graph.call_function(operator.mul, (bias, gain)),
+            eps,
+        )
+
+    def _before(self, norm: fx.Node | None, value: fx.Node) -> Any:
+        """What a norm is of, or the value where there is none."""
+        return value if norm is None else (self._with_factors(norm) or norm).args[0]
 
     def _gate(self, value: Any, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """(y, z) if ``value``, which only ``x`` reads, is y * silu(z)."""
@@ -480,10 +500,6 @@ class _Layers:
             return False
         name = op_name(user)
         return name in _MOVERS or (name in _ELEMENTWISE and self._any_strides(user))
-
-
-def _before(norm: fx.Node | None, value: fx.Node) -> Any:
-    return value if norm is None else norm.args[0]
 
 
 def _conv_options(node: fx.Node) -> tuple[Any, Any, Any, Any]:

@@ -462,18 +462,43 @@ def test_rms_norms_are_part_of_what_reads_them(eps: float | None, as_module: boo
     torch.manual_seed(0)
     x = torch.randn(2, 9, 6)
     x[0, 3] *= 1e-4  # where eps matters
-    # Factors of channels go into the weights of modules.
-    config = QConfig.recommended(8, 8, keep_first_last=False, smooth=1.0 if as_module else 0.0)
+    config = QConfig.recommended(8, 8, keep_first_last=False)
     prepared = ssmquant.prepare(Normed().eval(), config, example_inputs=(x,))
     ssmquant.calibrate(prepared, [x], progress=False)
     model = ssmquant.convert(prepared)
     a, b = fused(model, x), unfused(model, x)
     assert float((a - b).norm() / b.norm()) < 1e-5
-    assert names(model) == ["_linear"]
+    # A module's weights have the factors of the channels; a function's get them at the call.
+    assert [name for name in names(model) if name != "mul"] == ["_linear"]
+    assert ("mul" in names(model)) is not as_module
     handle = model.norm.register_forward_hook(lambda module, args, out: out * 0)
     still = fused(model, x)
     handle.remove()
     assert torch.equal(still, a) is not as_module
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_factors_behind_a_function_that_norms(weighted: bool) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 5)
+            self.weight = nn.Parameter(torch.tensor([1.0, -9.0, 0.1, 2.0, 30.0, 0.5])) if weighted else None
+            self.bias = nn.Parameter(torch.tensor([0.1, 1.0, 8.0, -0.5, 0.0, 40.0])) if weighted else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(F.layer_norm(x, (6,), self.weight, self.bias))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 6) * torch.tensor([1.0, 9.0, 0.1, 2.0, 30.0, 0.5])
+    prepared = ssmquant.prepare(
+        Normed().eval(), QConfig.recommended(8, 8, keep_first_last=False), example_inputs=(x,)
+    )
+    ssmquant.calibrate(prepared, [x], progress=False)
+    model = ssmquant.convert(prepared)
+    a, b = fused(model, x), unfused(model, x)
+    assert float((a - b).norm() / b.norm()) < 1e-5
+    assert [name for name in names(model) if name != "mul"] == ["_linear"]
 
 
 def test_what_changes_between_calls_is_noticed() -> None:
