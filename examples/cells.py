@@ -97,7 +97,7 @@ class Cell:
         return QConfig() if make is None or self.bits is None else make(self.bits)
 
 
-_TRAINING = ("distill", "quantizer_lr", "ema", "weights_first", "rate")
+_TRAINING = ("distill", "quantizer_lr", "ema", "weights_first", "rate", "anneal")
 
 
 def _key(cell: Cell, settings: Settings) -> dict[str, Any]:
@@ -323,9 +323,9 @@ def run_cell(
     first = round(settings.steps * method.weights_first)
     rate = settings.lr * method.rate
     recipe = Recipe(
-        steps=settings.steps - first, batch=settings.batch, lr=rate, warmup=settings.warmup, ema=method.ema,
-        bf16=settings.bf16, distill=method.distill, cuda_graph=device.type == "cuda", log_every=100,
-        checkpoint=folder / "checkpoint.pt", checkpoint_every=500,
+        steps=settings.steps - first, batch=settings.batch, lr=rate, warmup=settings.warmup, anneal=method.anneal,
+        ema=method.ema, bf16=settings.bf16, distill=method.distill, cuda_graph=device.type == "cuda",
+        log_every=100, checkpoint=folder / "checkpoint.pt", checkpoint_every=500,
     )  # fmt: skip
     config = cell.config()
     trained, seconds = _train_weights(model, config, cell, settings, data, recipe, first, teacher, deadline)

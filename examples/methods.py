@@ -20,7 +20,7 @@ class Method:
     ``config`` makes the configuration for a bit width (None: the float model, trained as long). ``distill``: share of
     the loss that compares with the float model's output. ``quantizer_lr``: learning rate of the quantizers' scalars
     over that of the weights. ``ema``: decay of averaged weights. ``weights_first``: share of the steps in which
-    activations stay in float. ``rate``: factor of the learning rate.
+    activations stay in float. ``rate``: factor of the learning rate. ``anneal``: power of its cosine.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Method:
     ema: float | None = None
     weights_first: float = 0.0
     rate: float = 1.0
+    anneal: float = 1.0
 
 
 def _plain(**changes: Any) -> Callable[[int], QConfig]:
@@ -114,6 +115,8 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
             _ours("ema", "EMA 0.99", ema=0.99),
             _ours("rate-1", "the others' learning rate", rate=1.0),
             _ours("rate-2", "twice the others' learning rate", rate=2.0),
+            _ours("anneal-2", "the rate falls early (a squared cosine)", anneal=2.0),
+            _ours("anneal-half", "the rate falls late (a cosine's root)", anneal=0.5),
             _ours("weights-first", "weights first, 30 % of the steps", weights_first=0.3),
             replace(
                 METHODS["official"],

@@ -45,6 +45,7 @@ class Recipe:
     lr: float = 5e-4
     min_lr: float = 1e-6
     warmup: int = 50
+    anneal: float = 1.0  # power of the cosine: above 1, more of the steps at low rates
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
     loss: str = "l1"  # or "charbonnier"
@@ -66,6 +67,8 @@ class Recipe:
             raise ConfigError("give steps, time_limit, or both")
         if self.loss not in ("l1", "charbonnier"):
             raise ConfigError(f"loss must be 'l1' or 'charbonnier', not {self.loss!r}")
+        if self.anneal <= 0:
+            raise ConfigError(f"anneal is a power above 0, not {self.anneal!r}")
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill is a share from 0 to 1, not {self.distill!r}")
 
@@ -85,14 +88,15 @@ class Result:
 
 
 def learning_rate(recipe: Recipe, step: int, elapsed: float) -> float:
-    """Linear warm-up, then a cosine down to ``min_lr``, over the steps or else over the time."""
+    """Linear warm-up, then a power of a cosine down to ``min_lr``, over the steps or else over the time."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.steps is not None:
         done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     else:
         done = elapsed / (recipe.time_limit or 1.0)
-    return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    share = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * share**recipe.anneal
 
 
 @contextmanager

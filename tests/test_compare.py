@@ -192,17 +192,25 @@ def test_a_method_has_a_learning_rate_of_its_own(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: dict[str, list[float]] = {}
+    powers: dict[str, float] = {}
     real = cells.fit
 
     def watch(model: Any, data: Any, recipe: Any, groups: Any = None, title: str = "", **more: Any) -> Any:
         rates[title] = [recipe.lr, *(g["lr"] for g in groups or [])]
+        powers[title] = recipe.anneal
         return real(model, data, recipe, groups, title, **more)
 
     monkeypatch.setattr(cells, "fit", watch)
-    assert run(place, tmp_path, "2:ours-rate-2,ours-slow-scalars", sets="A", lr=1e-3) == 0
+    assert run(place, tmp_path, "2:ours-rate-2,ours-slow-scalars,ours-anneal-2", sets="A", lr=1e-3) == 0
     assert set(rates["ours-rate-2-w2a2-s0"]) == {2e-3}
     assert set(rates["ours-slow-scalars-w2a2-s0"]) == {4e-3, 4e-4}
     assert rates["float-float-s0"][0] == 1e-3
+    assert powers == {
+        "float-float-s0": 1,
+        "ours-rate-2-w2a2-s0": 1,
+        "ours-slow-scalars-w2a2-s0": 1,
+        "ours-anneal-2-w2a2-s0": 2,
+    }
 
 
 def test_further_sets_are_scored_from_the_saved_models(

@@ -309,6 +309,12 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     timed = Recipe(steps=None, warmup=0, lr=1.0, min_lr=0, time_limit=10)
     assert learning_rate(timed, 10**6, 5) == pytest.approx(0.5)
+    late, early = (Recipe(steps=100, warmup=0, lr=1.0, min_lr=0, anneal=power) for power in (0.5, 2.0))
+    assert learning_rate(late, 50, 0) == pytest.approx(0.5**0.5)
+    assert learning_rate(early, 50, 0) == pytest.approx(0.25)
+    assert learning_rate(late, 100, 0) == learning_rate(early, 100, 0) == 0
+    with pytest.raises(ConfigError, match="anneal"):
+        Recipe(anneal=0)
 
 
 # ------------------------------------------------------------------------------------------------ the script
