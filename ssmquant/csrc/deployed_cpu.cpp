@@ -64,11 +64,12 @@ void join(const double* parts, int64_t batch, int64_t tasks, float* moments) {
 }  // namespace
 
 // How many instruction sets this machine can run, best first; of each its name, the lanes of a vector of float32, and
-// how many codes of a weight's row are multiplied at once.
+// how many codes of a weight's row are multiplied at once; up to which magnitude they may be packed as int8 all the same.
 SSMQUANT_EXPORT int64_t ssmquant_deployed_paths() { return kPaths.count; }
 SSMQUANT_EXPORT const char* ssmquant_deployed_path(int64_t index) { return kPaths.found[index]->name; }
 SSMQUANT_EXPORT int64_t ssmquant_deployed_lanes(int64_t index) { return kPaths.found[index]->lanes; }
 SSMQUANT_EXPORT int64_t ssmquant_deployed_unit(int64_t index) { return kPaths.found[index]->unit; }
+SSMQUANT_EXPORT int64_t ssmquant_deployed_narrow(int64_t index) { return kPaths.found[index]->narrow; }
 
 // How many tasks look at the rows of one sample.
 SSMQUANT_EXPORT int64_t ssmquant_deployed_tasks(int64_t rows) { return divide_up(rows, kRows); }

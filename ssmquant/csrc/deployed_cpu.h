@@ -96,6 +96,7 @@ struct Weights {
   const void* codes;
   const float *scale, *shift, *total;
   int64_t units;
+  int64_t narrow;  // 0; or the largest magnitude of a code, if they are int8 where the path's own form is int16
 };
 
 struct LinearCall {
@@ -224,6 +225,7 @@ constexpr int64_t padded(int64_t columns) { return (columns + kPad - 1) / kPad *
 struct DeployedPath {
   const char* name;
   int64_t lanes, unit;  // codes of a weight's row that are multiplied at once: 4 of int8, 2 of int16
+  int64_t narrow;       // of what magnitude codes may be int8 although its own form is int16; 0: none
   void (*encode)(const EncodeCall&, const Part&);
   void (*moments)(const MomentsCall&, const Part&, double* moments);
   void (*gate)(const GateCall&, const Part&, double* moments);

@@ -8,12 +8,13 @@ namespace {
 struct Conv {
   const ConvCall& call;
   const Grid q;
-  const int64_t units, tiles_all, tall, wide;  // how far the last tap is from the first
+  const int64_t units, at_once, tiles_all, tall, wide;  // how far the last tap is from the first
 
   explicit Conv(const ConvCall& call, int64_t sample)
       : call(call),
         q(call.quantizer, sample),
         units(call.weights.units),
+        at_once(pairs_at_once(call.weights, call.quantizer.qmax - call.quantizer.qmin)),
         tiles_all((call.outputs + W - 1) / W),
         tall((call.window.height - 1) * call.window.down),
         wide((call.window.width - 1) * call.window.right) {}
@@ -34,8 +35,8 @@ struct Conv {
         const int64_t at = sample * call.x.batch + (y * call.step_down + i * call.window.down) * call.x.row +
                            x * call.step_right + j * call.window.right;
         const int64_t tap = i * call.window.width + j;
-        const Weight* w = static_cast<const Weight*>(call.weights.codes) + (tap * tiles_all + tile) * units * kWeights;
-        multiply<rows, tiles>(call.x.data + at * call.x.padded, call.step_right * call.x.padded, w, units, total);
+        const char* w = static_cast<const char*>(call.weights.codes) + (tap * tiles_all + tile) * units * kUnitBytes;
+        multiply<rows, tiles>(call.x.data + at * call.x.padded, call.step_right * call.x.padded, w, units, at_once, total);
         for (int r = 0; r < rows; ++r) sums[r] += sum_of(call.x.sums[at + r * call.step_right]);
       }
     }

@@ -8,7 +8,7 @@ namespace {
 // A row of codes, whose sum is that of the lanes of `sum`.
 SSMQUANT_INLINE void finish(const Codes& codes, int64_t at, int64_t written, V sum) {
   uint8_t* row = codes.data + at * codes.padded;
-  for (int64_t c = written; c < codes.padded; ++c) row[c] = 0;
+  for (int64_t c = written; c < codes.padded; c += W) store_codes(row + c, V{});  // a multiple of W is left
   const float total = lane_sum(sum);
   codes.sums[at] = total == total ? int32_t(total) : kNotANumber;
 }

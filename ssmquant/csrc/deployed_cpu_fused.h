@@ -102,6 +102,7 @@ SSMQUANT_INLINE void project_by_row(const ProjectCall& call, const Part& part, f
   }
   LinearCall product{};
   product.outputs = call.outputs, product.x = codes, product.weights = call.weights;
+  product.quantizer.qmax = call.quantizer.qmax;
   product.bias = call.bias, product.y = y;
   Linear{product, Grid(), 0, part.count, scales, shifts}.on_codes();
 }

@@ -30,9 +30,56 @@ SSMQUANT_INLINE void for_rows(int64_t count, const F& f) {
   for (; row < count; ++row) f(std::integral_constant<int, 1>(), row);
 }
 
-// Adds to `total` the products of rows of codes, `apart` bytes from each other, with tiles of a weight.
+constexpr int64_t kUnitBytes = W * 4;  // of a weight, for all lanes, in either form
+
+// How many pairs of products of codes up to `most` fit into an int16; 0 for weights in the path's own form.
+inline int64_t pairs_at_once(const Weights& weights, int64_t most) {
+  if (kNarrow == 0 || weights.narrow == 0) return 0;
+  const int64_t one = 2 * weights.narrow * most;
+  return one < 1 ? 32767 : 32767 / one;
+}
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
 template <int rows, int tiles>
-SSMQUANT_INLINE void multiply(const uint8_t* x, int64_t apart, const Weight* w, int64_t units, I (&total)[rows][tiles]) {
+SSMQUANT_INLINE void multiply_narrow(const uint8_t* x, int64_t apart, const char* w, int64_t units, int64_t at_once,
+                                     I (&total)[rows][tiles]) {
+  for (int64_t first = 0; first < units; first += at_once) {
+    const int64_t end = units - first < at_once ? units : first + at_once;
+    I sums[rows][tiles] = {};
+    for (int64_t k = first; k < end; ++k) {
+      I codes[rows];
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        int32_t four;
+        std::memcpy(&four, x + r * apart + k * 4, 4);
+        codes[r] = in_all_lanes(four);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < tiles; ++t) {
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) sums[r][t] = pairs(sums[r][t], codes[r], w + (t * units + k) * kUnitBytes);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < tiles; ++t) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) total[r][t] = add_pairs(total[r][t], sums[r][t]);
+    }
+  }
+}
+#endif
+
+// Adds to `total` the products of rows of codes, `apart` bytes from each other, with tiles of a weight. `at_once`: of
+// pairs_at_once.
+template <int rows, int tiles>
+SSMQUANT_INLINE void multiply(const uint8_t* x, int64_t apart, const void* weights, int64_t units, int64_t at_once,
+                              I (&total)[rows][tiles]) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  if (at_once > 0) return multiply_narrow(x, apart, static_cast<const char*>(weights), units, at_once, total);
+#else
+  (void)at_once;
+#endif
+  const Weight* const w = static_cast<const Weight*>(weights);
   for (int64_t k = 0; k < units; ++k) {
     I codes[rows];
 #pragma GCC unroll 8
@@ -52,13 +99,14 @@ struct Linear {
   const Grid q;
   const int64_t row, count;  // of the rows of all samples
   const float *scales, *shifts;  // of each row, where they are its own; then qmin is 0
+  const int64_t at_once = pairs_at_once(call.weights, call.quantizer.qmax - call.quantizer.qmin);
 
   template <bool by_row, int rows, int tiles>
   void codes(int64_t first, int64_t tile) const {
     const int64_t units = call.weights.units;
     I total[rows][tiles] = {};
     multiply<rows, tiles>(call.x.data + first * call.x.padded, call.x.padded,
-                          static_cast<const Weight*>(call.weights.codes) + tile * units * kWeights, units, total);
+                          static_cast<const char*>(call.weights.codes) + tile * units * kUnitBytes, units, at_once, total);
     const float offset = q.qmin * q.scale - q.shift;  // the value of code 0
 #pragma GCC unroll 8
     for (int t = 0; t < tiles; ++t) {

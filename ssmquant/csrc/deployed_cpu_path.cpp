@@ -45,5 +45,5 @@ void moments(const MomentsCall& call, const Part& part, double* to) {
 
 extern const DeployedPath SSMQUANT_JOIN(ssmquant_deployed_, SSMQUANT_PATH);
 const DeployedPath SSMQUANT_JOIN(ssmquant_deployed_, SSMQUANT_PATH) = {
-    SSMQUANT_TEXT(SSMQUANT_PATH), W, kUnit, encode, moments, gate, linear, blend, project, prepare, conv, depthwise, delta_moments, scan,
+    SSMQUANT_TEXT(SSMQUANT_PATH), W, kUnit, kNarrow, encode, moments, gate, linear, blend, project, prepare, conv, depthwise, delta_moments, scan,
 };

@@ -35,11 +35,13 @@ SSMQUANT_INLINE V load_codes(const uint8_t* p) {
 SSMQUANT_INLINE void store_codes(uint8_t* p, V x) {
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x)));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvttps_epi32(x);
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(half, half));
 #else
   int32_t codes[W];
-#if defined(__AVX2__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_cvttps_epi32(x));
-#elif defined(__x86_64__)
+#if defined(__x86_64__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_cvttps_epi32(x));
 #else
   for (int i = 0; i < W; ++i) codes[i] = x[i] == x[i] ? int32_t(x[i]) : 0;
@@ -48,11 +50,21 @@ SSMQUANT_INLINE void store_codes(uint8_t* p, V x) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first `count` lanes.
+SSMQUANT_INLINE __m256i lanes_below(int64_t count) {
+  alignas(64) static constexpr int32_t ones[2 * W] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ones + W - count));
+}
+#endif
+
 // The first `count` of W values, zeros behind them. Reads no others.
 SSMQUANT_INLINE V load_some(const float* p, int64_t count) {
   if (count >= W) return load(p);
 #if defined(__AVX512F__)
   return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(p, lanes_below(count));
 #else
   float some[W] = {};
   std::memcpy(some, p, size_t(count) * sizeof(float));
@@ -64,6 +76,17 @@ SSMQUANT_INLINE void store_some(float* p, V x, int64_t count) {
   if (count >= W) return store(p, x);
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), x);
+#elif defined(__AVX2__)  // a masked store takes as long as ten others on some processors
+  __m128 rest = _mm256_castps256_ps128(x);
+  if (count & 4) {
+    _mm_storeu_ps(p, rest);
+    rest = _mm256_extractf128_ps(x, 1), p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+    rest = _mm_movehl_ps(rest, rest), p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, rest);
 #else
   std::memcpy(p, &x, size_t(count) * sizeof(float));
 #endif
@@ -74,6 +97,8 @@ SSMQUANT_INLINE V first_of(V x, int64_t count) {
   if (count >= W) return x;
 #if defined(__AVX512F__)
   return _mm512_maskz_mov_ps(__mmask16((1u << count) - 1), x);
+#elif defined(__AVX2__)
+  return _mm256_and_ps(x, _mm256_castsi256_ps(lanes_below(count)));
 #else
   for (int64_t i = count; i < W; ++i) x[i] = 0;
   return x;
@@ -83,6 +108,10 @@ SSMQUANT_INLINE V first_of(V x, int64_t count) {
 SSMQUANT_INLINE float lane_sum(V x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(x);
+#elif defined(__AVX2__)
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 #else
   float total = 0;
   for (int i = 0; i < W; ++i) total += x[i];
@@ -165,6 +194,29 @@ SSMQUANT_INLINE I dot(I total, I codes, const Weight* w) {
 #endif
 constexpr int kWeights = W * kUnit;  // of one unit of all lanes
 
+// Codes of a weight that are small enough are multiplied as int8 even without an instruction that sums in int32: pairs
+// of products, and some pairs, have room in an int16.
+#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
+constexpr int kNarrow = 64;  // 255 * 64 * 2 < 2 ** 15
+SSMQUANT_INLINE I pairs(I total, I codes, const void* w) {
+  return (I)_mm512_add_epi16((__m512i)total, _mm512_maddubs_epi16((__m512i)codes, _mm512_loadu_si512(w)));
+}
+SSMQUANT_INLINE I add_pairs(I total, I sums) {
+  return (I)_mm512_add_epi32((__m512i)total, _mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1)));
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kNarrow = 64;
+SSMQUANT_INLINE I pairs(I total, I codes, const void* w) {
+  const __m256i weights = _mm256_loadu_si256(static_cast<const __m256i*>(w));
+  return (I)_mm256_add_epi16((__m256i)total, _mm256_maddubs_epi16((__m256i)codes, weights));
+}
+SSMQUANT_INLINE I add_pairs(I total, I sums) {
+  return (I)_mm256_add_epi32((__m256i)total, _mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)));
+}
+#else
+constexpr int kNarrow = 0;
+#endif
+
 // A unit of codes.
 SSMQUANT_INLINE int32_t word(const uint8_t* codes) {
   if constexpr (kUnit == 2) return int32_t(codes[0]) | int32_t(codes[1]) << 16;
@@ -176,22 +228,54 @@ SSMQUANT_INLINE int32_t word(const uint8_t* codes) {
 SSMQUANT_INLINE I in_all_lanes(int32_t x) {
 #if defined(__AVX512F__)
   return (I)_mm512_set1_epi32(x);
+#elif defined(__AVX2__)
+  return (I)_mm256_set1_epi32(x);
 #else
   return x - I{};
 #endif
 }
 
-SSMQUANT_INLINE I unit(const uint8_t* codes) { return in_all_lanes(word(codes)); }
+SSMQUANT_INLINE I unit(const uint8_t* codes) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  int16_t both;
+  std::memcpy(&both, codes, 2);
+  return (I)_mm256_cvtepu8_epi16(_mm_set1_epi16(both));
+#else
+  return in_all_lanes(word(codes));
+#endif
+}
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 // Units of codes in the lanes by one of weights.
 SSMQUANT_INLINE I dot_words(I total, I codes, int32_t weights) {
 #if defined(__AVX512VNNI__)
   return (I)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)in_all_lanes(weights));
-#else
+#elif defined(__AVX512F__)
   return (I)_mm512_add_epi32((__m512i)total, _mm512_madd_epi16((__m512i)codes, (__m512i)in_all_lanes(weights)));
+#else
+  return (I)_mm256_add_epi32((__m256i)total, _mm256_madd_epi16((__m256i)codes, (__m256i)in_all_lanes(weights)));
 #endif
 }
+
+constexpr int kLevels = 16;  // of a table
+
+// Entries of a table of kLevels by numbers, floats that are integers; `few`: there are 8 at most.
+struct Levels {
+#if defined(__AVX512F__)
+  const __m512i at;
+  explicit Levels(V number) : at(_mm512_cvtps_epi32(number)) {}
+  SSMQUANT_INLINE V of(const float* table, bool) const { return _mm512_permutexvar_ps(at, load(table)); }
+#else
+  const __m256i at;
+  explicit Levels(V number) : at(_mm256_cvtps_epi32(number)) {}
+  SSMQUANT_INLINE V of(const float* table, bool few) const {
+    const V low = _mm256_permutevar8x32_ps(load(table), at);
+    if (few) return low;
+    const V high = _mm256_permutevar8x32_ps(load(table + W), at);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+  }
+#endif
+};
 #endif
 
 // ---- sums ----------------------------------------------------------------------------------------------------------

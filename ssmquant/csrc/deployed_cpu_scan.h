@@ -51,20 +51,21 @@ enum class Decays { kLadder, kShared, kOwn };
 
 // A block of states whose decays are the same for all channels, and what exponentials they need.
 struct Shared {
-  bool ladder = true;  // evenly spaced: decay n is the first one times the n-th power of another
+  bool ladder;  // evenly spaced: decay n is the first one times the n-th power of another
   int rates;
   float rate[kBlock];  // over ln 2
 
   // `a`: of the states of the block.
-  Shared(const float* a, int states) {
+  Shared(const float* a, int states) : ladder(states > 2) {
     const float gap = (a[states - 1] - a[0]) / float(states > 1 ? states - 1 : 1);
     // What a rate is off by is multiplied by the sum of step sizes over some time constants of its state.
     for (int n = 1; n < states; ++n) ladder &= std::fabs(a[0] + float(n) * gap - a[n]) <= 1e-5f * std::fabs(a[n]);
-    ladder &= states > 2;
     rates = ladder ? 2 : states;
     for (int n = 0; n < rates; ++n) rate[n] = (ladder && n == 1 ? gap : a[n]) * float(kLog2e);
   }
 };
+
+constexpr int kMostUnits = 8;  // of a low rank, that tables are looked up by
 
 // Some steps of a tile, (kSteps, W) each.
 struct Piece {
@@ -72,13 +73,18 @@ struct Piece {
   float decays[kBlock][kSteps * W];  // exponentials that a block's channels have in common
   float b[kSteps * kMostStates], c[kSteps * kMostStates];  // (kSteps, padded states)
   int32_t pixel[kSteps];
+  // The low rank of all tiles: units of codes, and their sums.
+  alignas(64) int32_t words[kMostUnits][kSteps];
+  alignas(64) float sums[kSteps];
+  bool numbers;  // there is no NaN among them
 };
 
 // h = decay * h + x * b, y += h * c over the steps of a piece, for a block of states. `rate`: (states, W), where each
 // channel has its own.
 template <int states, Decays form>
 void advance(Piece& p, int steps, const float* b, const float* c, int64_t apart, const float* rate, float* h) {
-  constexpr int some = states < 8 ? states : 8;  // whose decays are known at once
+  // Whose decays are known at once. Those of a ladder are as many as registers are left for, so that chains are short.
+  constexpr int most = form == Decays::kLadder && W < 16 ? 2 : 8, some = states < most ? states : most;
   V state[states];
 #pragma GCC unroll 16
   for (int n = 0; n < states; ++n) state[n] = load(h + n * W);
@@ -94,12 +100,12 @@ void advance(Piece& p, int steps, const float* b, const float* c, int64_t apart,
         for (int n = k; n < 2 * k && n < some; ++n) decay[n] = decay[n - k] * power;
         power = power * power;
       }
-      further = power;  // the eighth power, if there are more than 8
+      further = power;  // of as many states as `some`
     }
 #pragma GCC unroll 16
     for (int n = 0; n < states; ++n) {
       if constexpr (form == Decays::kLadder) {
-        if (n >= 8) decay[n % 8] = decay[n % 8] * further;
+        if (n >= some) decay[n % some] = decay[n % some] * further;
       } else if constexpr (form == Decays::kShared) {
         decay[n % some] = load(p.decays[n] + t * W);
       } else if (n % 4 == 0) {
@@ -120,6 +126,13 @@ void advance(Piece& p, int steps, const float* b, const float* c, int64_t apart,
   for (int n = 0; n < states; ++n) store(h + n * W, state[n]);
 }
 
+template <int n>
+SSMQUANT_INLINE V power_of(V x) {
+  if constexpr (n == 1) return x;
+  else if constexpr (n % 2) return x * power_of<n - 1>(x);
+  else return power_of<n / 2>(x * x);
+}
+
 template <int states>
 void advance(Piece& p, int steps, Decays form, const float* b, const float* c, int64_t apart, const float* rate,
              float* h) {
@@ -137,10 +150,10 @@ inline int block_of(int64_t states) {
 }
 
 // Step sizes of at most 16 levels as tables: of dt, and of exponentials that decays follow from, for each channel and
-// level. Time is in the lanes then, so that one instruction looks up 16 steps of a channel.
+// level. Time is in the lanes then, so that one instruction, or three, look up W steps of a channel.
 struct Tables {
-#if defined(__AVX512F__)
-  static constexpr int levels = 16, most = 2;
+#if defined(__AVX2__)
+  static constexpr int levels = kLevels, most = 2;
   int count = 0;  // of exponentials; there are no tables if it is 0
   float dt[W * levels], decay[most][W * levels];
   float scale[W], shift[W], constant[W];  // of what becomes codes
@@ -163,34 +176,41 @@ struct Tables {
     store(constant, (delta.total + q.shift) * q.over - q.qmin);
   }
 
-  // Of a piece; false if there is a NaN in it.
-  bool look_up(const Delta& delta, const Grid& q, Piece& p, int steps, int64_t channels) const {
-    constexpr int kMostUnits = 8;
+  // What `look_up` needs of a piece's low rank, once for all tiles.
+  static void gather(const Delta& delta, Piece& p, int steps) {
     const int64_t units = delta.call.weights.units;
-    if (units > kMostUnits) return false;
-    alignas(64) int32_t words[kMostUnits][kSteps] = {};
-    alignas(64) float sums[kSteps] = {};
+    p.numbers = true;
     for (int t = 0; t < steps; ++t) {
       const int64_t row = p.pixel[t] * delta.call.rank.row;
-      if (delta.sums[row] == kNotANumber) return false;
-      sums[t] = float(delta.sums[row]);
+      p.numbers &= delta.sums[row] != kNotANumber;
+      p.sums[t] = float(delta.sums[row]);
       const uint8_t* from = delta.codes + row * delta.call.rank.padded;
-      for (int64_t k = 0; k < units; ++k) words[k][t] = word(from + k * kUnit);
+      for (int64_t k = 0; k < units; ++k) p.words[k][t] = word(from + k * kUnit);
     }
+    for (int t = steps; t % W != 0; ++t) {
+      p.sums[t] = 0;
+      for (int64_t k = 0; k < units; ++k) p.words[k][t] = 0;
+    }
+  }
+
+  // Of a piece without NaN that was gathered.
+  void look_up(const Delta& delta, const Grid& q, Piece& p, int steps) const {
+    const int64_t units = delta.call.weights.units;
+    const bool few = q.qmax - q.qmin < 8;
     const int32_t* weights = reinterpret_cast<const int32_t*>(delta.weights);
     for (int t = 0; t < steps; t += W) {
-      V rows[1 + most][W] = {};
-      for (int64_t c = 0; c < W && c < channels; ++c) {
+      V rows[1 + most][W];
+      for (int64_t c = 0; c < W; ++c) {
         I product{};
         for (int64_t k = 0; k < units; ++k) {
-          product = dot_words(product, *reinterpret_cast<const I*>(words[k] + t), weights[k * W + c]);
+          product = dot_words(product, *reinterpret_cast<const I*>(p.words[k] + t), weights[k * W + c]);
         }
         V u = floats(product) * scale[c] + constant[c];
-        if (delta.shifted) u = u - load(sums + t) * shift[c];
+        if (delta.shifted) u = u - load(p.sums + t) * shift[c];
         u = at_most(q.qmax - q.qmin, at_least(0.0f, u));
-        const __m512i level = _mm512_cvtps_epi32(u);
-        rows[0][c] = _mm512_permutexvar_ps(level, load(dt + c * levels));
-        for (int k = 0; k < count; ++k) rows[1 + k][c] = _mm512_permutexvar_ps(level, load(decay[k] + c * levels));
+        const Levels level(u);
+        rows[0][c] = level.of(dt + c * levels, few);
+        for (int k = 0; k < count; ++k) rows[1 + k][c] = level.of(decay[k] + c * levels, few);
       }
       for (int k = 0; k <= count; ++k) {
         transpose_rows<float>(rows[k]);
@@ -198,12 +218,12 @@ struct Tables {
         for (int i = 0; i < W; ++i) store(to + i * W, rows[k][i]);
       }
     }
-    return true;
   }
 #else
   static constexpr int levels = 0, most = 0, count = 0;
   void fill(const Delta&, const Grid&, V, bool, const float*, int) {}
-  bool look_up(const Delta&, const Grid&, Piece&, int, int64_t) const { return false; }
+  static void gather(const Delta&, Piece&, int) {}
+  void look_up(const Delta&, const Grid&, Piece&, int) const {}
 #endif
 };
 
@@ -218,6 +238,7 @@ struct Tile {
   float* y;
   V bias, skip;
   bool quantized, shared;
+  bool ladder = false;     // all states are one, whose two exponentials serve all blocks
   bool looked_up = false;  // the exponentials of the piece are there
   Tables tables;
   float h[kMostStates * W], rates[kMostStates * W];
@@ -245,11 +266,12 @@ struct Tile {
         rates[n * W + i] = i < left ? a[i * N + n] * float(kLog2e) : 0.0f;
       }
     }
-    if (!quantized || of_delta.qmax - of_delta.qmin >= float(Tables::levels) || block_of(N) != N) return;
-    const Shared plan(a, int(N));
+    const Shared plan(a, N <= kBlock ? int(N) : 1);
+    ladder = shared && N <= kBlock && plan.ladder;
+    if (!quantized || of_delta.qmax - of_delta.qmin >= float(Tables::levels) || call.weights.units > kMostUnits) return;
     if (N <= Tables::most) {
       tables.fill(delta, of_delta, bias, call.softplus != 0, rates, int(N));
-    } else if (shared && plan.ladder) {
+    } else if (ladder) {
       float two[2 * W];
       for (int i = 0; i < 2 * W; ++i) two[i] = plan.rate[i / W];
       tables.fill(delta, of_delta, bias, call.softplus != 0, two, 2);
@@ -258,8 +280,8 @@ struct Tile {
 
   // dt, dt * u and skip * u of a piece.
   void read(Piece& p, int steps) {
-    looked_up = tables.count > 0 && tables.look_up(delta, of_delta, p, steps, left);
-    if (!looked_up) compute_steps(p, steps);
+    looked_up = tables.count > 0 && p.numbers;
+    looked_up ? tables.look_up(delta, of_delta, p, steps) : compute_steps(p, steps);
     for (int t = 0; t < steps; ++t) {
       const V value = of_u.value(load_codes(u + p.pixel[t] * call.u.padded));
       store(p.x + t * W, load(p.dt + t * W) * value);
@@ -282,35 +304,48 @@ struct Tile {
     }
   }
 
+  // Exponentials that decays of some states follow from.
+  static void exponentials(const Shared& plan, Piece& p, int steps) {
+    for (int k = 0; k < plan.rates; ++k) {
+      for (int t = 0; t < steps; t += 2) {
+        V pair[2] = {load(p.dt + t * W) * plan.rate[k], load(p.dt + (t + 1) * W) * plan.rate[k]};
+        exp2<2>(pair, 0.0f);
+        store(p.decays[k] + t * W, pair[0]);
+        store(p.decays[k] + (t + 1) * W, pair[1]);
+      }
+    }
+  }
+
+  // The next `states` states.
+  template <int states>
+  void advance_block(Piece& p, int steps, Decays form, int64_t n) {
+    advance<states>(p, steps, form, p.b + n, p.c + n, call.b.padded, rates + n * W, h + n * W);
+    if (!ladder || n + states >= call.states) return;
+    for (int t = 0; t < steps; ++t) {  // from the first decay of this block to that of the next
+      store(p.decays[0] + t * W, load(p.decays[0] + t * W) * power_of<states>(load(p.decays[1] + t * W)));
+    }
+  }
+
   void walk(Piece& p, int steps) {
-    const int64_t apart = call.b.padded;
+    if (ladder && !looked_up) exponentials(Shared(a, int(call.states)), p, steps);
     for (int64_t n = 0; n < call.states;) {
       const int block = block_of(call.states - n);
-      const Shared plan(a + n, block);
       const bool each = looked_up && call.states <= Tables::most;  // an exponential of each state is there
-      const Decays form = each                     ? Decays::kShared
-                          : !shared                ? Decays::kOwn
-                          : plan.ladder            ? Decays::kLadder
-                                                   : Decays::kShared;
-      for (int k = 0; !looked_up && shared && k < plan.rates; ++k) {
-        for (int t = 0; t < steps; t += 2) {
-          V pair[2] = {load(p.dt + t * W) * plan.rate[k], load(p.dt + (t + 1) * W) * plan.rate[k]};
-          exp2<2>(pair, 0.0f);
-          store(p.decays[k] + t * W, pair[0]);
-          store(p.decays[k] + (t + 1) * W, pair[1]);
-        }
+      Decays form = each ? Decays::kShared : ladder ? Decays::kLadder : Decays::kOwn;
+      if (form == Decays::kOwn && shared) {
+        const Shared plan(a + n, block);
+        exponentials(plan, p, steps);
+        form = plan.ladder ? Decays::kLadder : Decays::kShared;
       }
-      const float *const b = p.b + n, *const c = p.c + n, *const rate = rates + n * W;
-      float* const state = h + n * W;
       switch (block) {
 #if defined(__AVX512F__)
-        case 16: advance<16>(p, steps, form, b, c, apart, rate, state); break;
-        case 10: advance<10>(p, steps, form, b, c, apart, rate, state); break;
+        case 16: advance_block<16>(p, steps, form, n); break;
+        case 10: advance_block<10>(p, steps, form, n); break;
 #endif
-        case 8: advance<8>(p, steps, form, b, c, apart, rate, state); break;
-        case 4: advance<4>(p, steps, form, b, c, apart, rate, state); break;
-        case 2: advance<2>(p, steps, form, b, c, apart, rate, state); break;
-        default: advance<1>(p, steps, form, b, c, apart, rate, state);
+        case 8: advance_block<8>(p, steps, form, n); break;
+        case 4: advance_block<4>(p, steps, form, n); break;
+        case 2: advance_block<2>(p, steps, form, n); break;
+        default: advance_block<1>(p, steps, form, n);
       }
       n += block;
     }
@@ -356,6 +391,9 @@ void scan(const ScanCall& call, int64_t direction, int64_t sample, int64_t first
     }
     read_states(call.b, of_b, start(call.b), p.pixel, steps, p.b);
     read_states(call.c, of_c, start(call.c), p.pixel, steps, p.c);
+    bool tables = false;
+    for (int64_t i = 0; i < count; ++i) tables |= tiles[i].tables.count > 0;
+    if (tables) Tables::gather(tiles->delta, p, steps);
     for (int64_t i = 0; i < count; ++i) {
       tiles[i].read(p, steps);
       tiles[i].walk(p, steps);

@@ -499,7 +499,8 @@ class _Layers:
         if user.op not in ("call_function", "call_method"):
             return False
         name = op_name(user)
-        return name in _MOVERS or (name in _ELEMENTWISE and self._any_strides(user))
+        elementwise = name in _ELEMENTWISE or user.target is times
+        return name in _MOVERS or (elementwise and self._any_strides(user))
 
 
 def _conv_options(node: fx.Node) -> tuple[Any, Any, Any, Any]:

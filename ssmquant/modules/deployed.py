@@ -217,22 +217,25 @@ def takes_weight(module: nn.Module, outputs: int = 1) -> bool:
 
 
 def _weights(
-    module: PackedTensor, form: Any, arrange: Callable[[Tensor], Tensor], *, values: bool = False
+    module: PackedTensor, form: Any, arrange: Callable[[Tensor], Tensor], **options: bool
 ) -> Weights:
-    """A packed weight for kernels; ``arrange``: its codes as (.., outputs, inputs), which ``form`` names."""
+    """A packed weight for kernels; ``arrange``: its codes as (.., outputs, inputs), which ``form`` names.
+
+    ``options``: of ``cpu.pack``.
+    """
 
     def make() -> Weights:
         q = module.qtensor()
         scale, shift = (arrange(t.float().expand(q.codes.shape))[..., 0] for t in (q.scale, q.shift))
         codes, shift = signed_codes(arrange(q.codes), q.bits, q.code_min, shift, scale)
-        return cpu.pack(codes, scale, shift, values=values)
+        return cpu.pack(codes, scale, shift, **options)
 
-    made: Weights = _kept(module, (form, values), make)
+    made: Weights = _kept(module, (form, *options.items()), make)
     return made
 
 
-def _matrix(module: PackedTensor, shape: tuple[int, ...], *, values: bool = False) -> Weights:
-    return _weights(module, shape, lambda t: t.reshape(shape), values=values)
+def _matrix(module: PackedTensor, shape: tuple[int, ...], **options: bool) -> Weights:
+    return _weights(module, shape, lambda t: t.reshape(shape), **options)
 
 
 def plain(value: Any) -> Any:
@@ -485,7 +488,7 @@ def scan_core(
 
     def weights_of() -> tuple[Weights, Weights]:
         shapes = (directions * rows, channels), (directions, channels, rank)
-        return _matrix(projection, shapes[0]), _matrix(dt_weight, shapes[1])
+        return _matrix(projection, shapes[0]), _matrix(dt_weight, shapes[1], steps=True)
 
     def prepare() -> cpu.Core | None:
         """None if one of the grids is known by a call's data only."""

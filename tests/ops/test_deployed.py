@@ -81,7 +81,7 @@ def layouts(x: Tensor) -> list[Tensor]:
 
 sizes = st.integers(1, 40)
 seeds = st.integers(0, 1000)
-bit_widths = st.sampled_from([2, 3, 4, 5, 8])
+bit_widths = st.sampled_from([2, 3, 4, 5, 7, 8])
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -191,6 +191,24 @@ def test_linear(
     # Of what the result is put together from: products of codes, and what belongs to shifts.
     magnitude = 1.5 * inputs * float(values.abs().max()) + float(bias.abs().max())
     assert float((y.double() - (x @ values.T + bias)).abs().max()) < 1e-6 * magnitude
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bits", [2, 4, 6, 7, 8])
+@pytest.mark.parametrize("of_x", [2, 4, 8])
+def test_the_largest_products_have_room(path: int, bits: int, of_x: int) -> None:
+    """Weights of at most 7 bits may be summed in 16 bits, for as long as the largest of all codes allow."""
+    inputs, half = 600, 2 ** (bits - 1)
+    codes = torch.full((9, inputs), -half, dtype=torch.int8)
+    codes[1], codes[2, ::2] = half - 1, half - 1
+    codes[3:] = torch.randint(-half, half, (6, inputs), generator=torch.Generator().manual_seed(0))
+    weights = cpu.pack(codes, torch.ones(9), torch.zeros(9), path=path)
+    grid = Grid(torch.ones(1), torch.zeros(1), 0, 2**of_x - 1)
+    x = torch.full((1, 3, 1, inputs), 1000.0)
+    x[0, 1, 0] = torch.randint(0, 2**of_x, (inputs,), generator=torch.Generator().manual_seed(1))
+    y = cpu.linear(cpu.encode(x, grid, path=path), grid, weights, path=path)
+    want = x[:, :, 0].clamp(max=2**of_x - 1).double() @ codes.double().T
+    assert torch.equal(y.double(), want)  # below 2 ** 24, so exact
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -425,7 +443,7 @@ class Core:
         self.rank = self.coded(torch.randn(batch, pixels, k, rank), make_grid(4, 1), by_group=True)
         self.b = self.coded(torch.randn(batch, pixels, k, states), make_grid(3, batch, True), by_group=True)
         self.c = self.coded(torch.randn(batch, pixels, k, states), make_grid(8, 1), by_group=True)
-        self.weights, self.values = make_weight((k, channels, rank), 4, path)
+        self.weights, self.values = make_weight((k, channels, rank), 4, path, steps=True)
         self.skip, self.bias = torch.randn(k * channels), torch.randn(k * channels) - 2
         row = torch.arange(pixels)
         column = row.view(height, width).T.flatten()
@@ -562,7 +580,7 @@ def test_a_core_is_its_parts(
     rows = ranks + 2 * states + 1
     places = (1, 1 + ranks, 1 + ranks + states)
     projection, _ = make_weight((directions * rows, channels), bits, path)
-    steps, _ = make_weight((directions, channels, ranks), bits, path)
+    steps, _ = make_weight((directions, channels, ranks), bits, path, steps=True)
     a = decays("ladder", directions, channels, states)
     skip, bias = torch.randn(directions * channels), torch.randn(directions * channels)
     order = torch.stack([torch.randperm(pixels) for _ in range(directions)]).int()

@@ -52,7 +52,7 @@ class Codes(ctypes.Structure):
 
 
 class Weights(ctypes.Structure):
-    _fields_ = [*_pointers("codes", "scale", "shift", "total"), *_integers("units")]
+    _fields_ = [*_pointers("codes", "scale", "shift", "total"), *_integers("units", "narrow")]
 
 
 class Norm(ctypes.Structure):
@@ -210,7 +210,7 @@ def found() -> ctypes.CDLL | str:
     for name in ("project", "core"):
         function = getattr(kernels, f"ssmquant_deployed_{name}_workspace")
         function.argtypes, function.restype = [ctypes.POINTER(calls[name])], ctypes.c_int64
-    for name in ("paths", "path", "lanes", "unit", "tasks"):
+    for name in ("paths", "path", "lanes", "unit", "narrow", "tasks"):
         function = getattr(kernels, f"ssmquant_deployed_{name}")
         function.argtypes = [] if name == "paths" else [ctypes.c_int64]
         function.restype = ctypes.c_char_p if name == "path" else ctypes.c_int64

@@ -83,9 +83,8 @@ def _codes(codes: Codes) -> calls.Codes:
 
 def _weights(weights: Weights) -> calls.Weights:
     tensors = weights.codes, weights.scale, weights.shift, weights.total
-    return calls.Weights(
-        *(t.data_ptr() for t in tensors), weights.codes.shape[-3] if weights.codes.dim() > 3 else 0
-    )
+    units = weights.codes.shape[-3] if weights.codes.dim() > 3 else 0
+    return calls.Weights(*(t.data_ptr() for t in tensors), units, weights.narrow)
 
 
 def _values(x: Tensor) -> calls.Values:
@@ -188,10 +187,12 @@ def ranges(
     return out.unbind(0)
 
 
-def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, values: bool = False, path: int = 0) -> Weights:
+def pack(
+    codes: Tensor, scale: Tensor, shift: Tensor, *, values: bool = False, steps: bool = False, path: int = 0
+) -> Weights:
     """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs) as ``path`` wants them.
 
-    ``values``: for ``linear`` of an input whose grid has ``low`` and ``high``.
+    ``values``: for ``linear`` of an input whose grid has ``low`` and ``high``. ``steps``: for the step sizes of a scan.
     """
     library = calls.library()
     lanes, unit = library.ssmquant_deployed_lanes(path), library.ssmquant_deployed_unit(path)
@@ -199,14 +200,18 @@ def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, values: bool = False, p
     total = scale.double() * codes.sum(-1, dtype=torch.int64) - inputs * shift.double()
     tiles = -(-outputs // lanes)
     wide = F.pad(codes, (0, 0, 0, tiles * lanes - outputs))
+    narrow = 0
     if values:
         wide = wide.view(*lead, tiles, lanes, inputs).transpose(-1, -2).contiguous()
     else:
+        most = max(1, int(codes.max()), -int(codes.min())) if codes.numel() else 1
+        if not steps and unit != 4 and most <= library.ssmquant_deployed_narrow(path):
+            unit, narrow = 4, most
         units = -(-inputs // unit)
         wide = F.pad(wide, (0, units * unit - inputs)).view(*lead, tiles, lanes, units, unit)
         wide = wide.transpose(-3, -2).to(torch.int8 if unit == 4 else torch.int16).contiguous()
     scale, shift, total = (by_lanes(t, path) for t in (scale, shift, total))
-    return Weights(wide, scale, shift, total, outputs)
+    return Weights(wide, scale, shift, total, outputs, narrow)
 
 
 def by_lanes(x: Tensor, path: int = 0) -> Tensor:

@@ -67,7 +67,8 @@ class Weights:
     """A weight (..., outputs, inputs) as a kernel's path wants it, and what makes values of its codes.
 
     ``value = scale * code - shift``, one of each an output; ``total``: the sum of an output's values. All of them
-    (..., tiles, lanes), zeros behind the outputs.
+    (..., tiles, lanes), zeros behind the outputs. ``narrow``: 0, or the largest magnitude of codes that are int8 where
+    the path's own form is int16.
     """
 
     codes: Tensor
@@ -75,6 +76,7 @@ class Weights:
     shift: Tensor
     total: Tensor
     outputs: int
+    narrow: int = 0
 
 
 def signed_codes(
