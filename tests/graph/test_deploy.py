@@ -637,6 +637,15 @@ def test_layers_of_other_shapes() -> None:
         assert float((a - b).norm() / b.norm()) < 0.02
 
 
+def test_factors_of_channels_take_any_layout() -> None:
+    """A convolution whose result has factors, which the next one takes, need not copy it to another layout."""
+    model, _ = make("mambair", QConfig.recommended(4, 4))
+    graph = deploy(record(model).graph, model)
+    convs = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "_conv2d"]
+    assert any(n.args[7] is not None for n in convs)  # factors
+    assert all(n.args[6] for n in convs)  # may be channels last
+
+
 def test_a_result_that_needs_its_layout_is_contiguous() -> None:
     class View(nn.Module):
         def __init__(self) -> None:
