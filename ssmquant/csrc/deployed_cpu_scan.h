@@ -234,6 +234,7 @@ struct Tile {
   const Grid of_u, of_delta;
   const int64_t left;  // channels from its first one on
   const float* a;      // (channels, states)
+  const Shared plan;   // of all states, if they are no more than a block
   const uint8_t* u;
   float* y;
   V bias, skip;
@@ -250,6 +251,7 @@ struct Tile {
         of_delta(call.of_delta.scale ? call.of_delta : call.of_rank, sample),
         left(call.channels - tile * W),
         a(call.a + (direction * call.channels + tile * W) * call.states),
+        plan(a, call.states <= kBlock ? int(call.states) : 1),
         u(call.u.data + sample * call.u.batch * call.u.padded + tile * W),
         y(call.y + sample * call.pixels * call.channels + tile * W),
         quantized(call.of_delta.scale != nullptr) {
@@ -266,7 +268,6 @@ struct Tile {
         rates[n * W + i] = i < left ? a[i * N + n] * float(kLog2e) : 0.0f;
       }
     }
-    const Shared plan(a, N <= kBlock ? int(N) : 1);
     ladder = shared && N <= kBlock && plan.ladder;
     if (!quantized || of_delta.qmax - of_delta.qmin >= float(Tables::levels) || call.weights.units > kMostUnits) return;
     if (N <= Tables::most) {
@@ -327,15 +328,15 @@ struct Tile {
   }
 
   void walk(Piece& p, int steps) {
-    if (ladder && !looked_up) exponentials(Shared(a, int(call.states)), p, steps);
+    if (ladder && !looked_up) exponentials(plan, p, steps);
     for (int64_t n = 0; n < call.states;) {
       const int block = block_of(call.states - n);
       const bool each = looked_up && call.states <= Tables::most;  // an exponential of each state is there
       Decays form = each ? Decays::kShared : ladder ? Decays::kLadder : Decays::kOwn;
       if (form == Decays::kOwn && shared) {
-        const Shared plan(a + n, block);
-        exponentials(plan, p, steps);
-        form = plan.ladder ? Decays::kLadder : Decays::kShared;
+        const Shared own(a + n, block);
+        exponentials(own, p, steps);
+        form = own.ladder ? Decays::kLadder : Decays::kShared;
       }
       switch (block) {
 #if defined(__AVX512F__)
