@@ -99,6 +99,26 @@ def _stand_ins(model: nn.Module) -> Iterator[list[Tensor]]:
             table[name] = p
 
 
+@contextmanager
+def _moved(model: nn.Module, names: Sequence[str], device: torch.device) -> Iterator[list[Tensor]]:
+    """Plain tensors of the model that lie on the CPU, as copies on the GPU: a captured pass cannot bring them there."""
+    places, copies = [], []
+    for name in names:
+        owner, _, attr = name.rpartition(".")
+        module = model.get_submodule(owner)
+        value = getattr(module, attr, None)
+        if isinstance(value, Tensor) and value.device.type == "cpu":
+            places.append((module, attr, value))
+            copies.append(value.to(device))
+    for (module, attr, _), copy in zip(places, copies, strict=True):
+        setattr(module, attr, copy)
+    try:
+        yield copies
+    finally:
+        for module, attr, value in places:
+            setattr(module, attr, value)
+
+
 def _differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
@@ -120,10 +140,13 @@ class _Graph:
         self.use: weakref.ref[_Use] | None = None
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # or a graph would use the weights as cast before it
+        record.plain_tensors(model)
         try:
-            self._make(record, model, inputs)
+            with _moved(model, record.plain, inputs[0].device) as copies:
+                self._make(record, model, inputs)
         finally:
             torch.set_autocast_cache_enabled(cached)
+        self.kept = copies, record.made(model)  # the graph reads their memory
 
     def _make(self, record: Any, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self.inputs = [x.detach().clone() for x in inputs]
@@ -280,7 +303,9 @@ def _state(record: Any, model: nn.Module) -> tuple[list[Any], list[Tensor]]:
     modules = _modules(model)
     tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
     tensors = [t for table in tables for t in table.values() if t is not None] + record.plain_tensors(model)
-    state: list[Any] = [(id(t), t.data_ptr(), t.requires_grad, t.dtype, t.shape, t.stride()) for t in tensors]
+    # Kernels of a deployed model read what was made of its tensors.
+    versions = [0 if t.is_inference() else t._version for t in tensors] if record.made(model) else []
+    state: list[Any] = [*versions, *((id(t), t.data_ptr(), t.requires_grad, t.dtype, t.shape, t.stride()) for t in tensors)]
     state += [(type(m), m.training, hooks_of(m), _constants(m)) for m in modules]
     return state, tensors
 

@@ -1,4 +1,4 @@
-"""The graph of a deployed model on a CPU: chains of nodes that one call on codes computes (``modules.deployed``).
+"""The graph of a deployed model on a CPU or a GPU: chains of nodes that one call on codes computes (``modules.deployed``).
 
 The record's own graph stays as it is: the one that is made here computes the same up to the order of sums.
 """
@@ -16,15 +16,16 @@ from ssmquant.graph.fuse import fuse
 from ssmquant.graph.gains import gains_in_sight
 from ssmquant.graph.orders import shape_of
 from ssmquant.graph.sites import op_name
+from ssmquant.modules.deployed import Engine
 
 __all__ = ["deploy", "kernels"]
 
 
-def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
-    """The fused graph of a deployed model on a CPU; ``graph`` itself if nothing in it can be fused."""
+def deploy(graph: fx.Graph, model: nn.Module, engine: Engine) -> fx.Graph:
+    """The graph of a deployed model, fused for ``engine``; ``graph`` itself if nothing in it can be fused."""
     graph = gains_in_sight(graph, model)
     fused = fuse(graph, model)
-    d = Deployer(fused, model)
+    d = Deployer(fused, model, engine)
     for n in fused.nodes:
         if n.target is SCAN:
             try:
@@ -32,7 +33,7 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
             except NoMatch:
                 continue
     if not d.changed:  # what is fused for other devices alone is no gain
-        d = Deployer(graph, model)
+        d = Deployer(graph, model, engine)
     deploy_sequences(d)
     for n in d.graph.nodes:
         if n.op == "call_method" and n.target == "size" and len(n.args) == 2:
@@ -40,7 +41,7 @@ def deploy(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     d.prune()
     for n in d.graph.nodes:
         n.meta.pop("region", None)  # without gradients there is nothing to compute again
-    if not deploy_layers(d.graph, model) and not d.changed:
+    if not deploy_layers(d.graph, model, engine) and not d.changed:
         return graph
     d.graph.lint()
     return d.graph

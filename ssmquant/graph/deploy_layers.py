@@ -1,4 +1,4 @@
-"""Projections and convolutions of a deployed graph on a CPU: one call on codes each, for quantizer, weight and layer.
+"""Projections and convolutions of a deployed graph: one call on codes each, for quantizer, weight and layer.
 
 Results of convolutions are channels last, where nothing reads them that needs another layout.
 """
@@ -32,6 +32,7 @@ _ELEMENTWISE = {
     "add", "sub", "mul", "div", "truediv", "iadd", "imul", "silu", "gelu", "relu", "sigmoid", "leaky_relu", "float",
     "to", "neg", "clamp", "tanh", "softplus",
 }  # fmt: skip
+_MOST_OF_ATTENTION = 2**14  # elements of a weight that one block holds
 _LAYERS = (nn.Conv2d, nn.Linear, *deployed.NORMS, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
 _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)
 
@@ -87,6 +88,13 @@ def _blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     return deployed.blend(x, gain, v, scale)
 
 
+def _excite(x: Tensor, first: nn.Conv2d, second: nn.Conv2d) -> Tensor:
+    if x.dim() != 4 or first.weight.dtype != torch.float32 or second.weight.dtype != torch.float32:
+        raise Unfit
+    _check(x)
+    return deployed.excite(x, first, second)
+
+
 def _check(*tensors: Any) -> None:
     """The kernels are for float32, and for something."""
     if any(t.dtype != torch.float32 or not t.numel() for t in tensors):
@@ -108,8 +116,8 @@ def called(model: nn.Module, node: Any, prefix: str) -> nn.Module | None:
 
 
 class _Layers:
-    def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
-        self.graph, self.model = graph, model
+    def __init__(self, graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> None:
+        self.graph, self.model, self.engine = graph, model, engine
         self.gone: set[fx.Node] = set()
         # What is written to in place may be another value where a kernel would read it.
         self.written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
@@ -141,7 +149,7 @@ class _Layers:
             new = self._conv(node, x, of_x, weight, packed, bias, (stride, padding, dilation))
         if new is None:
             return False
-        exact = not deployed.dynamic(of_x) and not (node.target is F.conv2d and packed.shape[1] == 1)
+        exact = not deployed.dynamic(of_x, self.engine) and not (node.target is F.conv2d and packed.shape[1] == 1)
         if "site" in node.meta:
             new.meta["kernels"] = {node.meta["site"]: "products of codes" if exact else "products of levels"}
         self._erase(node, x, weight)
@@ -178,7 +186,7 @@ class _Layers:
         self, node: fx.Node, x: fx.Node, of_x: nn.Module, weight: fx.Node, packed: PackedTensor, bias: Any
     ) -> fx.Node | None:
         axes = len(shape_of(node) or ())
-        by_row = deployed.by_row(of_x, axes - 1)
+        by_row = deployed.by_row(of_x, axes - 1, self.engine)
         if len(packed.shape) != 2 or axes < 2 or not (by_row or self._takes_input(of_x, packed)):
             return None
         value = self._any_layout(x.args[0])
@@ -355,15 +363,15 @@ class _Layers:
             if not keeps or stride != (1, 1) or weight.shape[:2] != (groups, 1):
                 return False
             span = max((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
-            return span <= cpu.MOST_SPAN and deployed.coded(of_x)
+            return span <= self.engine.MOST_SPAN and deployed.coded(of_x, self.engine)
         if weight.shape[1] == 1:
             return False  # it would pass for a depthwise one
         if deployed.is_pointwise(kernel, (stride, padding, dilation)):
-            return self._takes_input(of_x, weight) or deployed.by_row(of_x, 1)
+            return self._takes_input(of_x, weight) or deployed.by_row(of_x, 1, self.engine)
         return deployed.static(of_x)
 
     def _takes_input(self, of_x: nn.Module, weight: PackedTensor) -> bool:
-        return deployed.static(of_x) or (deployed.dynamic(of_x) and weight.shape[1] <= cpu.MOST_INPUTS)
+        return deployed.static(of_x) or (deployed.dynamic(of_x, self.engine) and weight.shape[1] <= self.engine.MOST_INPUTS)
 
     def _is_silu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -469,6 +477,33 @@ class _Layers:
             return True
         return False
 
+    def attention(self, node: fx.Node) -> None:
+        """Makes channel attention, five modules of small kernels, one call where there is a kernel for it."""
+        if not hasattr(self.engine, "excite"):
+            return
+        modules: list[Any] = []
+        first: Any = node
+        for kind in (nn.Sigmoid, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.AdaptiveAvgPool2d):
+            if not isinstance(first, fx.Node) or first.op != "call_module" or len(first.args) != 1:
+                return
+            module = self.model.get_submodule(str(first.target))
+            if type(module) is not kind or hooks_of(module) or (first is not node and len(first.users) != 1):
+                return
+            modules.append((first, module))
+            first = first.args[0]
+        (_, _), (second_at, second), (_, _), (first_at, conv), (_, pooled) = modules
+        if pooled.output_size not in (1, (1, 1)) or not all(_is_plain_pointwise(m) for m in (conv, second)):
+            return
+        if not self.is_fixed(first):
+            return
+        with self.graph.inserting_before(node):
+            owners = self._owner(first_at), self._owner(second_at)
+            new = self.graph.call_function(_excite, (first, *owners))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        for n, _ in modules:
+            self.graph.erase_node(n)
+
     def drop_copy(self, node: fx.Node) -> None:
         """Leaves out what makes a result of kernels contiguous for readers that take any strides."""
         if node.op != "call_method" or node.target != "contiguous" or len(node.args) != 1:
@@ -512,6 +547,11 @@ def _conv_options(node: fx.Node) -> tuple[Any, Any, Any, Any]:
     return stride, padding, dilation, given["groups"]
 
 
+def _is_plain_pointwise(conv: nn.Conv2d) -> bool:
+    plain = (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    return plain and conv.bias is not None and conv.in_channels * conv.out_channels <= _MOST_OF_ATTENTION
+
+
 def _pair(value: Any) -> tuple[int, int] | None:
     both = (
         (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
@@ -547,9 +587,9 @@ def _is_channels_first(value: Any) -> bool:
     )
 
 
-def deploy_layers(graph: fx.Graph, model: nn.Module) -> bool:
+def deploy_layers(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> bool:
     """Replaces the layers of ``graph``, in place; whether there was one."""
-    layers = _Layers(graph, model)
+    layers = _Layers(graph, model, engine)
     changed = False
     for node in list(graph.nodes):
         changed |= layers.layer(node) if node.target in (F.linear, F.conv2d) else layers.product(node)
@@ -558,4 +598,6 @@ def deploy_layers(graph: fx.Graph, model: nn.Module) -> bool:
             layers.sum(node)
     for node in list(graph.nodes):
         layers.drop_copy(node)
+    for node in list(graph.nodes):
+        layers.attention(node)
     return changed

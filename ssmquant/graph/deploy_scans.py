@@ -1,4 +1,4 @@
-"""Scans of images in a deployed graph on a CPU: with all around them one call on codes (``modules.deployed``).
+"""Scans of images in a deployed graph: with all around them one call on codes (``modules.deployed``).
 
 Found by structure in the graph that ``fuse`` has made, where cross-scans are already orders of pixels:
 
@@ -23,7 +23,6 @@ from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
 from ssmquant.ops.cross_scan import Paths
-from ssmquant.ops.deployed import cpu
 
 __all__ = ["KERNEL", "SCAN", "Deployer", "NoMatch", "traced_shape"]
 
@@ -147,8 +146,8 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 class Deployer:
     """Looks at ``old``, which stays as it is, and changes a copy of it."""
 
-    def __init__(self, old: fx.Graph, model: nn.Module) -> None:
-        self.old, self.model = old, model
+    def __init__(self, old: fx.Graph, model: nn.Module, engine: deployed.Engine) -> None:
+        self.old, self.model, self.engine = old, model, engine
         self.graph = fx.Graph()
         self.copy: dict[fx.Node, fx.Node] = {}
         for n in old.nodes:
@@ -167,7 +166,7 @@ class Deployer:
 
     def quantizer(self, node: Any, *, exact: bool = False) -> fx.Node:
         module = self.module(node, ACTIVATIONS)
-        if not (deployed.static(module) if exact else deployed.coded(module)):
+        if not (deployed.static(module) if exact else deployed.coded(module, self.engine)):
             raise NoMatch
         assert isinstance(node, fx.Node)
         self.dead.add(node)
@@ -258,7 +257,9 @@ class Deployer:
         found = [self.rows(rows_node, n, directions) for n in readers]
         last = self.rows(steps, delta, directions)
         rank, states, same = (f[2] for f in found)
-        if states != same or states > cpu.MOST_STATES or last[1:] != (0, traced_shape(image)[1]):
+        if max(states / self.engine.MOST_STATES, rank / self.engine.MOST_RANK) > 1:
+            raise NoMatch
+        if states != same or last[1:] != (0, traced_shape(image)[1]):
             raise NoMatch
         core = _Core(
             merges.target,

@@ -1,4 +1,4 @@
-"""Scans of sequences in a deployed graph on a CPU, as in Mamba's own block and in Vim's, which has two directions.
+"""Scans of sequences in a deployed graph, as in Mamba's own block and in Vim's, which has two directions.
 
 Found by structure in the user's own graph:
 
@@ -25,7 +25,6 @@ from ssmquant.graph.moves import evaluate, signature, sizes_of, traced_size
 from ssmquant.graph.orders import Unfit, count
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
-from ssmquant.ops.deployed import cpu
 
 __all__ = ["deploy_sequences"]
 
@@ -234,7 +233,7 @@ class _Matcher:
             return count(convolved(batch, length))[..., begin : begin + length]
 
         shift = int(self.chain(conv, silu.args[0], convolved, cut).flatten()[0]) - options["padding"]
-        if 2 * max(-shift, shift + taps - 1, 0) > cpu.MOST_SPAN:
+        if 2 * max(-shift, shift + taps - 1, 0) > d.engine.MOST_SPAN:
             raise NoMatch
         self.chain(silu, of_u.args[0], image)
 
@@ -260,7 +259,7 @@ class _Matcher:
             self.columns(made, of_c.args[0], states),
         )
         self._steps_at(steps, steps_at, channels)
-        if states > cpu.MOST_STATES:
+        if states > d.engine.MOST_STATES or ranks > d.engine.MOST_RANK:
             raise NoMatch
 
         gate = None if z is None else self._gate(rows, z, channels, reverse)

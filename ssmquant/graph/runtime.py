@@ -32,8 +32,7 @@ from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.sites import find_sites
 from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_graph, trace
 from ssmquant.graph.writer import ADOPTED, Rules
-from ssmquant.modules.deployed import Unchanged
-from ssmquant.ops.deployed import cpu
+from ssmquant.modules.deployed import Unchanged, engine_of
 from ssmquant.ops.deployed.memory import Pool
 from ssmquant.ops.selection import selected
 from ssmquant.quantizers.bank import hooks_of
@@ -64,11 +63,11 @@ class Record:
     run: Callable[..., Any]
     verified: list[Shapes] = field(default_factory=list)
     fused: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    """What runs for a training step on a GPU, or deployed on a CPU: made when it first does."""
+    """What runs for a training step on a GPU, or deployed: made when it first does."""
     fitting: set[Any] = field(default_factory=set)
     """Forms and shapes of inputs that they are known to compute the same at."""
-    deployed: fx.Graph | None = None
-    """The graph of ``fused["deployed"]``."""
+    deployed: dict[str, fx.Graph] = field(default_factory=dict)
+    """Graphs of deployed models, by the device type that they are fused for."""
     plain: list[str] | None = None
 
     def __call__(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
@@ -77,7 +76,7 @@ class Record:
         if form is None or _watched(model):
             return self.run(model, *tensors)
         runtime = runtime_of(model)
-        if form != "deployed":
+        if form == TRAINING:
             return self._run_fused(model, tensors, form)
         with runtime.memory.in_use(), runtime.unchanged.in_use(runtime.activations, runtime.weights):
             return self._run_fused(model, tensors, form)
@@ -102,23 +101,31 @@ class Record:
     def kernels(self, model: nn.Module) -> dict[str, str]:
         """What computes sites on this machine, where it is not plain PyTorch on decoded values."""
         device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
-        if device is None or runtime_of(model).stage != "deployed" or cpu.unavailable(device) is not None:
+        if device is None or runtime_of(model).stage != "deployed":
             return {}
-        return kernels(self._deployed(model))
+        if engine_of(device).unavailable(device) is not None:
+            return {}
+        return kernels(self._deployed(model, device.type))
 
-    def _deployed(self, model: nn.Module) -> fx.Graph:
-        if self.deployed is None:
+    def _deployed(self, model: nn.Module, device: str) -> fx.Graph:
+        if device not in self.deployed:
             modes = self.trace.traced.sets_modes  # such as autocast for a part
-            self.deployed = self.graph if modes else deploy(self.graph, model)
-        return self.deployed
+            engine = engine_of(torch.device(device))
+            self.deployed[device] = self.graph if modes else deploy(self.graph, model, engine)
+        return self.deployed[device]
 
     def _fuse(self, model: nn.Module, form: str) -> Callable[..., Any]:
-        if form == "deployed":
-            graph = self._deployed(model)
+        if form != TRAINING:
+            graph = self._deployed(model, form)
             return self.run if graph is self.graph else compile_graph(graph, model)[0]
         graph = rewrite(model, self.trace, self.plan, float_scans=True)
         fused = faster_layers(fuse(graph, model), model)
         return compile_graph(bank_weights(fused), model)[0]
+
+    def made(self, model: nn.Module) -> list[Any]:
+        """What a deployed model's kernels read that was made of its tensors."""
+        runtime = runtime_of(model)
+        return runtime.unchanged.values() if runtime.stage == "deployed" else []
 
     def plain_tensors(self, model: nn.Module) -> list[Tensor]:
         """The tensors that the graph reads and that are neither parameters nor buffers."""
@@ -174,26 +181,28 @@ def _watched(model: nn.Module) -> bool:
     return any(hooks_of(m) for child in children for m in (child, *child._modules.values()) if m is not None)
 
 
+TRAINING = "training"
 _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 
 
 def _form(model: nn.Module, tensors: Sequence[Tensor]) -> str | None:
-    """Where fused kernels pay: "training" on a GPU, or "deployed" on a CPU. Not while something traces."""
+    """Where fused kernels pay: ``TRAINING`` on a GPU, or of a deployed model its device's type. Not while tracing."""
     if not tensors or torch.compiler.is_compiling() or selected("fuse") == "chunked":
         return None
     prepared, gradients = runtime_of(model).stage == "prepared", torch.is_grad_enabled()
     if prepared and model.training and gradients and all(t.is_cuda and type(t) is Tensor for t in tensors):
-        return "training"
-    plain = all(
-        t.device.type == "cpu"
+        return TRAINING
+    device = tensors[0].device
+    plain = device.type in ("cpu", "cuda") and all(
+        t.device == device
         and type(t) in (Tensor, nn.Parameter)
         and t.numel()
         and t.dtype not in _OTHER_FLOATS
         for t in tensors
     )
     differentiable = gradients and any(t.requires_grad for t in tensors)
-    if not prepared and plain and not differentiable and not torch.is_autocast_enabled("cpu"):
-        return "deployed" if cpu.unavailable(tensors[0].device) is None else None
+    if not prepared and plain and not differentiable and not torch.is_autocast_enabled(device.type):
+        return device.type if engine_of(device).unavailable(device) is None else None
     return None
 
 
@@ -381,7 +390,7 @@ class Runtime(nn.Module):
                 graph = rewrite(model, r.trace, r.plan, deployed=self.stage == "deployed")
             run, code = compile_graph(bank_weights(graph))
             records.append(
-                replace(r, graph=graph, run=run, code=code, fused={}, fitting=set(), deployed=None)
+                replace(r, graph=graph, run=run, code=code, fused={}, fitting=set(), deployed={})
             )
         self.records = records  # new ones: copies of the model share the old
 

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ssmquant.modules.activation import ActivationQuantizer, FrozenRange
 from ssmquant.modules.packed import PackedTensor
-from ssmquant.ops.deployed import Codes, Grid, Norm, RowGrid, Weights, cpu
+from ssmquant.ops.deployed import Codes, Grid, Norm, RowGrid, Weights, cpu, cuda
 from ssmquant.ops.deployed.forms import signed_codes
 from ssmquant.quantizers import DLS, Quantizer, Token
 from ssmquant.quantizers.bank import hooks_of
@@ -34,6 +34,8 @@ __all__ = [
     "coded",
     "conv2d",
     "dynamic",
+    "engine_of",
+    "excite",
     "gated_linear",
     "linear",
     "plain",
@@ -43,6 +45,8 @@ __all__ = [
     "takes_weight",
 ]
 
+Engine = Any
+"""``ops.deployed.cpu`` or ``cuda``: modules whose functions have the same names."""
 _MOST_PRODUCTS = 2**16
 """That an int32 has room for, of uint8 and int8."""
 _MOST_VALUES = 2**14
@@ -100,6 +104,10 @@ class Unchanged:
         """A copy, or an unpickled one, knows nothing."""
         return Unchanged, ()
 
+    def values(self) -> list[Any]:
+        """What was made of them."""
+        return list(self._values.values())
+
     @contextmanager
     def in_use(self, *stores: nn.ModuleDict) -> Iterator[None]:
         """In this thread the modules of ``stores`` stay as they are."""
@@ -113,6 +121,11 @@ class Unchanged:
             yield
         finally:
             _call.values = before
+
+
+def engine_of(device: torch.device) -> Engine:
+    """What computes on a device; ``unavailable(device)`` of it says why it cannot."""
+    return cuda if device.type == "cuda" else cpu
 
 
 # ---- quantizers ------------------------------------------------------------------------------------------------------
@@ -131,21 +144,21 @@ def static(module: nn.Module) -> bool:
     return known
 
 
-def dynamic(module: nn.Module) -> bool:
+def dynamic(module: nn.Module, engine: Engine) -> bool:
     """Whether a quantizer takes its grid from statistics that kernels know."""
     q = _inner(module)
-    return isinstance(q, DLS) and q.bits is not None and not q.official and q.stats_axis in (None, 0)
+    return engine.DYNAMIC and isinstance(q, DLS) and q.bits is not None and not q.official and q.stats_axis in (None, 0)
 
 
-def by_row(module: nn.Module, axis: int) -> bool:
+def by_row(module: nn.Module, axis: int, engine: Engine) -> bool:
     """Whether a quantizer gives each row, the elements along ``axis``, a range of its own."""
     q = _inner(module)
-    return isinstance(q, Token) and q.bits is not None and q.channel_axis == axis
+    return engine.BY_ROW and isinstance(q, Token) and q.bits is not None and q.channel_axis == axis
 
 
-def coded(module: nn.Module) -> bool:
+def coded(module: nn.Module, engine: Engine) -> bool:
     """Whether kernels know how to encode as this quantizer does."""
-    return static(module) or dynamic(module)
+    return static(module) or dynamic(module, engine)
 
 
 def _static_grid(q: Quantizer) -> Grid:
@@ -228,7 +241,7 @@ def _weights(
         q = module.qtensor()
         scale, shift = (arrange(t.float().expand(q.codes.shape))[..., 0] for t in (q.scale, q.shift))
         codes, shift = signed_codes(arrange(q.codes), q.bits, q.code_min, shift, scale)
-        return cpu.pack(codes, scale, shift, **options)
+        return engine_of(codes.device).pack(codes, scale, shift, **options)
 
     made: Weights = _kept(module, (form, *options.items()), make)
     return made
@@ -253,11 +266,15 @@ _padded: MutableMapping[Tensor, tuple[tuple[int, int], Tensor]] = WeakTensorKeyD
 
 def _bias(bias: Tensor | None) -> Tensor | None:
     """As kernels want it; what was made of the same tensor before, if it has not changed."""
-    if bias is None or bias.is_inference():
-        return None if bias is None else cpu.by_lanes(bias)
+    if bias is None:
+        return None
+    by_lanes = engine_of(bias.device).by_lanes
+    if bias.is_inference():
+        wide: Tensor = by_lanes(bias)
+        return wide
     stamp, known = (bias.data_ptr(), bias._version), _padded.get(bias)
     if known is None or known[0] != stamp:
-        known = _padded[bias] = stamp, cpu.by_lanes(bias.detach())
+        known = _padded[bias] = stamp, by_lanes(bias.detach())
     return known[1]
 
 
@@ -291,7 +308,9 @@ def _project(
         residual = _dense(rows).reshape(*x.shape[:2], -1), None if gain is None else gain.contiguous()
     q = _inner(of_x)
     grid = _kept(q, "grid", partial(_row_grid, q)) if isinstance(q, Token) else _grid(of_x, _no_moments, 0)
-    return cpu.project(x, grid, weights, _bias(bias), norm=norm, z=z, residual=residual)
+    project = engine_of(x.device).project
+    made: Tensor = project(x, grid, weights, _bias(bias), norm=norm, z=z, residual=residual)
+    return made
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -385,7 +404,16 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     """``x * gain + v * scale``: x and v (B, H, W, C), any strides, gain (C,) or None for 1, scale (B, C, 1, 1)."""
     x3, v3 = (_dense(t).flatten(1, 2) for t in (x, v))
     gain = None if gain is None else gain.contiguous()
-    return cpu.blend(x3, gain, v3, scale.flatten(1).contiguous()).view(x.shape)
+    made: Tensor = engine_of(x.device).blend(x3, gain, v3, scale.flatten(1).contiguous())
+    return made.view(x.shape)
+
+
+def excite(x: Tensor, first: nn.Conv2d, second: nn.Conv2d) -> Tensor:
+    """Channel attention: ``sigmoid(second(relu(first(mean(x)))))``, (B, C, 1, 1), of (B, C, H, W) with any strides."""
+    weights = [t.detach().flatten(1).contiguous() for t in (first.weight, second.weight)]
+    biases = [t.detach().contiguous() for t in (first.bias, second.bias) if t is not None]
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+    return cuda.excite(rows, weights[0], biases[0], weights[1], biases[1])[:, :, None, None]
 
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -409,16 +437,17 @@ def conv2d(
         (B, outputs, H, W), channels last.
     """
     stride, padding, dilation = window
+    engine = engine_of(x.device)
     outputs, inputs, *kernel = weight.shape if len(weight.shape) > 2 else (*weight.shape, 1, 1)
     if inputs == 1 and outputs == x.shape[1]:
         image = x.permute(0, 2, 3, 1)
         batch = x.shape[0]
         grid = _grid(of_x, lambda: cpu.moments(image), x.numel() // batch)
-        taps = _kept(weight, "taps", lambda: cpu.by_lanes(weight().float().reshape(outputs, -1).T))
+        taps = _kept(weight, "taps", lambda: engine.by_lanes(weight().float().reshape(outputs, -1).T))
         bias = _bias(x.new_zeros(outputs) if bias is None else bias)
         own = None if act is None or hooks_of(act) else "gelu" if type(act) is nn.GELU else "silu"
         assert bias is not None
-        y = cpu.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own)
+        y: Tensor = engine.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own)
         y = y.permute(0, 3, 1, 2)
         return y if act is None or own is not None else act(y)
     if is_pointwise(kernel, window):
@@ -427,8 +456,8 @@ def conv2d(
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = _grid(of_x, _no_moments, 0)
     image, first = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
-    codes = cpu.encode(image, grid, padding, norm=first)
-    y = cpu.conv(codes, grid, taps, _bias(bias), (kernel[0], kernel[1]), dilation, stride, padding)
+    sizes = (kernel[0], kernel[1]), dilation, stride, padding
+    y = engine.convolve(image, grid, taps, _bias(bias), *sizes, first)
     return y.permute(0, 3, 1, 2)
 
 
@@ -490,13 +519,13 @@ def scan_core(
         shapes = (directions * rows, channels), (directions, channels, rank)
         return _matrix(projection, shapes[0]), _matrix(dt_weight, shapes[1], steps=True)
 
-    def prepare() -> cpu.Core | None:
+    def prepare() -> Callable[[Tensor], Tensor] | None:
         """None if one of the grids is known by a call's data only."""
         if not all(q is None or static(q) for q in quantizers):
             return None
         grids = {q: None if q is None else _grid(q, _no_moments, 0) for q in quantizers}
         weights, steps = weights_of()
-        return cpu.Core(
+        return engine_of(x.device).Core(  # type: ignore[no-any-return]
             (batch, pixels, channels), None if of_x is of_u else grids[of_x], weights, places, _sure(grids[of_u]),
             _sure(grids[of_rank]), steps, grids[of_delta], operands[0], _sure(grids[of_b]), _sure(grids[of_c]),
             *operands[1:], softplus, order, rank,
@@ -504,7 +533,7 @@ def scan_core(
 
     facts = x.shape, ranks, places, softplus, torch.get_num_threads()
     pointers = tuple(None if t is None else t.data_ptr() for t in (order, *operands))
-    core: cpu.Core | None = _in_a_call((quantizers, projection, dt_weight, facts, pointers), prepare)
+    core: Callable[[Tensor], Tensor] | None = _in_a_call((quantizers, projection, dt_weight, facts, pointers), prepare)
     if core is not None:
         return core(x)
     weights, steps = weights_of()
@@ -555,21 +584,23 @@ def sequence_core(
         values = taps().float().reshape(-1, count).T
         wide = values.new_zeros(2 * reach + 1, values.shape[1])
         wide[[reach + o for o in offsets]] = values
-        return cpu.by_lanes(wide)
+        return engine.by_lanes(wide)  # type: ignore[no-any-return]
 
     image = x.unsqueeze(1)
+    engine = engine_of(x.device)
     grid = _grid(of_taps, lambda: cpu.moments(image), x[0].numel())
     bias = _bias(x.new_zeros(x.shape[2]) if taps_bias is None else taps_bias)
     assert bias is not None
     weights = _kept(taps, ("sequence", reverse, shift), spread)
     silu = "silu" if act is None or not hooks_of(act) else None
-    y = cpu.depthwise(image, grid, weights, bias, (1, 2 * reach + 1), (1, 1), silu).squeeze(1)
+    y: Tensor = engine.depthwise(image, grid, weights, bias, (1, 2 * reach + 1), (1, 1), silu)
+    y = y.squeeze(1)
     if act is not None and silu is None:
         y = act(y)
-    return scan_core(y, _order(x.shape[1], reverse), ranks, places, *modules, softplus=softplus)
+    return scan_core(y, _order(x.shape[1], reverse, x.device), ranks, places, *modules, softplus=softplus)
 
 
 @lru_cache(maxsize=64)
-def _order(length: int, reverse: bool) -> Tensor:
-    order = torch.arange(length, dtype=torch.int32)[None]
+def _order(length: int, reverse: bool, device: torch.device) -> Tensor:
+    order = torch.arange(length, dtype=torch.int32, device=device)[None]
     return order.flip(1).contiguous() if reverse else order

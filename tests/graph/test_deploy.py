@@ -78,12 +78,12 @@ def unfused(model: Any, x: Tensor) -> Tensor:
 def fused(model: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(x)
-    assert record(model).fused["deployed"] is not record(model).run
+    assert record(model).fused["cpu"] is not record(model).run
     return out
 
 
 def names(model: Any) -> list[str]:
-    graph = deploy(record(model).graph, model)
+    graph = deploy(record(model).graph, model, cpu)
     return [getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"]
 
 
@@ -583,7 +583,7 @@ def test_what_does_not_fit_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(deployed, "scan_core", unfit)
     with torch.no_grad():
         assert torch.equal(model(x), unfused(model, x))
-    assert record(model).fused["deployed"] is record(model).run
+    assert record(model).fused["cpu"] is record(model).run
 
 
 def test_nothing_to_fuse() -> None:
@@ -600,7 +600,7 @@ def test_nothing_to_fuse() -> None:
     prepared = ssmquant.prepare(Plain().eval(), config, example_inputs=(x,))
     ssmquant.calibrate(prepared, [x], progress=False)
     model = ssmquant.convert(prepared)
-    assert deploy(record(model).graph, model) is record(model).graph
+    assert deploy(record(model).graph, model, cpu) is record(model).graph
     with torch.no_grad():
         assert torch.equal(model(x), unfused(model, x))
 
@@ -640,7 +640,7 @@ def test_layers_of_other_shapes() -> None:
 def test_factors_of_channels_take_any_layout() -> None:
     """A convolution whose result has factors, which the next one takes, need not copy it to another layout."""
     model, _ = make("mambair", QConfig.recommended(4, 4))
-    graph = deploy(record(model).graph, model)
+    graph = deploy(record(model).graph, model, cpu)
     convs = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "_conv2d"]
     assert any(n.args[7] is not None for n in convs)  # factors
     assert all(n.args[6] for n in convs)  # may be channels last

@@ -21,7 +21,10 @@ from ssmquant.ops.deployed.forms import Codes, Grid, Norm, RowGrid, Weights
 from ssmquant.ops.deployed.memory import new
 
 __all__ = [
+    "BY_ROW",
+    "DYNAMIC",
     "MOST_INPUTS",
+    "MOST_RANK",
     "MOST_SPAN",
     "MOST_STATES",
     "NAME",
@@ -29,6 +32,8 @@ __all__ = [
     "blend",
     "by_lanes",
     "conv",
+    "conv_size",
+    "convolve",
     "delta_moments",
     "depthwise",
     "encode",
@@ -44,7 +49,10 @@ __all__ = [
 ]
 
 NAME = "cpu"
+DYNAMIC = BY_ROW = True
+"""Whether ranges may depend on the data: of a sample, or of a row."""
 MOST_STATES = 256
+MOST_RANK = 2**16
 MOST_INPUTS = 4096
 """Of a linear layer on values."""
 MOST_SPAN = 16
@@ -334,6 +342,22 @@ def conv(
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
     calls.library().ssmquant_deployed_conv(call)
     return y
+
+
+def convolve(
+    x: Tensor,
+    grid: Grid,
+    weights: Weights,
+    bias: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    norm: Norm | None = None,
+) -> Tensor:
+    """``conv`` of the codes of ``norm(x)``, (batch, height, width, channels), any strides."""
+    codes = encode(x, grid, padding, norm=norm)
+    return conv(codes, grid, weights, bias, kernel, dilation, stride, padding)
 
 
 def depthwise(

@@ -49,7 +49,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def _library(source: str) -> ctypes.CDLL:
+def _library(source: str, harness: str) -> ctypes.CDLL:
     assert COMPILER is not None
     folder = Path(tempfile.mkdtemp(dir=_folder().name))
     (folder / "kernel.cu").write_text(source, encoding="utf-8")
@@ -61,12 +61,12 @@ def _library(source: str) -> ctypes.CDLL:
         "-fPIC",
         f"-I{folder}",
         f"-I{HERE}",
-        str(HERE / "selective_scan.cpp"),
+        str(HERE / f"{harness}.cpp"),
     ]
     subprocess.run([*command, "-o", str(library), "-lm"], check=True)
     return ctypes.CDLL(str(library))
 
 
-def load(source: str, late: bool = False) -> Emulated:
-    """``source`` is a whole CUDA text: definitions, then kernels. Compiled once."""
-    return Emulated(_library(source), late)
+def load(source: str, late: bool = False, harness: str = "selective_scan") -> Emulated:
+    """``source`` is a whole CUDA text: definitions, then kernels. Compiled once. ``harness``: what launches them."""
+    return Emulated(_library(source, harness), late)

@@ -23,6 +23,8 @@
 extern "C" {
 float fmaf(float, float, float) noexcept;
 float fmaxf(float, float) noexcept;
+float fminf(float, float) noexcept;
+float log2f(float) noexcept;
 float fabsf(float) noexcept;
 float exp2f(float) noexcept;
 }
@@ -180,3 +182,10 @@ template <int BYTES> inline void copy(void *to, const void *from, bool there) {
 }
 inline float exp2_(float x) { return exp2f(x); }
 inline float recip(float x) { return 1.0f / x; }
+inline float log2_(float x) { return log2f(x); }
+inline float as_float(int x) { return bits_to_float(uint32_t(x)); }
+inline int as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
+inline int dot4(unsigned x, int w, int sum) {
+    for (int i = 0; i < 4; ++i) sum += int(x >> 8 * i & 255) * int(int8_t(uint32_t(w) >> 8 * i & 255));
+    return sum;
+}

@@ -3,16 +3,10 @@
 
 #include "kernel.cu"
 
-__attribute__((aligned(16))) char shared[256 * 1024];  // as much as a block can have there, and more
-
-static Params params;
-
-#define LAUNCH(NAME, BYTES) if (!strcmp(name, #NAME) && bytes == BYTES) emulated::body = [] { NAME(params); };
+#include "launch.h"
 
 extern "C" int launch(const char *name, int x, int y, int threads, long bytes, const Params *p, bool late) {
-    if (bytes > long(sizeof(shared)) || threads > emulated::MAX_THREADS) return emulated::TOO_LARGE;
-    params = *p;
-    emulated::body = nullptr;
+    BEGIN
 #if PASS == 0
     LAUNCH(scan_forward, BYTES)
 #elif PASS == 1
@@ -20,15 +14,5 @@ extern "C" int launch(const char *name, int x, int y, int threads, long bytes, c
 #else
     LAUNCH(scan_ends, BYTES) LAUNCH(scan_carry, 0)
 #endif
-    if (!emulated::body) return emulated::NO_SUCH_KERNEL;
-    emulated::error = emulated::NONE;
-    emulated::late = late;
-    emulated::block_size = {unsigned(threads), 1, 1};
-    for (int j = 0; j < y; ++j)
-        for (int i = 0; i < x; ++i) {
-            emulated::block_index = {unsigned(i), unsigned(j), 0};
-            memset(shared, 0xff, bytes);  // NaN, so that nothing is read before it is written
-            emulated::run_block();
-        }
-    return emulated::error;
+    RUN
 }

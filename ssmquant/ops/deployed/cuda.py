@@ -1,0 +1,327 @@
+"""Deployed models on a GPU, by Triton and, for scans, CUDA C++ (``cuda_scan``): the functions of ``cpu`` of the same names.
+
+All take float32 tensors without gradients. Quantizers are static: a model whose ranges depend on the data keeps its
+modules there. Results do not depend on how blocks are scheduled.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmquant.errors import InputError
+from ssmquant.ops.deployed.cpu import conv_size
+from ssmquant.ops.deployed.forms import Grid, Norm, Weights
+from ssmquant.ops.selective_scan import cuda as float_scan
+
+__all__ = [
+    "BY_ROW",
+    "DYNAMIC",
+    "MOST_INPUTS",
+    "MOST_RANK",
+    "MOST_SPAN",
+    "MOST_STATES",
+    "NAME",
+    "Core",
+    "blend",
+    "by_lanes",
+    "convolve",
+    "depthwise",
+    "excite",
+    "pack",
+    "project",
+    "unavailable",
+]
+
+NAME = "cuda"
+DYNAMIC = BY_ROW = False
+MOST_STATES = 64
+"""Each lane of a scan has all states of its channels in registers."""
+MOST_RANK = 64
+MOST_INPUTS = 2**16
+MOST_SPAN = 64
+_ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
+_LEVELS = 128  # that codes from 0 may have as int8
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str | None:
+    """Why nothing can run there, or None. Compiles a scan at first use."""
+    if device.type != "cuda":
+        return f"for CUDA devices, not for {device.type}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed"
+    return float_scan.unavailable(device, torch.float32, 1)
+
+
+def _power(n: int, least: int = 16) -> int:
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    from ssmquant.ops.deployed import triton_kernels
+    from ssmquant.ops.triton_launch import Kernel
+
+    return Kernel(getattr(triton_kernels, name), exact=False)
+
+
+def _launch(
+    name: str, grid: tuple[int, ...], tensors: Any, numbers: Any, constants: Any, warps: int = 4
+) -> None:
+    """``tensors`` that are not there are stood for by the first one, which nothing reads then."""
+    first = tensors[0]
+    whole = tuple(first if t is None else t for t in tensors)
+    _kernel(name)((*grid, 1, 1)[:3], whole, tuple(numbers), tuple(map(int, constants)), warps)
+
+
+def _small_enough(*tensors: Tensor) -> None:
+    """Kernels count the elements of a sample by 31 bits.
+
+    Raises:
+        InputError: a sample of one of these is larger.
+    """
+    for t in tensors:
+        if sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31 - 2**16:
+            raise InputError(f"deployed: {tuple(t.shape[1:])} is larger than what the kernels for GPUs count: use tiles")
+
+
+def _samples(*tensors: Tensor | None) -> tuple[int, int]:
+    """Samples and rows of each, (batch, rows, ..): all rows as one sample where their strides allow it."""
+    there = [t for t in tensors if t is not None]
+    _small_enough(*there)
+    batch, rows = there[0].shape[:2]
+    joined = all(batch == 1 or t.stride(0) == rows * t.stride(1) for t in there)
+    fits = batch * rows * max(t.stride(1) for t in there) < 2**31 - 2**16
+    return (1, batch * rows) if joined and fits else (batch, rows)
+
+
+def _off(grid: Grid) -> int:
+    """What codes of the grid are less when they are int8."""
+    return 128 if grid.qmax - grid.qmin + 1 > _LEVELS else 0
+
+
+def pack(codes: Tensor, scale: Tensor, shift: Tensor, **_options: bool) -> Weights:
+    """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs)."""
+    total = scale.double() * codes.sum(-1, dtype=torch.int64) - codes.shape[-1] * shift.double()
+    tensors = (t.float().contiguous() for t in (scale, shift, total))
+    return Weights(codes.contiguous(), *tensors, codes.shape[-2])
+
+
+def by_lanes(x: Tensor) -> Tensor:
+    """Contiguous float32: nothing has to be as wide as a vector here."""
+    return x.float().contiguous()
+
+
+def _rows_at_once(rows: int, device: torch.device) -> int:
+    """So that small images keep all multiprocessors busy."""
+    most = 64 if device.type == "cuda" else 32  # the interpreter's time is that of operations
+    return most if rows >= 132 * most else 32
+
+
+def _least_waste(columns: int) -> int:
+    """Columns of a block, so that few lanes have none."""
+    return min((64, 32, 128, 16), key=lambda n: -(-columns // n) * n)
+
+
+def project(
+    x: Tensor,
+    grid: Grid,
+    weights: Weights,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    z: Tensor | None = None,
+    residual: tuple[Tensor, Tensor | None] | None = None,
+    act: str | None = None,
+) -> Tensor:
+    """See ``cpu.project``; ``act`` comes before the residual."""
+    inputs, outputs = x.shape[2], weights.outputs
+    y = torch.empty(*x.shape[:2], outputs, dtype=torch.float32, device=x.device)
+    kind = 0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1
+    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    held, gain = residual if residual is not None else (None, None)
+    tensors = (
+        x, z, norm_weight, norm_bias, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift,
+        weights.total, bias, held, gain, y,
+    )  # fmt: skip
+    samples, rows = _samples(x, z, held, y)
+    z_strides = (0, 0) if z is None else z.stride()[:2]
+    r_strides = (0, 0) if held is None else held.stride()[:2]
+    numbers = rows, *x.stride(), *z_strides, *r_strides, float(eps), grid.qmin, grid.qmax
+    bm, bn = _rows_at_once(samples * rows, x.device), min(_power(outputs), 128)
+    bk = _power(inputs, 32) if inputs <= 256 else 128
+    constants = (
+        inputs, outputs, _off(grid), kind, norm_weight is not None, norm_bias is not None, z is not None,
+        bias is not None, held is not None, gain is not None, _ACTIVATIONS[act], bm, bn, bk,
+    )  # fmt: skip
+    _launch("project", (-(-rows // bm), -(-outputs // bn), samples), tensors, numbers, constants)
+    return y
+
+
+def depthwise(
+    x: Tensor,
+    grid: Grid,
+    weights: Tensor,
+    bias: Tensor,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    act: str | None = None,
+) -> Tensor:
+    """See ``cpu.depthwise``."""
+    batch, height, width, channels = x.shape
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    bc = _least_waste(channels)
+    bp = max(16, 2048 // bc)
+    pixels = height * width
+    _small_enough(x, y)
+    numbers = pixels, height, width, *x.stride(), grid.qmin, grid.qmax
+    constants = channels, *kernel, *dilation, _ACTIVATIONS[act], bp, bc
+    blocks = -(-pixels // bp), -(-channels // bc), batch
+    _launch("depthwise", blocks, (x, grid.scale, grid.shift, weights, bias, y), numbers, constants)
+    return y
+
+
+def convolve(
+    x: Tensor,
+    grid: Grid,
+    weights: Weights,
+    bias: Tensor | None,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    norm: Norm | None = None,
+) -> Tensor:
+    """See ``cpu.convolve``; ``norm`` can only be factors."""
+    batch, x_height, x_width, inputs = x.shape
+    height, width = conv_size((x_height + 2 * padding[0], x_width + 2 * padding[1]), kernel, dilation, stride)
+    outputs, pixels = weights.outputs, height * width
+    y = torch.empty(batch, height, width, outputs, dtype=torch.float32, device=x.device)
+    _small_enough(x, y)
+    factors = None if norm is None else norm.weight
+    tensors = (
+        x, factors, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift, weights.total, bias, y
+    )  # fmt: skip
+    numbers = (
+        pixels, height, width, x_height, x_width, *x.stride(), grid.qmin, grid.qmax, *padding, *stride
+    )  # fmt: skip
+    bm, bn = _rows_at_once(batch * pixels, x.device), min(_power(outputs), 64)
+    bk = min(_power(inputs, 32), 128)
+    constants = (
+        inputs, outputs, _off(grid), *kernel, *dilation, factors is not None, bias is not None, bm, bn, bk
+    )  # fmt: skip
+    _launch("conv", (-(-pixels // bm), -(-outputs // bn), batch), tensors, numbers, constants)
+    return y
+
+
+def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
+    """See ``cpu.blend``."""
+    batch, rows, columns = x.shape
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    _small_enough(x, v)
+    bc = min(_power(columns), 128)
+    bm = 2048 // bc
+    numbers = rows, *x.stride()[:2], *v.stride()[:2]
+    blocks = -(-rows // bm), -(-columns // bc), batch
+    _launch("blend", blocks, (x, gain, v, scale, y), numbers, (columns, gain is not None, bm, bc))
+    return y
+
+
+def excite(x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor) -> Tensor:
+    """Channel attention, ``sigmoid(second @ relu(first @ mean(x) + ..) + ..)``: (batch, columns).
+
+    Args:
+        x: (batch, rows, columns), any strides.
+        first, second: (hidden, columns) and (columns, hidden), contiguous as all further ones.
+    """
+    batch, rows, columns = x.shape
+    _small_enough(x)
+    bc, bm = _power(columns), 64
+    blocks = -(-rows // bm)
+    parts = torch.empty(batch, blocks, columns, dtype=torch.float32, device=x.device)
+    _launch("pool", (blocks, batch), (x, parts), (rows, *x.stride()), (columns, bm, bc))
+    y = torch.empty(batch, columns, dtype=torch.float32, device=x.device)
+    hidden = first.shape[0]
+    tensors = parts, first, first_bias, second, second_bias, y
+    constants = columns, hidden, min(_power(blocks), 64), bc, _power(hidden, 1)
+    _launch("excite", (batch,), tensors, (blocks, rows), constants)
+    return y
+
+
+class Core:
+    """``cpu.Core`` on a GPU: codes of an image and of its projection by one kernel, then the scans."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        of_x: Grid | None,
+        projection: Weights,
+        places: tuple[int, int, int],
+        of_u: Grid,
+        of_rank: Grid,
+        steps: Weights,
+        of_delta: Grid | None,
+        a: Tensor,
+        of_b: Grid,
+        of_c: Grid,
+        skip: Tensor | None,
+        bias: Tensor | None,
+        softplus: bool,
+        order: Tensor,
+        ranks: int,
+    ) -> None:
+        from ssmquant.ops.deployed.cuda_scan import Scan, arrangement
+
+        directions, states = len(order), a.shape[1]
+        self.shape = shape
+        self.of_u, self.of_x = of_u, of_u if of_x is None else of_x
+        # Rows of the projection in the order in which the scan wants their codes; rows that are not there are zeros.
+        rows = arrangement(ranks, states, places)
+        device = projection.codes.device
+        at = torch.tensor(rows, device=device)
+        there = (at >= 0).view(1, -1)
+
+        def arranged(t: Tensor) -> Tensor:
+            of_rows = t.view(directions, -1, *t.shape[1:])[:, at.clamp(min=0)]
+            return (of_rows * there.view(1, -1, *[1] * (t.dim() - 1)).to(t.dtype)).flatten(0, 1).contiguous()
+
+        p = projection
+        self.projection = Weights(*map(arranged, (p.codes, p.scale, p.shift, p.total)), directions * len(rows))
+        quantizers = [of_rank] * (-(-ranks // 4) * 4) + [of_b, of_c] * (-(-states // 2) * 2)
+        inverse = 1.0 / torch.cat([g.scale for g in quantizers])
+        made = [inverse, torch.cat([g.shift for g in quantizers]) * inverse]
+        for n in ("qmin", "qmax"):  # all codes of rows that are not there are 0
+            ends = [getattr(g, n) if r >= 0 else 0 for g, r in zip(quantizers, rows, strict=True)]
+            made.append(torch.tensor(ends, dtype=torch.float32, device=device))
+        self.made = [t.repeat(directions) for t in made]
+        self.grids = [torch.cat((g.scale, g.shift)) for g in (self.of_x, self.of_u)]
+        self.scan = Scan(shape, ranks, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, softplus, order)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: any strides."""
+        u, codes, bad = self.encode(x)
+        return self.scan(u, codes, bad)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of the image, (B * L, columns), and of all directions' low rank, B and C; which pixels had a NaN."""
+        batch, pixels, channels = self.shape
+        rows, outputs = batch * pixels, self.projection.outputs
+        samples, each = _samples(x)
+        columns, width = -(-channels // 16) * 16, -(-outputs // 16) * 16
+        memory = torch.empty(rows * (columns + width + 1), dtype=torch.uint8, device=x.device)
+        u, codes = memory[: rows * columns], memory[rows * columns : rows * (columns + width)]
+        bad = memory[rows * (columns + width) :]
+        p, of_x, of_u = self.projection, self.of_x, self.of_u
+        tensors = x, *self.grids, p.codes, p.scale, p.shift, p.total, *self.made, u, codes, bad
+        numbers = each, *x.stride(), columns, width, of_x.qmin, of_x.qmax, of_u.qmin, of_u.qmax
+        bm, bn, bk = _rows_at_once(rows, x.device), min(_power(outputs), 128), min(_power(channels, 32), 128)
+        blocks = -(-each // bm), -(-outputs // bn), samples
+        same = of_x is of_u
+        _launch("core_codes", blocks, tensors, numbers, (channels, outputs, _off(of_x), same, bm, bn, bk))
+        return u.view(rows, columns), codes.view(rows, width), bad

@@ -1,0 +1,282 @@
+"""The scan of deployed models on a GPU: what ``csrc/deployed_cuda/scan.cu`` is compiled for, and its calls."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from importlib.resources import files
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmquant.errors import InputError
+from ssmquant.ops import nvrtc
+from ssmquant.ops.deployed.forms import Grid, Weights
+
+__all__ = ["Case", "Scan", "Shape", "arrangement", "choose"]
+
+_MOST_LEVELS = 16  # of step sizes that are looked up
+_SEGMENTS = 16  # of chunks, as in the source
+_MOST_LANES = 384
+_LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the kernels work: channels of a lane, lanes of a chunk in a block, chunks of a block, steps of a chunk."""
+
+    columns: int
+    lanes: int
+    chunks: int
+    steps: int
+    stage: int = 16
+    """Steps that are decoded at once."""
+    group: int = 4
+    """Steps whose memory is asked for together; divides ``stage``."""
+    resident: int = 2
+    """Blocks of a multiprocessor, what registers are limited for."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a cubin is compiled for."""
+
+    shape: Shape
+    states: int
+    rank: int
+    quantized: bool
+    levels: int
+    """Of step sizes that are looked up; 0 for none."""
+    ladder: int
+    """1: rates are evenly spaced; 2: multiples of the first; 0: neither."""
+    softplus: bool
+
+    def source(self) -> str:
+        """The text to compile: definitions and the kernels."""
+        s = self.shape
+        values = {
+            "STATES": self.states,
+            "RANK": self.rank,
+            "CT": s.columns,
+            "LANES": s.lanes,
+            "CHUNKS": s.chunks,
+            "STAGE": s.stage,
+            "GROUP": s.group,
+            "RESIDENT": s.resident,
+            "QUANT": int(self.quantized),
+            "TABLE": self.levels,
+            "LADDER": self.ladder,
+            "SOFTPLUS": int(self.softplus),
+        }
+        return "".join(f"#define {k} {v}\n" for k, v in values.items()) + _text()
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return -(-self.shape.lanes * self.shape.chunks // 32) * 32
+
+    def shared(self, out: bool) -> int:
+        """Bytes of shared memory of a block, as the source lays it out."""
+        s = self.shape
+        values = -(-(2 * self.states if out else self.states) // 4) * 4
+        meta = -(-(-(-self.rank // 4) + 1) // 4) * 4
+        table = self.levels * s.columns * s.lanes * 2
+        return 4 * (s.chunks * s.stage * (values + meta) + table)
+
+
+@functools.cache
+def _text() -> str:
+    return files("ssmquant").joinpath("csrc", "deployed_cuda", "scan.cu").read_text(encoding="utf-8")
+
+
+_source = functools.cache(Case.source)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def choose(batch: int, pixels: int, channels: int, processors: int) -> Shape:
+    """Any shape is right, this one should be fast: whole warps, and enough of them to hide what they wait for."""
+    columns = 1 if channels % 2 else 2
+    lanes = channels // columns
+    blocks = -(-lanes // _MOST_LANES)
+    lanes = -(-lanes // blocks)
+    most = max(1, 320 // lanes)
+
+    def fill(count: int) -> tuple[float, int]:
+        used = lanes * count
+        return used / (-(-used // 32) * 32), -abs(used - 256)
+
+    chunks = max(range(1, most + 1), key=fill)
+    stage = 16
+    wanted = 12 * 32 * processors / (batch * lanes * blocks)
+    whole = -(-pixels // stage) * stage
+    steps = whole if wanted < 2 else min(whole, max(stage, -(-int(pixels / wanted) // stage) * stage))
+    return Shape(columns, lanes, min(chunks, -(-pixels // steps)), steps, stage)
+
+
+class _Params(ctypes.Structure):
+    """``Params`` of the source."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in "u bad codes order ways scales table words affine rates bias skip".split()),
+        *((n, ctypes.c_void_p) for n in "ends totals y".split()),
+        *((n, ctypes.c_int) for n in "u_row row batch pixels channels chunks chunk blocks".split()),
+        *((n, ctypes.c_int) for n in "qmin qmax along back add".split()),
+    )
+
+
+def _paths(order: Tensor) -> tuple[list[tuple[int, int]], list[int]]:
+    """Directions along the same path, (forward, back) with -1 for none; and of each direction 2 * row of order + back."""
+    rows = order.cpu()
+    found: list[tuple[int, int]] = []
+    ways = [-1] * len(rows)
+    for i in range(len(rows)):
+        if ways[i] >= 0:
+            continue
+        ways[i] = 2 * i
+        turned = rows[i].flip(0)
+        same = (j for j in range(i + 1, len(rows)) if ways[j] < 0 and torch.equal(rows[j], turned))
+        back = next(same, -1)
+        if back >= 0:
+            ways[back] = 2 * i + 1
+        found.append((i, back))
+    return found, ways
+
+
+def _rates(a: Tensor, directions: int) -> tuple[int, Tensor]:
+    """How the rates of each channel are spaced (``Case.ladder``); they by binary logarithms as the source wants them."""
+    states = a.shape[1]
+    rates = a.double().view(directions, -1, states).transpose(1, 2)
+    first = rates[:, :1]
+    step = rates[:, 1:2] - first if states > 1 else torch.zeros_like(first)
+    at = torch.arange(states, dtype=torch.float64, device=a.device).view(-1, 1)
+    least = 1e-6 * rates.abs().amax()
+    ladder = int((first + at * step - rates).abs().amax() <= least)
+    if ladder and states > 1 and (first - step).abs().amax() <= least:
+        ladder = 2
+    return ladder, (torch.cat((first, step), 1) if ladder else rates) * _LOG2E
+
+
+def arrangement(ranks: int, states: int, places: tuple[int, int, int]) -> list[int]:
+    """Which row of a direction's projection each of its codes is of, -1 for none: the low rank, then B and C in turn.
+
+    Both fill whole words of four codes, and what follows them is aligned.
+    """
+    rank, b, c = places
+    low = [rank + i if i < ranks else -1 for i in range(-(-ranks // 4) * 4)]
+    both = [at + n if n < states else -1 for n in range(-(-states // 2) * 2) for at in (b, c)]
+    return low + both
+
+
+class Scan:
+    """Selective scans over an image in K orders, added up at their pixels, of codes that ``cuda.Core.encode`` makes.
+
+    Arguments are those of ``cuda.Core``. Codes are as ``arrangement`` says.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int, int],
+        ranks: int,
+        of_u: Grid,
+        of_rank: Grid,
+        weights: Weights,
+        of_delta: Grid | None,
+        a: Tensor,
+        of_b: Grid,
+        of_c: Grid,
+        skip: Tensor | None,
+        bias: Tensor | None,
+        softplus: bool,
+        order: Tensor,
+        shape: Shape | None = None,
+    ) -> None:
+        batch, pixels, channels = size
+        directions, device = len(order), a.device
+        if pixels * (channels + 16) >= 2**29 or batch * directions * channels >= 2**24:
+            raise InputError(f"deployed: {batch} samples of {pixels} pixels are more than the kernels count")
+        self.size, self.device = size, device
+        shape = choose(batch, pixels, channels, _processors(device)) if shape is None else shape
+        ladder, rates = _rates(a, directions)
+        levels = 0 if of_delta is None else of_delta.qmax - of_delta.qmin + 1
+        levels = -(-levels // 2) * 2 if levels <= _MOST_LEVELS else 0
+        self.case = Case(shape, a.shape[1], ranks, of_delta is not None, levels, ladder, softplus)
+        self.chunks = -(-pixels // shape.steps)
+        self.blocks = -(-channels // (shape.lanes * shape.columns))
+        self.paths, ways = _paths(order)
+
+        d = torch.float64
+        k, c = (directions, channels)
+        w, shift, total = (t.to(d).view(k, -1)[:, :c] for t in (weights.scale, weights.shift, weights.total))
+        scale, origin = of_rank.scale.to(d), of_rank.qmin * of_rank.scale.to(d) - of_rank.shift.to(d)
+        affine = torch.stack((scale * w, -scale * shift, origin * total), 1)
+        biases = torch.zeros(k, c, dtype=d, device=device) if bias is None else bias.to(d).view(k, c)
+        table = None
+        of_steps = torch.zeros(2, dtype=d, device=device)
+        if of_delta is None:
+            affine[:, 2] += biases
+        else:
+            affine[:, 2] += of_delta.shift.to(d)
+            affine = affine / of_delta.scale.to(d)
+            of_steps = torch.cat((of_delta.scale, -of_delta.shift)).to(d)
+            if levels:
+                at = torch.arange(of_delta.qmin, of_delta.qmin + levels, dtype=d, device=device).view(1, -1, 1)
+                dt = at * of_steps[0] + of_steps[1] + biases[:, None]
+                dt = F.softplus(dt, threshold=50) if softplus else dt
+                table = torch.stack((dt, torch.exp2(dt * rates[:, :1])), 3)
+                whole = self.blocks * shape.lanes * shape.columns
+                table = F.pad(table, (0, 0, 0, whole - c)).view(k, levels, self.blocks, shape.lanes, shape.columns, 2)
+                table = table.permute(0, 2, 1, 4, 3, 5)
+        of_codes = [t for g in (of_u, of_b, of_c) for t in (g.scale, g.qmin * g.scale - g.shift)]
+        words = -(-ranks // 4)
+        packed = F.pad(weights.codes, (0, 4 * words - ranks)).view(k, c, words, 4).view(torch.int32)
+        tensors = {
+            "order": order.contiguous(),
+            "ways": torch.tensor(ways, dtype=torch.int32, device=device),
+            "scales": torch.cat((*(t.to(d) for t in of_codes), of_steps)),
+            "table": table,
+            "words": packed.squeeze(3).transpose(1, 2),
+            "affine": affine,
+            "rates": rates,
+            "bias": None if of_delta is None else bias,
+            "skip": skip,
+        }
+        self._kept = {
+            n: (t.float() if t.is_floating_point() else t).contiguous() for n, t in tensors.items() if t is not None
+        }
+        self._params = _Params(
+            **{n: t.data_ptr() for n, t in self._kept.items()},
+            batch=batch, pixels=pixels, channels=channels, blocks=self.blocks, chunks=self.chunks, chunk=shape.steps,
+            qmin=0 if of_delta is None else of_delta.qmin, qmax=0 if of_delta is None else of_delta.qmax,
+        )  # fmt: skip
+
+    def __call__(self, u: Tensor, codes: Tensor, bad: Tensor) -> Tensor:
+        """(B, L, D), float32, of (B * L, columns), (B * L, width) and (B * L,), all uint8."""
+        batch, pixels, channels = self.size
+        case, s, directions = self.case, self.case.shape, len(self._kept["order"])
+        kernels = nvrtc.load(_source(case), self.device)
+        y = torch.empty(batch, pixels, channels, dtype=torch.float32, device=self.device)
+        params = _Params.from_buffer_copy(self._params)
+        params.u, params.codes, params.bad, params.y = (t.data_ptr() for t in (u, codes, bad, y))
+        params.u_row, params.row = u.shape[1], codes.shape[1] // 4
+        across = -(-self.chunks // s.chunks)
+        if self.chunks > 1:
+            ends = torch.empty(directions * batch * self.chunks * (case.states + 1) * channels, device=self.device)
+            params.ends = ends.data_ptr()
+            params.totals = params.ends + 4 * directions * batch * self.chunks * case.states * channels
+            grid = across, directions * batch * self.blocks
+            kernels.launch("scan_ends", grid, case.threads, case.shared(False), params, self.device)
+            grid = -(-case.states * channels // 32), directions * batch
+            kernels.launch("scan_carry", grid, 32 * _SEGMENTS, 8 * 32 * _SEGMENTS, params, self.device)
+        for i, (along, back) in enumerate(self.paths):
+            params.along, params.back, params.add = along, back, int(i > 0)
+            kernels.launch("scan_out", (across, batch * self.blocks), case.threads, case.shared(True), params, self.device)
+        return y

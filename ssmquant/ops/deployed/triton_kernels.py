@@ -1,0 +1,358 @@
+"""Triton kernels of deployed models on a GPU. Imported by ``cuda``, which says what they are for.
+
+Codes are held as int8, from 0 or, of more than 128 levels, from -128 (``OFF``): products with weights are then exact
+integers of the tensor cores, from which scales, shifts and zero points are taken out afterwards. Codes are those of plain
+PyTorch but for ties, since there are no divisions. Places within a sample have 32 bits.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton compiles the functions with their annotations, and would take any but its own for an access to a global.)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["blend", "conv", "core_codes", "depthwise", "excite", "pool", "project"]
+
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no fraction, rounding to even
+
+
+@triton.jit
+def _index(x, inverse, moved, least, most):
+    """``round(clip((x + shift) / scale, least, most))``, given 1 / scale and shift / scale. NaN stays NaN."""
+    u = x * inverse + moved
+    u = tl.maximum(u, least, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.minimum(u, most, propagate_nan=tl.PropagateNan.ALL)
+    return (u + _MAGIC) - _MAGIC
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr):
+    if ACT == 1:
+        x = _silu(x)
+    if ACT == 2:
+        x = _gelu(x)
+    return x
+
+
+@triton.jit
+def project(
+    x, z, norm_weight, norm_bias, scale, shift, weights, of_scale, of_shift, of_total, bias, residual, gain, y,
+    rows, x_batch, x_row, x_column, z_batch, z_row, r_batch, r_row, eps, qmin, qmax,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, NORM: tl.constexpr, HAS_W: tl.constexpr,
+    HAS_B: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A block of a sample's rows by a block of outputs: norm, gate, codes, product, bias, activation, residual.
+
+    NORM: 1 layer norm, 2 RMS norm, 3 factors alone.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    here = m < rows
+    sample = tl.program_id(2).to(tl.int64)
+    x_at = x + sample * x_batch + m * x_row
+    z_at = z + sample * z_batch + m * z_row
+    a, b = tl.load(scale), tl.load(shift)
+    inverse = tl.div_rn(1.0, a)
+    moved = b * inverse
+    lower, upper = qmin + 0.0, qmax + 0.0  # an integer that is 1 is a constant
+    ONE: tl.constexpr = BK >= INPUTS
+    mean = tl.zeros([BM], tl.float32)
+    factor = tl.zeros([BM], tl.float32) + 1.0
+    if NORM == 1 or NORM == 2:
+        if not ONE:
+            if NORM == 1:
+                for k0 in range(0, INPUTS, BK):
+                    k = k0 + tl.arange(0, BK)
+                    mask = here[:, None] & (k < INPUTS)[None, :]
+                    mean += tl.sum(tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0), 1)
+                mean = mean / INPUTS
+            squares = tl.zeros([BM], tl.float32)
+            for k0 in range(0, INPUTS, BK):
+                k = k0 + tl.arange(0, BK)
+                mask = here[:, None] & (k < INPUTS)[None, :]
+                v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0) - mean[:, None]
+                squares += tl.sum(tl.where((k < INPUTS)[None, :], v * v, 0.0), 1)
+            factor = 1.0 / tl.sqrt_rn(squares / INPUTS + eps)
+    sums = tl.zeros([BM], tl.int32)
+    acc = tl.zeros([BM, BN], tl.int32)
+    odd = tl.zeros([BM], tl.int32)
+    for k0 in range(0, INPUTS, BK):
+        k = k0 + tl.arange(0, BK)
+        inside = (k < INPUTS)[None, :]
+        mask = here[:, None] & inside
+        v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
+        if ONE:
+            if NORM == 1:
+                mean = tl.sum(v, 1) / INPUTS
+            if NORM == 1 or NORM == 2:
+                off = tl.where(inside, v - mean[:, None], 0.0)
+                factor = 1.0 / tl.sqrt_rn(tl.sum(off * off, 1) / INPUTS + eps)
+        if NORM == 1 or NORM == 2:
+            v = (v - mean[:, None]) * factor[:, None]
+        if HAS_W:
+            v = v * tl.load(norm_weight + k, mask=k < INPUTS, other=0.0)[None, :]
+        if HAS_B:
+            v = v + tl.load(norm_bias + k, mask=k < INPUTS, other=0.0)[None, :]
+        if GATE:
+            v = v * _silu(tl.load(z_at[:, None] + k[None, :], mask=mask, other=0.0))
+        u = _index(v, inverse, moved, lower, upper)
+        odd += tl.sum((u != u).to(tl.int32), 1)
+        code = tl.where(inside, u.to(tl.int32) - (qmin + OFF), 0)
+        sums += tl.sum(code, 1)
+        code = code.to(tl.int8)
+        w = tl.load(
+            weights + n[None, :] * INPUTS + k[:, None], mask=(n < OUTPUTS)[None, :] & (k < INPUTS)[:, None], other=0
+        )
+        acc = tl.dot(code, w, acc, out_dtype=tl.int32)
+    _finish(
+        acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain,
+        residual + sample * r_batch + m * r_row, y + sample * rows * OUTPUTS, m, n, here, INPUTS, OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, m, n, here,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    HAS_GAIN: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """Values of products of codes. What the weights' own offset needs is in their total: see ``cuda.pack``."""
+    out = n < OUTPUTS
+    ws = tl.load(of_scale + n, mask=out, other=0.0)
+    wt = tl.load(of_shift + n, mask=out, other=0.0)
+    total = tl.load(of_total + n, mask=out, other=0.0)
+    origin = (qmin + OFF) * a - b  # the value of what is held as 0
+    value = a * (ws[None, :] * acc.to(tl.float32) - wt[None, :] * sums.to(tl.float32)[:, None]) + origin * total[None, :]
+    if HAS_BIAS:
+        value = value + tl.load(bias + n, mask=out, other=0.0)[None, :]
+    value = _act(value, ACT)
+    mask = here[:, None] & out[None, :]
+    if RESIDUAL:
+        held = tl.load(r_at[:, None] + n[None, :], mask=mask, other=0.0)
+        if HAS_GAIN:
+            held = held * tl.load(gain + n, mask=out, other=0.0)[None, :]
+        value = value + held
+    value = tl.where((odd > 0)[:, None], float("nan"), value)
+    tl.store(y + m[:, None] * OUTPUTS + n[None, :], value, mask=mask)
+
+
+@triton.jit
+def core_codes(
+    x, of_x, of_u, weights, of_scale, of_shift, of_total, out_inverse, out_moved, out_least, out_most, u, codes, bad,
+    rows, x_batch, x_row, x_column, u_row, code_row, qmin, qmax, u_least, u_most,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, SAME: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The codes of an image, of its projection to low rank, B and C of all directions, and where a NaN was.
+
+    of_x, of_u: scale and shift, SAME if they are one. Results are uint8 from 0; out_*: the quantizer of each output.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    here = m < rows
+    sample = tl.program_id(2).to(tl.int64)
+    x_at = x + sample * x_batch + m * x_row
+    u, codes, bad = u + sample * rows * u_row, codes + sample * rows * code_row, bad + sample * rows
+    a, b = tl.load(of_x), tl.load(of_x + 1)
+    inverse = tl.div_rn(1.0, a)
+    moved = b * inverse
+    u_inverse = tl.div_rn(1.0, tl.load(of_u))
+    u_moved = tl.load(of_u + 1) * u_inverse
+    lower, upper = qmin + 0.0, qmax + 0.0  # an integer that is 1 is a constant
+    first = tl.program_id(1) == 0
+    sums = tl.zeros([BM], tl.int32)
+    acc = tl.zeros([BM, BN], tl.int32)
+    odd = tl.zeros([BM], tl.int32)
+    for k0 in range(0, INPUTS, BK):
+        k = k0 + tl.arange(0, BK)
+        inside = (k < INPUTS)[None, :]
+        mask = here[:, None] & inside
+        v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
+        if SAME:
+            own = _index(v, inverse, moved, lower, upper)
+            code = own
+        else:
+            own = _index(v, u_inverse, u_moved, u_least + 0.0, u_most + 0.0)
+            code = _index(v, inverse, moved, lower, upper)
+        odd += tl.sum((code != code).to(tl.int32), 1)
+        own = own.to(tl.int32) - u_least
+        tl.store(u + m[:, None] * u_row + k[None, :], own.to(tl.uint8), mask=mask & first)
+        code = tl.where(inside, code.to(tl.int32) - (qmin + OFF), 0)
+        sums += tl.sum(code, 1)
+        code = code.to(tl.int8)
+        w = tl.load(
+            weights + n[None, :] * INPUTS + k[:, None], mask=(n < OUTPUTS)[None, :] & (k < INPUTS)[:, None], other=0
+        )
+        acc = tl.dot(code, w, acc, out_dtype=tl.int32)
+    out = n < OUTPUTS
+    ws = tl.load(of_scale + n, mask=out, other=0.0)
+    wt = tl.load(of_shift + n, mask=out, other=0.0)
+    total = tl.load(of_total + n, mask=out, other=0.0)
+    origin = (qmin + OFF) * a - b
+    value = a * (ws[None, :] * acc.to(tl.float32) - wt[None, :] * sums.to(tl.float32)[:, None]) + origin * total[None, :]
+    least = tl.load(out_least + n, mask=out, other=0.0)[None, :]
+    most = tl.load(out_most + n, mask=out, other=0.0)[None, :]
+    of_codes = tl.load(out_inverse + n, mask=out, other=0.0)[None, :]
+    made = _index(value, of_codes, tl.load(out_moved + n, mask=out, other=0.0)[None, :], least, most) - least
+    tl.store(codes + m[:, None] * code_row + n[None, :], made.to(tl.int32).to(tl.uint8), mask=here[:, None] & out[None, :])
+    tl.store(bad + m, (odd > 0).to(tl.uint8), mask=here & first)
+
+
+@triton.jit
+def depthwise(
+    x, scale, shift, weights, bias, y, pixels, height, width, x_batch, x_down, x_right, x_column, qmin, qmax,
+    CHANNELS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DOWN: tl.constexpr, RIGHT: tl.constexpr,
+    ACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A block of a sample's pixels by a block of channels. ``weights``: (taps, CHANNELS) float32."""
+    m = tl.program_id(0) * BP + tl.arange(0, BP)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    here, channel = m < pixels, c < CHANNELS
+    column, line = m % width, m // width
+    sample = tl.program_id(2).to(tl.int64)
+    x_at = x + sample * x_batch
+    a, b = tl.load(scale), tl.load(shift)
+    inverse = tl.div_rn(1.0, a)
+    moved = b * inverse
+    lower, upper = qmin + 0.0, qmax + 0.0  # an integer that is 1 is a constant
+    acc = tl.zeros([BP, BC], tl.float32) + tl.load(bias + c, mask=channel, other=0.0)[None, :]
+    for tap in tl.static_range(KH * KW):
+        i = line + (tap // KW - KH // 2) * DOWN
+        j = column + (tap % KW - KW // 2) * RIGHT
+        inside = here & (i >= 0) & (i < height) & (j >= 0) & (j < width)
+        mask = inside[:, None] & channel[None, :]
+        v = tl.load(x_at[:, None] + (i * x_down + j * x_right)[:, None] + c[None, :] * x_column, mask=mask, other=0.0)
+        value = _index(v, inverse, moved, lower, upper) * a - b
+        w = tl.load(weights + tap * CHANNELS + c, mask=channel, other=0.0)
+        acc += tl.where(mask, value * w[None, :], 0.0)
+    acc = _act(acc, ACT)
+    y += sample * pixels * CHANNELS
+    tl.store(y + m[:, None] * CHANNELS + c[None, :], acc, mask=here[:, None] & channel[None, :])
+
+
+@triton.jit
+def conv(
+    x, factors, scale, shift, weights, of_scale, of_shift, of_total, bias, y,
+    pixels, height, width, x_height, x_width, x_batch, x_down, x_right, x_column, qmin, qmax, above, before,
+    step_down, step_right,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    DOWN: tl.constexpr, RIGHT: tl.constexpr, FACTORS: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A dense convolution: a block of a sample's output pixels by a block of outputs. ``weights``: (taps, OUTPUTS, INPUTS) int8.
+
+    ``of_total``: (taps, OUTPUTS). The border is no code but zero: its taps add nothing at all.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    here, out = m < pixels, n < OUTPUTS
+    column, line = m % width, m // width
+    sample = tl.program_id(2).to(tl.int64)
+    x_at = x + sample * x_batch
+    a, b = tl.load(scale), tl.load(shift)
+    inverse = tl.div_rn(1.0, a)
+    moved = b * inverse
+    lower, upper = qmin + 0.0, qmax + 0.0  # an integer that is 1 is a constant
+    origin = (qmin + OFF) * a - b
+    sums = tl.zeros([BM], tl.int32)
+    acc = tl.zeros([BM, BN], tl.int32)
+    odd = tl.zeros([BM], tl.int32)
+    offset = tl.zeros([BM, BN], tl.float32)
+    for tap in range(KH * KW):
+        i = line * step_down - above + tap // KW * DOWN
+        j = column * step_right - before + tap % KW * RIGHT
+        inside = here & (i >= 0) & (i < x_height) & (j >= 0) & (j < x_width)
+        at = x_at + i * x_down + j * x_right
+        for k0 in range(0, INPUTS, BK):
+            k = k0 + tl.arange(0, BK)
+            mask = inside[:, None] & (k < INPUTS)[None, :]
+            v = tl.load(at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
+            if FACTORS:
+                v = v * tl.load(factors + k, mask=k < INPUTS, other=0.0)[None, :]
+            u = _index(v, inverse, moved, lower, upper)
+            odd += tl.sum((u != u).to(tl.int32), 1)
+            code = tl.where(mask, u.to(tl.int32) - (qmin + OFF), 0)
+            sums += tl.sum(code, 1)
+            w = tl.load(
+                weights + tap * (OUTPUTS * INPUTS) + n[None, :] * INPUTS + k[:, None],
+                mask=out[None, :] & (k < INPUTS)[:, None], other=0,
+            )  # fmt: skip
+            acc = tl.dot(code.to(tl.int8), w, acc, out_dtype=tl.int32)
+        total = tl.load(of_total + tap * OUTPUTS + n, mask=out, other=0.0)
+        offset += tl.where(inside[:, None], origin * total[None, :], 0.0)
+    ws = tl.load(of_scale + n, mask=out, other=0.0)
+    wt = tl.load(of_shift + n, mask=out, other=0.0)
+    value = a * (ws[None, :] * acc.to(tl.float32) - wt[None, :] * sums.to(tl.float32)[:, None]) + offset
+    if HAS_BIAS:
+        value = value + tl.load(bias + n, mask=out, other=0.0)[None, :]
+    value = tl.where((odd > 0)[:, None], float("nan"), value)
+    y += sample * pixels * OUTPUTS
+    tl.store(y + m[:, None] * OUTPUTS + n[None, :], value, mask=here[:, None] & out[None, :])
+
+
+@triton.jit
+def pool(x, parts, rows, x_batch, x_row, x_column, CHANNELS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """Sums over a block of rows of a sample: (samples, blocks, CHANNELS)."""
+    block, sample = tl.program_id(0), tl.program_id(1)
+    c = tl.arange(0, BC)
+    m = block * BM + tl.arange(0, BM)
+    mask = (m < rows)[:, None] & (c < CHANNELS)[None, :]
+    v = tl.load(x + sample.to(tl.int64) * x_batch + m[:, None] * x_row + c[None, :] * x_column, mask=mask, other=0.0)
+    to = parts + (sample * tl.num_programs(0) + block) * CHANNELS + c
+    tl.store(to, tl.sum(v, 0), mask=c < CHANNELS)
+
+
+@triton.jit
+def excite(
+    parts, first, first_bias, second, second_bias, y, blocks, rows,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """``sigmoid(second @ relu(first @ mean + ..) + ..)`` of a sample's sums by block; matrices (outputs, inputs)."""
+    sample = tl.program_id(0)
+    c, h = tl.arange(0, BC), tl.arange(0, BH)
+    real = c < CHANNELS
+    total = tl.zeros([BC], tl.float32)
+    for b0 in range(0, blocks, BB):
+        b = b0 + tl.arange(0, BB)
+        at = parts + (sample * blocks + b)[:, None] * CHANNELS + c[None, :]
+        total += tl.sum(tl.load(at, mask=(b < blocks)[:, None] & real[None, :], other=0.0), 0)
+    mean = total / rows
+    both = (h < HIDDEN)[:, None] & real[None, :]
+    hidden = tl.sum(tl.load(first + h[:, None] * CHANNELS + c[None, :], mask=both, other=0.0) * mean[None, :], 1)
+    hidden = hidden + tl.load(first_bias + h, mask=h < HIDDEN, other=0.0)
+    hidden = tl.where(hidden < 0, 0.0, hidden)  # NaN stays one
+    v = tl.sum(tl.load(second + c[None, :] * HIDDEN + h[:, None], mask=both, other=0.0) * hidden[:, None], 0)
+    v = v + tl.load(second_bias + c, mask=real, other=0.0)
+    tl.store(y + sample * CHANNELS + c, 1.0 / (1.0 + tl.exp(-v)), mask=real)
+
+
+@triton.jit
+def blend(
+    x, gain, v, scale, y, rows, x_batch, x_row, v_batch, v_row,
+    COLUMNS: tl.constexpr, HAS_GAIN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``x * gain + v * scale``."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = (m < rows)[:, None] & (c < COLUMNS)[None, :]
+    sample = tl.program_id(2).to(tl.int64)
+    value = tl.load(x + sample * x_batch + m[:, None] * x_row + c[None, :], mask=mask, other=0.0)
+    if HAS_GAIN:
+        value = value * tl.load(gain + c, mask=c < COLUMNS, other=0.0)[None, :]
+    other = tl.load(v + sample * v_batch + m[:, None] * v_row + c[None, :], mask=mask, other=0.0)
+    factor = tl.load(scale + sample * COLUMNS + c, mask=c < COLUMNS, other=0.0)[None, :]
+    y += sample * rows * COLUMNS
+    tl.store(y + m[:, None] * COLUMNS + c[None, :], value + other * factor, mask=mask)
