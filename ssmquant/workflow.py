@@ -309,6 +309,9 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:
     runs as before, with a warning, and so does, without one, a call while the last still waits for its backward pass
     (there is one set of activations). Copies and pickles of the model capture anew.
 
+    A graph of a deployed model is of its tensors, modules and hooks as they were. ``to`` and ``load_state_dict`` are
+    noticed at once, other changes within a tenth of a second.
+
     A call takes one backward pass: a second one (``retain_graph``) raises RuntimeError.
 
     Args:

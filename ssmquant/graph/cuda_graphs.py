@@ -6,12 +6,15 @@ are captured once for each kind of call and then launched together, in the user'
 
 from __future__ import annotations
 
+import operator
+import time
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ __all__ = ["CudaGraphs", "restorer"]
 _NUMBERS = {bool, int, float, str}
 _RESULTS = (Tensor, *_NUMBERS, type(None))
 
+_SECONDS = 0.1  # between looks at a deployed model
 _WARM_UP = 3  # runs before a capture: they compile and tune kernels, and allocate
 
 
@@ -43,9 +47,13 @@ def _capture(work: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None
 def restorer(model: nn.Module, plain: Sequence[Tensor], device: torch.device) -> Callable[[], None]:
     """A function that gives buffers, ``plain`` tensors and the random states the values that they have now.
 
-    Quantizers keep a range that the runs in between initialised: it is right, and they know of it in Python too.
+    Quantizers keep a range that the runs in between initialised: it is right, and they know of it in Python too. What a
+    deployed model has of ours nobody writes to, and kernels would take it for another one afterwards.
     """
     ours = {id(b) for m in model.modules() if isinstance(m, Quantizer) for b in m.buffers(recurse=False)}
+    runtime: Any = model._modules.get("_ssmquant")
+    if runtime is not None and runtime.stage == "deployed":
+        ours |= {id(b) for b in runtime.buffers()}
     tensors = [(t, t.detach().clone()) for t in (*model.buffers(), *plain) if id(t) not in ours]
     random = torch.get_rng_state()
     gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
@@ -304,7 +312,7 @@ def _state(record: Any, model: nn.Module) -> tuple[list[Any], list[Tensor]]:
     tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
     tensors = [t for table in tables for t in table.values() if t is not None] + record.plain_tensors(model)
     # Kernels of a deployed model read what was made of its tensors.
-    versions = [0 if t.is_inference() else t._version for t in tensors] if record.made(model) else []
+    versions = [0 if t.is_inference() else t._version for t in tensors] if record.is_deployed(model) else []
     state: list[Any] = [*versions, *((id(t), t.data_ptr(), t.requires_grad, t.dtype, t.shape, t.stride()) for t in tensors)]
     state += [(type(m), m.training, hooks_of(m), _constants(m)) for m in modules]
     return state, tensors
@@ -325,6 +333,48 @@ def _choices(kind: str) -> tuple[Any, ...]:
     )
 
 
+class _Watch:
+    """Whether a deployed model is what it was when this was made: tensors, modules, hooks, modes and numbers.
+
+    To look takes longer than a small image takes the GPU, however it is done: ten thousand objects are nowhere near the
+    processor. So it is done once in ``_SECONDS``; ``Runtime`` tells of what changes the whole model.
+    """
+
+    def __init__(self, record: Any, model: nn.Module) -> None:
+        modules = _modules(model)
+        self._tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules) if t]
+        self._tensors = [t for d in self._tables for t in d.values() if isinstance(t, Tensor) and not t.is_inference()]
+        self._tensors += [t for t in record.plain_tensors(model) if not t.is_inference()]
+        self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        known = [m for m in modules if isinstance(m, Quantizer) or type(m).__module__.startswith("torch.nn")]
+        self._numbers = [(vars(m), k) for m in known for k, v in vars(m).items() if type(v) in _NUMBERS]
+        self._plain = [(vars(model.get_submodule(n.rpartition(".")[0])), n.rpartition(".")[2]) for n in record.plain]
+        self._held = [v for d in self._tables for v in d.values()], [d.get(k) for d, k in self._plain]
+        self._seen = self._look()
+        self._next = time.monotonic() + _SECONDS
+
+    def _look(self) -> tuple[Any, ...]:
+        entries = chain.from_iterable([d.values() for d in self._tables])
+        return (
+            list(map(id, entries)),
+            list(map(_version, self._tensors)),
+            sum(map(len, self._hooks)),
+            [d.get(k) for d, k in self._numbers],
+            [id(d.get(k)) for d, k in self._plain],
+        )
+
+    def same(self) -> bool:
+        """Nothing has changed, or had when this was last looked at."""
+        now = time.monotonic()
+        if now < self._next:
+            return True
+        self._next = now + _SECONDS
+        return self._look() == self._seen
+
+
+_version = operator.attrgetter("_version")
+
+
 @dataclass
 class _Known:
     """A kind of call: what it relies on, and its graph once it is captured. ``held``: ids are of what is alive."""
@@ -334,6 +384,7 @@ class _Known:
     held: list[Tensor]
     graph: _Graph | None = None
     refused: bool = False
+    watch: _Watch | None = None
 
 
 class CudaGraphs:
@@ -353,8 +404,13 @@ class CudaGraphs:
             return record(model, tensors)
         shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
         key = id(record), shapes, _choices(tensors[0].device.type)
-        state, held = _state(record, model)
         known = self.known.get(key)
+        if known is not None and known.graph is not None and known.watch is not None:
+            self.known.move_to_end(key)
+            result = known.graph(tensors)  # leaves no trace, should it be in vain
+            if known.watch.same():  # looked at while the GPU is busy
+                return result
+        state, held = _state(record, model)
         if known is None or known.state != state:
             # The first call runs as it is: it may initialise quantizers, which waits for the GPU.
             self._keep(key, _Known(record, state, held))
@@ -365,6 +421,7 @@ class CudaGraphs:
                 if record.writes_inputs():
                     raise RuntimeError("it writes to its input")
                 known.graph = _Graph(record, model, tensors)
+                known.watch = _Watch(record, model) if record.is_deployed(model) else None
             except RuntimeError as error:
                 warnings.warn(
                     f"cuda_graph: this call cannot be captured and runs as it is ({str(error).splitlines()[0]})",

@@ -122,10 +122,13 @@ class Record:
         fused = faster_layers(fuse(graph, model), model)
         return compile_graph(bank_weights(fused), model)[0]
 
+    def is_deployed(self, model: nn.Module) -> bool:
+        """Whether the model is converted."""
+        return runtime_of(model).stage == "deployed"
+
     def made(self, model: nn.Module) -> list[Any]:
         """What a deployed model's kernels read that was made of its tensors."""
-        runtime = runtime_of(model)
-        return runtime.unchanged.values() if runtime.stage == "deployed" else []
+        return runtime_of(model).unchanged.values() if self.is_deployed(model) else []
 
     def plain_tensors(self, model: nn.Module) -> list[Tensor]:
         """The tensors that the graph reads and that are neither parameters nor buffers."""
@@ -439,6 +442,16 @@ class Runtime(nn.Module):
             raise SsmquantError(
                 "a converted model holds packed codes and cannot be trained: train the prepared one and convert again"
             )
+
+    def _apply(self, *args: Any, **options: Any) -> Runtime:  # of ``.to(..)`` of the model
+        if self.graphs is not None:
+            self.graphs.known.clear()
+        return super()._apply(*args, **options)  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        if self.graphs is not None:
+            self.graphs.known.clear()
+        super()._load_from_state_dict(*args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         new = Runtime.__new__(Runtime)

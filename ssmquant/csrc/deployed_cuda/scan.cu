@@ -179,7 +179,8 @@ struct Walk {
         for (int g = 0; g < GROUP; ++g) {
             next.pixel[g] = steps[g * META + WORDS];
             const int pixel = next.pixel[g] < 0 ? 0 : next.pixel[g];
-            if (CT == 2) next.u[g] = *reinterpret_cast<const unsigned short *>(u + pixel * p.u_row);
+            if (CT == 4) next.u[g] = *reinterpret_cast<const unsigned *>(u + pixel * p.u_row);
+            else if (CT == 2) next.u[g] = *reinterpret_cast<const unsigned short *>(u + pixel * p.u_row);
             else next.u[g] = u[pixel * p.u_row];
             if (OUT && ADD) {
                 const Floats<CT> held = *reinterpret_cast<const Floats<CT> *>(y + pixel * p.channels);
@@ -249,7 +250,7 @@ struct Walk {
                     int sum = 0;
 #pragma unroll
                     for (int w = 0; w < WORDS; ++w) sum = dot4(unsigned(of_meta[w]), 0x01010101, sum);
-                    float result[CT], drive[CT], decay[CT], ratio[CT], dt[CT];
+                    float result[CT], odd[CT], drive[CT], decay[2][CT], ratio[CT], dt[CT];  // states in turn, two chains
 #pragma unroll
                     for (int c = 0; c < CT; ++c) {
                         int dot = 0;
@@ -261,16 +262,20 @@ struct Walk {
                             const int level = as_int(x + MAGIC) - as_int(MAGIC) - p.qmin;
                             const Floats<2> e = *reinterpret_cast<const Floats<2> *>(table + ((level * CT + c) * LANES + lane) * 2);
                             dt[c] = e.x[0];
-                            decay[c] = e.x[1];
+                            decay[0][c] = e.x[1];
                         } else {
                             if (QUANT) x = fmaf((x + MAGIC) - MAGIC, sd, offset[c]);
                             dt[c] = step_size(x);
-                            decay[c] = exp2_(dt[c] * rate[c][0]);
+                            decay[0][c] = exp2_(dt[c] * rate[c][0]);
                         }
-                        if (LADDER && STATES > 1) ratio[c] = LADDER == 2 ? decay[c] : exp2_(dt[c] * rate[c][1]);
+                        if (LADDER && STATES > 1) {
+                            ratio[c] = LADDER == 2 ? decay[0][c] : exp2_(dt[c] * rate[c][1]);
+                            decay[1][c] = decay[0][c] * ratio[c];
+                            ratio[c] *= ratio[c];
+                        }
                         const float u = fmaf(byte_of(now.u[g], c), su, ou);
                         drive[c] = dt[c] * u;
-                        result[c] = skip[c] * u;
+                        result[c] = skip[c] * u, odd[c] = 0.0f;
                         if (!OUT) total[c] += dt[c];
                     }
                     constexpr int AT_ONCE = OUT ? 2 : 4;  // states whose values are read together
@@ -282,16 +287,17 @@ struct Walk {
 #pragma unroll
                             for (int c = 0; c < CT; ++c) {
                                 const int n = n0 + i;
-                                if (!LADDER && n > 0) decay[c] = exp2_(dt[c] * rate[c][n % RATES]);
-                                h[c][n] = fmaf(decay[c], h[c][n], drive[c] * four.x[OUT ? 2 * i : i]);
-                                if (OUT) result[c] = fmaf(four.x[(2 * i + 1) % 4], h[c][n], result[c]);
-                                if (LADDER && n + 1 < STATES) decay[c] *= ratio[c];
+                                float &a = decay[n % 2][c], &sum = n % 2 ? odd[c] : result[c];
+                                if (!LADDER && n > 0) a = exp2_(dt[c] * rate[c][n % RATES]);
+                                h[c][n] = fmaf(a, h[c][n], drive[c] * four.x[OUT ? 2 * i : i]);
+                                if (OUT) sum = fmaf(four.x[(2 * i + 1) % 4], h[c][n], sum);
+                                if (LADDER && n + 2 < STATES) a *= ratio[c];
                             }
                     }
                     if (OUT && now.pixel[g] >= 0) {
                         Floats<CT> out;
 #pragma unroll
-                        for (int c = 0; c < CT; ++c) out.x[c] = ADD ? result[c] + now.y[g][c] : result[c];
+                        for (int c = 0; c < CT; ++c) out.x[c] = ADD ? (result[c] + odd[c]) + now.y[g][c] : result[c] + odd[c];
                         *reinterpret_cast<Floats<CT> *>(y + now.pixel[g] * p.channels) = out;
                     }
                 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops.deployed.cpu import conv_size
+from ssmquant.ops.deployed.cuda_depthwise import depthwise
 from ssmquant.ops.deployed.forms import Grid, Norm, Weights
 from ssmquant.ops.selective_scan import cuda as float_scan
 
@@ -120,13 +121,14 @@ def by_lanes(x: Tensor) -> Tensor:
 
 def _rows_at_once(rows: int, device: torch.device) -> int:
     """So that small images keep all multiprocessors busy."""
-    most = 64 if device.type == "cuda" else 32  # the interpreter's time is that of operations
-    return most if rows >= 132 * most else 32
+    return 64 if device.type == "cuda" and rows >= 132 * 64 else 32
 
 
-def _least_waste(columns: int) -> int:
-    """Columns of a block, so that few lanes have none."""
-    return min((64, 32, 128, 16), key=lambda n: -(-columns // n) * n)
+def _tile(rows: int, inputs: int, outputs: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Rows, outputs and inputs of a block, and its warps. All inputs in one block are encoded once for all outputs."""
+    if inputs > 256:
+        return _rows_at_once(rows, device), min(_power(outputs), 128), 128, 4
+    return 32, min(_power(outputs), 64), _power(inputs, 32), 4
 
 
 def project(
@@ -154,36 +156,13 @@ def project(
     z_strides = (0, 0) if z is None else z.stride()[:2]
     r_strides = (0, 0) if held is None else held.stride()[:2]
     numbers = rows, *x.stride(), *z_strides, *r_strides, float(eps), grid.qmin, grid.qmax
-    bm, bn = _rows_at_once(samples * rows, x.device), min(_power(outputs), 128)
-    bk = _power(inputs, 32) if inputs <= 256 else 128
+    bm, bn, bk, warps = _tile(samples * rows, inputs, outputs, x.device)
     constants = (
         inputs, outputs, _off(grid), kind, norm_weight is not None, norm_bias is not None, z is not None,
         bias is not None, held is not None, gain is not None, _ACTIVATIONS[act], bm, bn, bk,
     )  # fmt: skip
-    _launch("project", (-(-rows // bm), -(-outputs // bn), samples), tensors, numbers, constants)
-    return y
-
-
-def depthwise(
-    x: Tensor,
-    grid: Grid,
-    weights: Tensor,
-    bias: Tensor,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    act: str | None = None,
-) -> Tensor:
-    """See ``cpu.depthwise``."""
-    batch, height, width, channels = x.shape
-    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    bc = _least_waste(channels)
-    bp = max(16, 2048 // bc)
-    pixels = height * width
-    _small_enough(x, y)
-    numbers = pixels, height, width, *x.stride(), grid.qmin, grid.qmax
-    constants = channels, *kernel, *dilation, _ACTIVATIONS[act], bp, bc
-    blocks = -(-pixels // bp), -(-channels // bc), batch
-    _launch("depthwise", blocks, (x, grid.scale, grid.shift, weights, bias, y), numbers, constants)
+    blocks = -(-rows // bm), 1 if bk >= inputs else -(-outputs // bn), samples
+    _launch("project", blocks, tensors, numbers, constants, warps)
     return y
 
 
@@ -242,7 +221,8 @@ def excite(x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_
     """
     batch, rows, columns = x.shape
     _small_enough(x)
-    bc, bm = _power(columns), 64
+    bc = _power(columns)
+    bm = min(max(64, _power(-(-rows // 128))), 512)
     blocks = -(-rows // bm)
     parts = torch.empty(batch, blocks, columns, dtype=torch.float32, device=x.device)
     _launch("pool", (blocks, batch), (x, parts), (rows, *x.stride()), (columns, bm, bc))

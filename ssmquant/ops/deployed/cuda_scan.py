@@ -20,6 +20,7 @@ __all__ = ["Case", "Scan", "Shape", "arrangement", "choose"]
 _MOST_LEVELS = 16  # of step sizes that are looked up
 _SEGMENTS = 16  # of chunks, as in the source
 _MOST_LANES = 384
+_THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
 _LOG2E = 1.4426950408889634
 
 
@@ -108,11 +109,11 @@ def choose(batch: int, pixels: int, channels: int, processors: int) -> Shape:
     lanes = channels // columns
     blocks = -(-lanes // _MOST_LANES)
     lanes = -(-lanes // blocks)
-    most = max(1, 320 // lanes)
+    most = max(1, _THREADS // lanes)
 
     def fill(count: int) -> tuple[float, int]:
         used = lanes * count
-        return used / (-(-used // 32) * 32), -abs(used - 256)
+        return used / (-(-used // 32) * 32), used
 
     chunks = max(range(1, most + 1), key=fill)
     stage = 16

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["blend", "conv", "core_codes", "depthwise", "excite", "pool", "project"]
+__all__ = ["blend", "conv", "core_codes", "excite", "pool", "project"]
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no fraction, rounding to even
 
@@ -59,7 +59,6 @@ def project(
     NORM: 1 layer norm, 2 RMS norm, 3 factors alone.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
     here = m < rows
     sample = tl.program_id(2).to(tl.int64)
     x_at = x + sample * x_batch + m * x_row
@@ -68,17 +67,41 @@ def project(
     inverse = tl.div_rn(1.0, a)
     moved = b * inverse
     lower, upper = qmin + 0.0, qmax + 0.0  # an integer that is 1 is a constant
-    ONE: tl.constexpr = BK >= INPUTS
     mean = tl.zeros([BM], tl.float32)
     factor = tl.zeros([BM], tl.float32) + 1.0
-    if NORM == 1 or NORM == 2:
-        if not ONE:
-            if NORM == 1:
-                for k0 in range(0, INPUTS, BK):
-                    k = k0 + tl.arange(0, BK)
-                    mask = here[:, None] & (k < INPUTS)[None, :]
-                    mean += tl.sum(tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0), 1)
-                mean = mean / INPUTS
+    r_at = residual + sample * r_batch + m * r_row
+    y += sample * rows * OUTPUTS
+    if BK >= INPUTS:  # codes are made once, for all outputs
+        k = tl.arange(0, BK)
+        inside = (k < INPUTS)[None, :]
+        mask = here[:, None] & inside
+        v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
+        if NORM == 1:
+            mean = tl.sum(v, 1) / INPUTS
+        if NORM == 1 or NORM == 2:
+            off = tl.where(inside, v - mean[:, None], 0.0)
+            factor = 1.0 / tl.sqrt_rn(tl.sum(off * off, 1) / INPUTS + eps)
+            v = (v - mean[:, None]) * factor[:, None]
+        code, sums, odd = _encoded(
+            v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin, INPUTS, OFF, HAS_W, HAS_B, GATE
+        )
+        for n0 in range(0, OUTPUTS, BN):
+            n = n0 + tl.arange(0, BN)
+            inner = (n < OUTPUTS)[None, :] & (k < INPUTS)[:, None]
+            w = tl.load(weights + n[None, :] * INPUTS + k[:, None], mask=inner, other=0)
+            acc = tl.dot(code, w, out_dtype=tl.int32)
+            _finish(
+                acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, m, n, here,
+                OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
+            )  # fmt: skip
+    else:
+        if NORM == 1:
+            for k0 in range(0, INPUTS, BK):
+                k = k0 + tl.arange(0, BK)
+                mask = here[:, None] & (k < INPUTS)[None, :]
+                mean += tl.sum(tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0), 1)
+            mean = mean / INPUTS
+        if NORM == 1 or NORM == 2:
             squares = tl.zeros([BM], tl.float32)
             for k0 in range(0, INPUTS, BK):
                 k = k0 + tl.arange(0, BK)
@@ -86,48 +109,54 @@ def project(
                 v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0) - mean[:, None]
                 squares += tl.sum(tl.where((k < INPUTS)[None, :], v * v, 0.0), 1)
             factor = 1.0 / tl.sqrt_rn(squares / INPUTS + eps)
-    sums = tl.zeros([BM], tl.int32)
-    acc = tl.zeros([BM, BN], tl.int32)
-    odd = tl.zeros([BM], tl.int32)
-    for k0 in range(0, INPUTS, BK):
-        k = k0 + tl.arange(0, BK)
-        inside = (k < INPUTS)[None, :]
-        mask = here[:, None] & inside
-        v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
-        if ONE:
-            if NORM == 1:
-                mean = tl.sum(v, 1) / INPUTS
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
+        sums = tl.zeros([BM], tl.int32)
+        acc = tl.zeros([BM, BN], tl.int32)
+        odd = tl.zeros([BM], tl.int32)
+        for k0 in range(0, INPUTS, BK):
+            k = k0 + tl.arange(0, BK)
+            mask = here[:, None] & (k < INPUTS)[None, :]
+            v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
             if NORM == 1 or NORM == 2:
-                off = tl.where(inside, v - mean[:, None], 0.0)
-                factor = 1.0 / tl.sqrt_rn(tl.sum(off * off, 1) / INPUTS + eps)
-        if NORM == 1 or NORM == 2:
-            v = (v - mean[:, None]) * factor[:, None]
-        if HAS_W:
-            v = v * tl.load(norm_weight + k, mask=k < INPUTS, other=0.0)[None, :]
-        if HAS_B:
-            v = v + tl.load(norm_bias + k, mask=k < INPUTS, other=0.0)[None, :]
-        if GATE:
-            v = v * _silu(tl.load(z_at[:, None] + k[None, :], mask=mask, other=0.0))
-        u = _index(v, inverse, moved, lower, upper)
-        odd += tl.sum((u != u).to(tl.int32), 1)
-        code = tl.where(inside, u.to(tl.int32) - (qmin + OFF), 0)
-        sums += tl.sum(code, 1)
-        code = code.to(tl.int8)
-        w = tl.load(
-            weights + n[None, :] * INPUTS + k[:, None], mask=(n < OUTPUTS)[None, :] & (k < INPUTS)[:, None], other=0
-        )
-        acc = tl.dot(code, w, acc, out_dtype=tl.int32)
-    _finish(
-        acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain,
-        residual + sample * r_batch + m * r_row, y + sample * rows * OUTPUTS, m, n, here, INPUTS, OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
-    )  # fmt: skip
+                v = (v - mean[:, None]) * factor[:, None]
+            code, more, nans = _encoded(
+                v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin, INPUTS, OFF, HAS_W, HAS_B,
+                GATE,
+            )  # fmt: skip
+            sums += more
+            odd += nans
+            inner = (n < OUTPUTS)[None, :] & (k < INPUTS)[:, None]
+            w = tl.load(weights + n[None, :] * INPUTS + k[:, None], mask=inner, other=0)
+            acc = tl.dot(code, w, acc, out_dtype=tl.int32)
+        _finish(
+            acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, m, n, here,
+            OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _encoded(
+    v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin,
+    INPUTS: tl.constexpr, OFF: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Codes of normalised values, (rows, inputs) int8, zeros where there are none; their sums, and how many are NaN."""
+    if HAS_W:
+        v = v * tl.load(norm_weight + k, mask=k < INPUTS, other=0.0)[None, :]
+    if HAS_B:
+        v = v + tl.load(norm_bias + k, mask=k < INPUTS, other=0.0)[None, :]
+    if GATE:
+        v = v * _silu(tl.load(z_at[:, None] + k[None, :], mask=mask, other=0.0))
+    u = _index(v, inverse, moved, lower, upper)
+    odd = tl.sum((u != u).to(tl.int32), 1)
+    code = tl.where((k < INPUTS)[None, :], u.to(tl.int32) - (qmin + OFF), 0)
+    return code.to(tl.int8), tl.sum(code, 1), odd
 
 
 @triton.jit
 def _finish(
     acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, m, n, here,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    HAS_GAIN: tl.constexpr, ACT: tl.constexpr,
+    OUTPUTS: tl.constexpr, OFF: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     """Values of products of codes. What the weights' own offset needs is in their total: see ``cuda.pack``."""
     out = n < OUTPUTS
@@ -209,38 +238,6 @@ def core_codes(
     made = _index(value, of_codes, tl.load(out_moved + n, mask=out, other=0.0)[None, :], least, most) - least
     tl.store(codes + m[:, None] * code_row + n[None, :], made.to(tl.int32).to(tl.uint8), mask=here[:, None] & out[None, :])
     tl.store(bad + m, (odd > 0).to(tl.uint8), mask=here & first)
-
-
-@triton.jit
-def depthwise(
-    x, scale, shift, weights, bias, y, pixels, height, width, x_batch, x_down, x_right, x_column, qmin, qmax,
-    CHANNELS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DOWN: tl.constexpr, RIGHT: tl.constexpr,
-    ACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """A block of a sample's pixels by a block of channels. ``weights``: (taps, CHANNELS) float32."""
-    m = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    here, channel = m < pixels, c < CHANNELS
-    column, line = m % width, m // width
-    sample = tl.program_id(2).to(tl.int64)
-    x_at = x + sample * x_batch
-    a, b = tl.load(scale), tl.load(shift)
-    inverse = tl.div_rn(1.0, a)
-    moved = b * inverse
-    lower, upper = qmin + 0.0, qmax + 0.0  # an integer that is 1 is a constant
-    acc = tl.zeros([BP, BC], tl.float32) + tl.load(bias + c, mask=channel, other=0.0)[None, :]
-    for tap in tl.static_range(KH * KW):
-        i = line + (tap // KW - KH // 2) * DOWN
-        j = column + (tap % KW - KW // 2) * RIGHT
-        inside = here & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-        mask = inside[:, None] & channel[None, :]
-        v = tl.load(x_at[:, None] + (i * x_down + j * x_right)[:, None] + c[None, :] * x_column, mask=mask, other=0.0)
-        value = _index(v, inverse, moved, lower, upper) * a - b
-        w = tl.load(weights + tap * CHANNELS + c, mask=channel, other=0.0)
-        acc += tl.where(mask, value * w[None, :], 0.0)
-    acc = _act(acc, ACT)
-    y += sample * pixels * CHANNELS
-    tl.store(y + m[:, None] * CHANNELS + c[None, :], acc, mask=here[:, None] & channel[None, :])
 
 
 @triton.jit

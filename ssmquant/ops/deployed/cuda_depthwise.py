@@ -1,0 +1,82 @@
+"""Depthwise convolutions of deployed models on a GPU: calls of ``csrc/deployed_cuda/depthwise.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from ssmquant.errors import InputError
+from ssmquant.ops import nvrtc
+from ssmquant.ops.deployed.forms import Grid
+
+__all__ = ["depthwise"]
+
+_THREADS = 256
+_MOST_SHARED = 40 * 1024  # bytes of a block, so that several fit
+_ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
+
+
+class _Params(ctypes.Structure):
+    """``Params`` of the source."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in "x scale shift weights bias y".split()),
+        *((n, ctypes.c_longlong) for n in "x_batch x_down x_right x_channel".split()),
+        *((n, ctypes.c_int) for n in "height width channels across qmin qmax".split()),
+    )
+
+
+@functools.cache
+def _tile(
+    line: bool, channels: int, kernel: tuple[int, int], dilation: tuple[int, int]
+) -> dict[str, int]:
+    """Channels and pixels of a block; ``line``: of images of one line."""
+    lanes = min(range(16, 33), key=lambda n: (-(-channels // n) * n, -n)) if channels >= 16 else channels
+    rows = max(1, _THREADS // lanes)
+    down, right = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+    high, wide = (1, 32) if line else (8, 16)
+    rows = min(rows, high)
+    while wide > 1 and (high + down) * (wide + right) * lanes * 4 > _MOST_SHARED:
+        wide //= 2
+    return {"LANES": lanes, "ROWS": rows, "HIGH": high, "WIDE": wide}
+
+
+@functools.cache
+def _source(*definitions: tuple[str, int]) -> str:
+    text = files("ssmquant").joinpath("csrc", "deployed_cuda", "depthwise.cu").read_text(encoding="utf-8")
+    return "".join(f"#define {k} {v}\n" for k, v in definitions) + text
+
+
+def depthwise(
+    x: Tensor,
+    grid: Grid,
+    weights: Tensor,
+    bias: Tensor,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    act: str | None = None,
+) -> Tensor:
+    """See ``cpu.depthwise``.
+
+    Raises:
+        InputError: an image has 2**31 elements or more.
+    """
+    batch, height, width, channels = x.shape
+    if height * width * channels >= 2**31:
+        raise InputError(f"deployed: {tuple(x.shape[1:])} is larger than what the kernels for GPUs count: use tiles")
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    tile = _tile(height == 1, channels, kernel, dilation)
+    constants = {"KH": kernel[0], "KW": kernel[1], "DOWN": dilation[0], "RIGHT": dilation[1], "ACT": _ACTIVATIONS[act]}
+    source = _source(*tile.items(), *constants.items())
+    lanes, rows, high, wide = tile.values()
+    across = -(-width // wide)
+    tensors = (x, grid.scale, grid.shift, weights, bias, y)
+    params = _Params(*(t.data_ptr() for t in tensors), *x.stride(), height, width, channels, across, grid.qmin, grid.qmax)
+    shared = 4 * (high + (kernel[0] - 1) * dilation[0]) * (wide + (kernel[1] - 1) * dilation[1]) * lanes
+    blocks = -(-height // high) * across, batch * -(-channels // lanes)
+    nvrtc.load(source, x.device).launch("depthwise", blocks, lanes * rows, shared, params, x.device)
+    return y
