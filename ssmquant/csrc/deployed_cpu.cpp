@@ -25,7 +25,7 @@ const Paths<DeployedPath> kPaths(nullptr, SSMQUANT_PATHS(ssmquant_deployed_));
 // What is worth another thread, and what an element takes, in tenths of a nanosecond.
 constexpr int64_t kThreadWork = 100000;
 namespace cost {
-constexpr int64_t encode = 4, moments = 4, gate = 10, blend = 3, tap = 1, delta = 6, state = 2;
+constexpr int64_t encode = 4, moments = 4, gate = 10, blend = 3, tap = 1, act = 5, delta = 6, state = 2;
 }
 constexpr int64_t kProducts = 16;  // multiplications of codes in that time
 
@@ -120,7 +120,8 @@ SSMQUANT_EXPORT void ssmquant_deployed_ranges(const RangesCall* call) {
 
 SSMQUANT_EXPORT void ssmquant_deployed_linear(const LinearCall* call) {
   const auto run = kPaths.found[call->path]->linear;
-  const int64_t work = call->batch * call->rows * call->outputs * (call->x.padded / kProducts + 1);
+  const int64_t act = call->act == kNoActivation ? 0 : cost::act;
+  const int64_t work = call->batch * call->rows * call->outputs * (call->x.padded / kProducts + 1 + act);
   share(useful_threads(*call, work), tasks_of(call->batch, call->rows),
         [&](int64_t i, int64_t) { run(*call, part_of(call->rows, i)); });
 }
@@ -144,8 +145,9 @@ SSMQUANT_EXPORT int64_t ssmquant_deployed_project_workspace(const ProjectCall* c
 SSMQUANT_EXPORT void ssmquant_deployed_project(const ProjectCall* call) {
   const auto run = kPaths.found[call->path]->project;
   const Scratch scratch = project_scratch(call);
+  const int64_t act = call->act == kNoActivation ? 0 : cost::act;
   const int64_t each = call->inputs * (call->z.data != nullptr ? cost::gate + cost::encode : cost::encode) +
-                       call->outputs * (padded(call->inputs) / kProducts + 1);
+                       call->outputs * (padded(call->inputs) / kProducts + 1 + act);
   share(useful_threads(*call, call->batch * call->rows * each), tasks_of(call->batch, call->rows),
         [&](int64_t i, int64_t thread) {
           run(*call, part_of(call->rows, i), static_cast<char*>(call->workspace) + thread * scratch.bytes());

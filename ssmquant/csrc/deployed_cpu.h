@@ -48,6 +48,9 @@ struct Norm {
   double eps;
 };
 
+// What becomes of results before they are written.
+enum Activation : int64_t { kNoActivation, kSilu, kGelu };
+
 struct EncodeCall {
   int64_t path, threads;
   int64_t batch, rows, groups, columns;
@@ -107,6 +110,7 @@ struct LinearCall {
   Quantizer quantizer;
   Weights weights;
   const float* bias;  // (tiles * lanes), or null
+  int64_t act;        // an Activation
   float* y;           // (batch, rows, outputs)
 };
 
@@ -121,7 +125,8 @@ struct ProjectCall {
   double eps;           // the smallest step of these
   Weights weights;
   const float* bias;  // (tiles * lanes), or null
-  Values residual;    // is added, times gain; data: or null. Next to each other in a row
+  int64_t act;        // an Activation, of the product with its bias
+  Values residual;    // is added to that, times gain; data: or null. Next to each other in a row
   const float* gain;  // (outputs), or null for 1
   void* workspace;    // ssmquant_deployed_project_workspace bytes
   float* y;           // (batch, rows, outputs)
@@ -165,7 +170,7 @@ struct DepthwiseCall {
   Values x;       // (batch, height, width, channels)
   Quantizer quantizer;
   const float *weights, *bias;  // (taps, tiles * lanes), (tiles * lanes)
-  int64_t act;                  // 1: SiLU, 2: GELU
+  int64_t act;                  // an Activation
   float* y;  // (batch, height, width, channels)
 };
 

@@ -114,9 +114,9 @@ void convolve(const DepthwiseCall& call, const Block& block, int64_t rows, int64
       } else {
         for (int64_t k = 0; k < all; ++k) even = even + load(from + at[k]) * weight[k];
       }
-      const V sum = even + odd;
-      store_some(y + (r * call.width + c) * call.channels, call.act == 0 ? sum : call.act == 1 ? silu(sum) : gelu(sum),
-                 left);
+      V sum = even + odd;
+      activated<1>(call.act, &sum);
+      store_some(y + (r * call.width + c) * call.channels, sum, left);
     }
   }
 }

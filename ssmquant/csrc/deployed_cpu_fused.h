@@ -54,10 +54,10 @@ SSMQUANT_INLINE void encode_rows(const Values& x, const Part& part, const Norm& 
 }
 
 SSMQUANT_INLINE void linear_rows(const Codes& codes, int64_t count, const Quantizer& quantizer, const Weights& weights,
-                                 const float* bias, int64_t outputs, float* y) {
+                                 const float* bias, int64_t act, int64_t outputs, float* y) {
   LinearCall call{};
   call.outputs = outputs, call.x = codes, call.quantizer = quantizer, call.weights = weights;
-  call.bias = bias, call.y = y;
+  call.bias = bias, call.act = act, call.y = y;
   Linear{call, Grid(quantizer, 0), 0, count, nullptr, nullptr}.on_codes();
 }
 
@@ -103,7 +103,7 @@ SSMQUANT_INLINE void project_by_row(const ProjectCall& call, const Part& part, f
   LinearCall product{};
   product.outputs = call.outputs, product.x = codes, product.weights = call.weights;
   product.quantizer.qmax = call.quantizer.qmax;
-  product.bias = call.bias, product.y = y;
+  product.bias = call.bias, product.act = call.act, product.y = y;
   Linear{product, Grid(), 0, part.count, scales, shifts}.on_codes();
 }
 
@@ -125,7 +125,7 @@ void project(const ProjectCall& call, const Part& part, void* workspace) {
     encode_rows(call.x, part, call.norm, call.quantizer, call.inputs, codes);
   }
   if (call.clip == nullptr) {
-    linear_rows(codes, part.count, call.quantizer, call.weights, call.bias, call.outputs, y);
+    linear_rows(codes, part.count, call.quantizer, call.weights, call.bias, call.act, call.outputs, y);
   }
   if (call.residual.data == nullptr) return;
   const float* x = row_of(call.residual, part);
@@ -179,7 +179,8 @@ void prepare(const CoreCall& call, const Part& part, void* workspace) {
   const Codes x{scratch.codes(workspace), scratch.sums(workspace), scratch.padded, 0, 1, 1};
   if (!same) encode_rows(call.x, part, Norm{}, call.of_x, scan.channels, x);
   float* const made = scratch.values(workspace);
-  linear_rows(same ? u : x, part.count, same ? scan.of_u : call.of_x, call.projection, nullptr, outputs, made);
+  linear_rows(same ? u : x, part.count, same ? scan.of_u : call.of_x, call.projection, nullptr, kNoActivation, outputs,
+              made);
   encode_directions(call, part, made, call.at_rank, call.ranks, scan.of_rank, scan.rank);
   encode_directions(call, part, made, call.at_b, scan.states, scan.of_b, scan.b);
   encode_directions(call, part, made, call.at_c, scan.states, scan.of_c, scan.c);

@@ -94,6 +94,26 @@ SSMQUANT_INLINE void multiply(const uint8_t* x, int64_t apart, const void* weigh
 
 SSMQUANT_INLINE float sum_of(int32_t sum) { return sum == kNotANumber ? NAN : float(sum); }
 
+// The activation of some rows of results, in place.
+inline void activate(int64_t act, float* y, int64_t rows, int64_t apart, int64_t columns) {
+  if (act == kNoActivation) return;
+  constexpr int n = 4;
+  for (int64_t r = 0; r < rows; ++r, y += apart) {
+    int64_t c = 0;
+    for (; c + n * W <= columns; c += n * W) {
+      V some[n];
+      for (int j = 0; j < n; ++j) some[j] = load(y + c + j * W);
+      activated<n>(act, some);
+      for (int j = 0; j < n; ++j) store(y + c + j * W, some[j]);
+    }
+    for (; c < columns; c += W) {
+      V rest = load_some(y + c, columns - c);
+      activated<1>(act, &rest);
+      store_some(y + c, rest, columns - c);
+    }
+  }
+}
+
 struct Linear {
   const LinearCall& call;
   const Grid q;
@@ -154,12 +174,19 @@ struct Linear {
     }
   }
 
+  // Of results that have just been written, so that they are in the nearest cache: not where they are made, whose
+  // registers are full, and of which there are many forms.
+  void activated_outputs(int64_t first, int64_t rows, int64_t at, int64_t columns) const {
+    const int64_t left = call.outputs - at;
+    activate(call.act, call.y + first * call.outputs + at, rows, call.outputs, columns < left ? columns : left);
+  }
+
   template <bool by_row>
   void products() const {
     for_tiles(call.outputs, [&](auto tiles, int64_t tile) {
-      for_rows(count, [&](auto rows, int64_t r) {
-        codes<by_row, decltype(rows)::value, decltype(tiles)::value>(row + r, tile);
-      });
+      constexpr int n = decltype(tiles)::value;
+      for_rows(count, [&](auto rows, int64_t r) { codes<by_row, decltype(rows)::value, n>(row + r, tile); });
+      activated_outputs(row, count, tile * W, n * W);
     });
   }
 
@@ -183,6 +210,7 @@ struct Linear {
       for_tiles(call.outputs, [&](auto tiles, int64_t tile) {
         values<n, decltype(tiles)::value>(x, sums, row + r, tile);
       });
+      activated_outputs(row + r, n, 0, call.outputs);
     });
   }
 };

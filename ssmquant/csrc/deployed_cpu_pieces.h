@@ -360,22 +360,48 @@ struct Normal {
   }
 };
 
-// x * (1 + erf(x / sqrt(2))) / 2, with erf by Abramowitz and Stegun, 7.1.26: to 1.5e-7.
-SSMQUANT_INLINE V gelu(V x) {
-  const V near = at_most(16.0f, at_least(-16.0f, x));  // beyond, nothing lies outside; a NaN stays one
-  const V size = at_least(near, -near) * 0.70710678f;
-  V e[1] = {size * size * float(-kLog2e)};
-  exp2<1>(e, 0.0f);
-  const V t = 1.0f / (1.0f + 0.3275911f * size);
-  const V p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-  const V outside = near * (0.5f * p * e[0]);
-  return at_least(0.0f, x) - at_least(outside, -outside);
+// x * (1 + erf(x / sqrt(2))) / 2, with erf by Abramowitz and Stegun, 7.1.26: to 1.5e-7. Some vectors, in place, one
+// stage after the other as in exp2.
+template <int count>
+SSMQUANT_INLINE void gelu(V* x) {
+  V near[count], size[count], e[count], t[count], p[count];
+#pragma GCC unroll 4
+  for (int j = 0; j < count; ++j) {
+    near[j] = at_most(16.0f, at_least(-16.0f, x[j]));  // beyond, nothing lies outside; a NaN stays one
+    size[j] = at_least(near[j], -near[j]) * 0.70710678f;
+    e[j] = size[j] * size[j] * float(-kLog2e);
+  }
+  exp2<count>(e, 0.0f);
+#pragma GCC unroll 4
+  for (int j = 0; j < count; ++j) t[j] = 1.0f / (1.0f + 0.3275911f * size[j]);
+#pragma GCC unroll 4
+  for (int j = 0; j < count; ++j) {
+    p[j] = (1.061405429f * t[j] - 1.453152027f) * t[j] + 1.421413741f;
+    p[j] = ((p[j] * t[j] - 0.284496736f) * t[j] + 0.254829592f) * t[j];
+    const V outside = near[j] * (0.5f * p[j] * e[j]);
+    x[j] = at_least(0.0f, x[j]) - at_least(outside, -outside);
+  }
+}
+
+template <int count>
+SSMQUANT_INLINE void silu(V* x) {
+  V e[count];
+#pragma GCC unroll 4
+  for (int j = 0; j < count; ++j) e[j] = x[j] * float(-kLog2e);
+  exp2<count>(e, 0.0f);
+#pragma GCC unroll 4
+  for (int j = 0; j < count; ++j) x[j] = x[j] / (e[j] + 1.0f);
 }
 
 SSMQUANT_INLINE V silu(V x) {
-  V e[1] = {x * float(-kLog2e)};
-  exp2<1>(e, 0.0f);
-  return x / (e[0] + 1.0f);
+  silu<1>(&x);
+  return x;
+}
+
+template <int count>
+SSMQUANT_INLINE void activated(int64_t act, V* x) {
+  if (act == kGelu) return gelu<count>(x);
+  if (act == kSilu) return silu<count>(x);
 }
 
 }  // namespace

@@ -43,10 +43,12 @@ def _linear(
     weight: PackedTensor,
     bias: Tensor | None,
     norm: deployed.LastNorm,
+    act: deployed.Act,
+    axis: int,
     residual: deployed.Residual = None,
 ) -> Tensor:
     _check(x, *(residual or ())[:1])
-    return deployed.linear(x, of_x, weight, bias, norm, residual)
+    return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual)
 
 
 def _gated_linear(
@@ -68,7 +70,7 @@ def _conv2d(
     weight: PackedTensor,
     bias: Tensor | None,
     window: deployed.Window,
-    act: Any,
+    act: deployed.Act,
     last: bool,
     gain: Tensor | None = None,
 ) -> Tensor:
@@ -170,9 +172,8 @@ class _Layers:
         assert isinstance(weight, fx.Node)
         with self.graph.inserting_before(node):
             turned = self.graph.call_method("t", (x.args[0],))
-            rows = self.graph.call_function(
-                _linear, (turned, self._owner(x), self._owner(weight), None, None)
-            )
+            args = (turned, self._owner(x), self._owner(weight), None, None, None, -1)
+            rows = self.graph.call_function(_linear, args)
             new = self.graph.call_method("t", (rows,))
         rows.meta["shape"] = shape[::-1]
         if "site" in node.meta:
@@ -191,6 +192,7 @@ class _Layers:
             return None
         value = self._any_layout(x.args[0])
         gate = self._gate(value, x)
+        last, act = node, None
         with self.graph.inserting_before(node):
             owners = self._owner(x), self._owner(weight)
             if gate is not None:
@@ -200,11 +202,20 @@ class _Layers:
                 new = self.graph.call_function(_gated_linear, args)
             else:
                 norm = self._norm(value) if by_row or deployed.static(of_x) else None
-                args = (self._before(norm, value), *owners, bias, self._norm_of(norm))
+                last, act = self._activation(node)
+                args = (self._before(norm, value), *owners, bias, self._norm_of(norm), act, -1)
                 new = self.graph.call_function(_linear, args)
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
+        self._replace(node, last, new)
         return new
+
+    def _replace(self, node: fx.Node, last: fx.Node, new: fx.Node) -> None:
+        """Puts ``new`` in the place of a layer's result, or, if that is ``last``, of its activation."""
+        new.meta.update(last.meta)
+        last.replace_all_uses_with(new)
+        if last is not node:
+            new.meta.pop("mutates", None)  # what an activation in place wrote to is no value any more
+            self.graph.erase_node(last)
+            self.gone.add(last)
 
     def _conv(
         self,
@@ -220,30 +231,26 @@ class _Layers:
         gain: Any = None
         if value.target is times and list(value.users) == [x]:
             gain, value = value.args[1], self._any_layout(value.args[0])
-        last: fx.Node = node
-        act: fx.Node | None = None
+        last, act = node, None
         with self.graph.inserting_before(node):
             owners = self._owner(x), self._owner(weight)
             norm = None
             pointwise = deployed.is_pointwise(packed.shape[2:] or (1, 1), window)
             if pointwise and gain is None and deployed.static(of_x) and _is_channels_first(value):
                 norm = self._norm(self._any_layout(value.args[0]))
+            if pointwise or packed.shape[1] == 1:
+                last, act = self._activation(node)
             if norm is not None:  # a product of rows, which then are channels first
-                args: tuple[Any, ...] = (self._before(norm, value), *owners, bias, self._norm_of(norm))
+                before, fused = self._before(norm, value), self._norm_of(norm)
+                args: tuple[Any, ...] = (before, *owners, bias, fused, act, 1)
                 rows = self.graph.call_function(_linear, args)
                 new = self.graph.call_method("permute", (rows, 0, 3, 1, 2))
-                if not self._any_strides(node):
+                if not self._any_strides(last):
                     new = self.graph.call_method("contiguous", (new,))
             else:
-                if packed.shape[1] == 1 and (act := self._activation(node)) is not None:
-                    last = act
-                module = None if act is None else self._owner(act)
-                args = (value, *owners, bias, window, module, self._any_strides(last), gain)
+                args = (value, *owners, bias, window, act, self._any_strides(last), gain)
                 new = self.graph.call_function(_conv2d, args)
-        new.meta.update(last.meta)
-        last.replace_all_uses_with(new)
-        if act is not None:
-            self.graph.erase_node(act)
+        self._replace(node, last, new)
         return new
 
     def _any_layout(self, value: Any) -> Any:
@@ -350,6 +357,14 @@ class _Layers:
                 return y, z
         return None
 
+    def _gates(self, silu: fx.Node) -> bool:
+        """Whether a SiLU is part of the linear layer that its product with another value goes to."""
+        product = next(iter(silu.users), silu)
+        reader = next(iter(product.users), None)
+        if reader is None or self.called(reader, ACTIVATIONS) is None or self._gate(product, reader) is None:
+            return False
+        return any(user.target is F.linear for user in reader.users)
+
     def _takes_conv(
         self, of_x: nn.Module, weight: PackedTensor, stride: Any, padding: Any, dilation: Any, groups: Any
     ) -> bool:
@@ -379,14 +394,26 @@ class _Layers:
             return type(module) is nn.SiLU and not hooks_of(module)
         return node.target is F.silu
 
-    def _activation(self, node: fx.Node) -> fx.Node | None:
-        """A SiLU or GELU module of a layer's result, if nothing else reads that."""
+    def _activation(self, node: fx.Node) -> tuple[fx.Node, Any]:
+        """A SiLU or GELU of a layer's result, if nothing else reads that, and what kernels take for it.
+
+        Else ``node`` itself, and None.
+        """
+        none = node, None
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        if user is None or user.op != "call_module" or user.args != (node,):
-            return None
-        module = self.model.get_submodule(str(user.target))
-        known = type(module) is nn.SiLU or (type(module) is nn.GELU and module.approximate == "none")
-        return user if known else None
+        if user is None or user.args != (node,):
+            return none
+        silu = user.target is F.silu
+        if user.op == "call_module":
+            module = self.model.get_submodule(str(user.target))
+            silu = type(module) is nn.SiLU
+            known = silu or (type(module) is nn.GELU and module.approximate == "none")
+        else:
+            usual = {"inplace": False} if silu else {"approximate": "none"}
+            known = (silu or user.target is F.gelu) and user.kwargs in ({}, usual)
+        if not known or (silu and node.target is F.linear and self._gates(user)):
+            return none
+        return user, self._owner(user) if user.op == "call_module" else "silu" if silu else "gelu"
 
     def sum(self, node: fx.Node) -> bool:
         """Makes a sum part of the kernel that makes one of its terms, or one kernel of a sum and its factors."""
@@ -412,7 +439,7 @@ class _Layers:
             layer = layer.args[0]  # type: ignore[assignment]
         if layer.target not in (_linear, _gated_linear) or len(layer.users) != 1:
             return False
-        if len(layer.args) != (5 if layer.target is _linear else 6) or layer is other or layer.kwargs:
+        if len(layer.args) != (7 if layer.target is _linear else 6) or layer is other or layer.kwargs:
             return False
         if not self.is_fixed(*layer.args[:2], other):
             return False

@@ -285,11 +285,12 @@ def _product(
     bias: Tensor | None,
     norm: Norm | None = None,
     moments: Tensor | None = None,
+    act: str | None = None,
 ) -> Tensor:
     """(batch, rows, inputs), any strides, by a weight of (outputs, inputs) and any number of ones: (.., outputs)."""
     codes, grid = _encode(x.unsqueeze(2), of_x, norm=norm, moments=moments)
     weights = _matrix(weight, (weight.shape[0], x.shape[2]), values=grid.low is not None)
-    return cpu.linear(codes, grid, weights, _bias(bias))
+    return cpu.linear(codes, grid, weights, _bias(bias), act=act)
 
 
 def _project(
@@ -299,6 +300,7 @@ def _project(
     bias: Tensor | None,
     norm: Norm | None = None,
     z: Tensor | None = None,
+    act: str | None = None,
     residual: Residual = None,
 ) -> Tensor:
     """``_product`` of a static quantizer, or one of rows, without the values and codes of all rows."""
@@ -309,7 +311,7 @@ def _project(
     q = _inner(of_x)
     grid = _kept(q, "grid", partial(_row_grid, q)) if isinstance(q, Token) else _grid(of_x, _no_moments, 0)
     project = engine_of(x.device).project
-    made: Tensor = project(x, grid, weights, _bias(bias), norm=norm, z=z, residual=residual)
+    made: Tensor = project(x, grid, weights, _bias(bias), norm=norm, z=z, act=act, residual=residual)
     return made
 
 
@@ -332,6 +334,8 @@ def _rows(x: Tensor) -> Tensor:
 
 Residual = tuple[Tensor, Tensor | None] | None
 """Of the result's shape, and what its columns are multiplied by (None: 1) before they are added."""
+Act = nn.Module | str | None
+"""``"silu"`` or ``"gelu"``, or a module that was one of these when the graph was made."""
 LastNorm = tuple[Any, ...] | None
 """None, ``(module,)``, or ``(rms, weight, bias, eps)``: a norm over the last axis. ``(gain,)``: factors alone."""
 NORMS = nn.LayerNorm, nn.RMSNorm
@@ -363,23 +367,47 @@ def _fused_norm(norm: LastNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
     return x, Norm(weight, bias, torch.finfo(x.dtype).eps if eps is None else eps, rms)
 
 
+def _own(act: Act) -> str | None:
+    """The kernels' name of an activation; None where there is none, or its module has to be called."""
+    if act is None or isinstance(act, str):
+        return act
+    if hooks_of(act) or getattr(act, "approximate", "none") != "none":
+        return None
+    return "gelu" if type(act) is nn.GELU else "silu" if type(act) is nn.SiLU else None
+
+
 def linear(
     x: Tensor,
     of_x: nn.Module,
     weight: PackedTensor,
     bias: Tensor | None,
     norm: LastNorm = None,
+    act: Act = None,
+    axis: int = -1,
     residual: Residual = None,
 ) -> Tensor:
-    """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x."""
+    """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x.
+
+    Args:
+        x: (samples, .., inputs) or (samples, inputs), float32, any strides.
+        act: of the result, before the residual is added.
+        axis: where a module of that has the outputs, if it has to be called.
+
+    Returns:
+        (samples, .., outputs), float32.
+    """
+    own = _own(act)
+    if isinstance(act, nn.Module) and own is None:
+        y = linear(x, of_x, weight, bias, norm)
+        return _added(act(y.movedim(-1, axis)).movedim(axis, -1), residual)
     x, fused = _fused_norm(norm, x)
     rows = _rows(x)
     q = _inner(of_x)
     if not isinstance(q, DLS) or q.stats_axis is None:  # samples do not matter
         rows = rows.flatten(0, 1)[None]
     if static(of_x) or isinstance(q, Token):
-        return _project(rows, of_x, weight, bias, fused, residual=residual).view(*x.shape[:-1], -1)
-    return _added(_product(rows, of_x, weight, bias, fused).view(*x.shape[:-1], -1), residual)
+        return _project(rows, of_x, weight, bias, fused, act=own, residual=residual).view(*x.shape[:-1], -1)
+    return _added(_product(rows, of_x, weight, bias, fused, act=own).view(*x.shape[:-1], -1), residual)
 
 
 def gated_linear(
@@ -395,7 +423,7 @@ def gated_linear(
     x, fused = _fused_norm(norm, x)
     x3, z3 = (_rows(t if t.stride(-1) == 1 else t.contiguous()) for t in (x, z))
     if static(of_x) or isinstance(_inner(of_x), Token):
-        return _project(x3, of_x, weight, bias, fused, z3, residual).view(*x.shape[:-1], -1)
+        return _project(x3, of_x, weight, bias, fused, z3, residual=residual).view(*x.shape[:-1], -1)
     y, moments = cpu.gate(x3.unsqueeze(2), z3.unsqueeze(2), fused, with_moments=True)
     return _added(_product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1), residual)
 
@@ -425,13 +453,13 @@ def conv2d(
     weight: PackedTensor,
     bias: Tensor | None,
     window: Window,
-    act: Any = None,
+    act: Act = None,
     gain: Tensor | None = None,
 ) -> Tensor:
     """A convolution of the quantized x, (B, C, H, W) with any strides; ``window``: stride, padding and dilation.
 
-    Dense, 1x1 without stride and padding (also of values that are clamped), or depthwise, which keeps the size and
-    takes ``act``, a SiLU or GELU. ``gain``, (C,): factors of x, for a dense one.
+    Dense, 1x1 without stride and padding (also of values that are clamped), or depthwise, which keeps the size. All are
+    float32. ``act``: of the result of one of the last two; ``gain``, (C,): factors of x, for one of the first two.
 
     Returns:
         (B, outputs, H, W), channels last.
@@ -445,14 +473,15 @@ def conv2d(
         grid = _grid(of_x, lambda: cpu.moments(image), x.numel() // batch)
         taps = _kept(weight, "taps", lambda: engine.by_lanes(weight().float().reshape(outputs, -1).T))
         bias = _bias(x.new_zeros(outputs) if bias is None else bias)
-        own = None if act is None or hooks_of(act) else "gelu" if type(act) is nn.GELU else "silu"
+        own = _own(act)
         assert bias is not None
         y: Tensor = engine.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own)
         y = y.permute(0, 3, 1, 2)
-        return y if act is None or own is not None else act(y)
+        return act(y) if isinstance(act, nn.Module) and own is None else y
     if is_pointwise(kernel, window):
         factors = None if gain is None else (gain,)
-        return linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors).permute(0, 3, 1, 2)
+        return linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors, act, 1).permute(0, 3, 1, 2)
+    assert act is None
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = _grid(of_x, _no_moments, 0)
     image, first = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))

@@ -108,15 +108,22 @@ def normed(norm: Any, x: Tensor) -> Tensor:
 
 
 def plain_linear(
-    x: Tensor, of_x: Any, weight: Any, bias: Any, norm: Any = None, residual: Any = None
-) -> Tensor:
-    return added(F.linear(quantized(normed(norm, x), of_x), weight().flatten(1), bias), residual)
+    x: Tensor, of_x: Any, weight: Any, bias: Any, norm: Any = None, act: Any = None, axis: int = -1,
+    residual: Any = None,
+) -> Tensor:  # fmt: skip
+    y = F.linear(quantized(normed(norm, x), of_x), weight().flatten(1), bias)
+    return added(activated(y.movedim(-1, axis), act).movedim(axis, -1), residual)
 
 
 def plain_gate(
     x: Tensor, z: Tensor, norm: Any, of_x: Any, weight: Any, bias: Any, residual: Any = None
 ) -> Tensor:
     return added(F.linear(quantized(normed(norm, x) * F.silu(z), of_x), weight(), bias), residual)
+
+
+def activated(y: Tensor, act: Any) -> Tensor:
+    act = {"silu": F.silu, "gelu": F.gelu}.get(act, act)
+    return y if act is None else act(y)
 
 
 def added(y: Tensor, residual: Any) -> Tensor:
@@ -137,7 +144,7 @@ def plain_conv(
     w = weight() if len(weight.shape) == 4 else weight()[:, :, None, None]
     depthwise = w.shape[1] == 1 and w.shape[0] == x.shape[1]
     y = F.conv2d(quantized(x, of_x), w, bias, *window, w.shape[0] if depthwise else 1)
-    return y if act is None else act(y)
+    return activated(y, act)
 
 
 def plain_core(
@@ -499,6 +506,154 @@ def test_factors_behind_a_function_that_norms(weighted: bool) -> None:
     a, b = fused(model, x), unfused(model, x)
     assert float((a - b).norm() / b.norm()) < 1e-5
     assert [name for name in names(model) if name != "mul"] == ["_linear"]
+
+
+class Mlp(nn.Module):
+    """VMamba's, of an image with channels last, by linear layers or, channels first, by convolutions."""
+
+    def __init__(self, image: bool, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.image, self.norm = image, nn.LayerNorm(6)
+        self.fc1 = nn.Conv2d(6, 20, 1) if image else nn.Linear(6, 20)
+        self.fc2 = nn.Conv2d(20, 6, 1) if image else nn.Linear(20, 6)
+        self.act, self.drop = act, nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y = y.permute(0, 3, 1, 2) if self.image else y
+        y = self.drop(self.fc2(self.drop(self.act(self.fc1(y)))))
+        return x + (y.permute(0, 2, 3, 1) if self.image else y)
+
+
+def converted(model: nn.Module, config: QConfig, x: Tensor) -> Any:
+    prepared = ssmquant.prepare(model.eval(), config, example_inputs=(x,))
+    ssmquant.calibrate(prepared, [x], progress=False)
+    return ssmquant.convert(prepared)
+
+
+def activations_left(model: Any) -> int:
+    graph = deploy(record(model).graph, model)
+    kinds = nn.GELU, nn.SiLU, nn.ReLU
+    modules = [
+        n for n in graph.nodes if n.op == "call_module" and type(model.get_submodule(n.target)) in kinds
+    ]
+    return len(modules) + sum(name in ("gelu", "silu", "relu") for name in names(model))
+
+
+def nearly(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).norm() < 1e-5 * b.norm())
+
+
+OF_LAYERS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], bool]] = {
+    "gelu": (nn.GELU, True),
+    "silu": (nn.SiLU, True),
+    "in place": (lambda: nn.SiLU(inplace=True), True),
+    "F.gelu": (lambda: F.gelu, True),
+    "F.silu": (lambda: F.silu, True),
+    "tanh": (lambda: nn.GELU("tanh"), False),
+    "F.gelu, tanh": (lambda: lambda x: F.gelu(x, approximate="tanh"), False),
+    "relu": (nn.ReLU, False),
+}
+
+
+@pytest.mark.parametrize("config", [lambda: QConfig.recommended(8, 8, keep_first_last=False),
+                                    lambda: QConfig.qmambair(8, keep_first_last=False)],
+                         ids=["static", "dynamic"])  # fmt: skip
+@pytest.mark.parametrize("act", OF_LAYERS)
+@pytest.mark.parametrize("image", [False, True])
+def test_activations_are_part_of_the_layer_before(
+    image: bool, act: str, config: Callable[[], QConfig], checked: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    make_act, known = OF_LAYERS[act]
+    model = converted(Mlp(image, make_act()), config(), torch.randn(2, 5, 4, 6))
+    for shape in ((2, 5, 4, 6), (1, 3, 7, 6), (3, 1, 1, 6)):
+        x = torch.randn(shape)
+        assert nearly(fused(model, x), unfused(model, x))
+    assert activations_left(model) == (not known)
+    assert checked["linear"] + checked["conv2d"] == 6
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_an_activation_that_is_watched_or_another_one_is_called(image: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4, 6)
+    model = converted(Mlp(image, nn.GELU()), QConfig.recommended(8, 8, keep_first_last=False), x)
+    before = fused(model, x)
+    seen = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        seen.append((args[0].shape, out.shape))
+        return out * torch.arange(out.shape[1]).view(-1, *[1] * (out.dim() - 2))
+
+    handle = model.act.register_forward_hook(hook)
+    a, b = fused(model, x), unfused(model, x)
+    handle.remove()
+    assert nearly(a, b)
+    assert not nearly(a, before)
+    assert seen[0] == seen[1]
+    assert torch.equal(fused(model, x), before)
+    model.act.approximate = "tanh"
+    assert nearly(fused(model, x), unfused(model, x))
+    assert not torch.equal(fused(model, x), before)
+    model.act.forward = torch.tanh
+    assert nearly(fused(model, x), unfused(model, x))
+    model.act = nn.Softplus()
+    assert nearly(fused(model, x), unfused(model, x))
+
+
+def test_a_hook_of_the_layer_comes_before_the_activation() -> None:
+    torch.manual_seed(0)
+    x, mlp = torch.randn(2, 5, 4, 6), Mlp(False, nn.GELU())
+    mlp.fc1.register_forward_hook(lambda module, args, out: out * 3)
+    model = converted(mlp, QConfig.recommended(8, 8, keep_first_last=False), x)
+    assert activations_left(model) == 1
+    assert nearly(fused(model, x), unfused(model, x))
+
+
+class Around(nn.Module):
+    """Activations of layers whose results others read, too, or that are added to something."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.act = form, nn.SiLU()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.form == "read twice":
+            return self.b(self.act(y)) + y
+        if self.form == "added before":
+            return self.b(self.act(y + x))
+        if self.form == "added behind":
+            return self.act(y) + x
+        return self.b(F.silu(y) * self.c(x))  # a gate
+
+
+@pytest.mark.parametrize(
+    ("form", "left", "smooth", "found"),
+    [
+        ("read twice", 1, 0.5, {"_linear": 2}),
+        ("added before", 1, 0.5, {"_linear": 2}),
+        ("added behind", 0, 0.5, {"_linear": 1}),
+        ("gate", 0, 0.0, {"_linear": 2, "_gated_linear": 1}),
+        ("gate", 0, 0.5, {"_linear": 3}),  # factors of channels are between
+    ],
+)
+def test_activations_and_what_is_around_them(
+    form: str, left: int, smooth: float, found: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6) * torch.arange(1, 7)
+    model = converted(Around(form), QConfig.lsq(8, 8, smooth=smooth, keep_first_last=False), x)
+    assert nearly(fused(model, x), unfused(model, x))
+    assert activations_left(model) == left
+    assert {
+        name: names(model).count(name) for name in {*names(model)} - {"times"}
+    } == found  # sums are in there
+    handle = model.act.register_forward_hook(lambda module, args, out: out * 2)
+    assert nearly(fused(model, x), unfused(model, x))
+    handle.remove()
 
 
 def test_what_changes_between_calls_is_noticed() -> None:

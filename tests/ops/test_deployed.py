@@ -79,7 +79,17 @@ def layouts(x: Tensor) -> list[Tensor]:
     return [x.contiguous(), x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1), wide.copy_(x)]
 
 
+def activated(y: Tensor, act: str | None) -> Tensor:
+    """What kernels apply, in float64."""
+    return F.gelu(y.double()) if act == "gelu" else F.silu(y.double()) if act == "silu" else y.double()
+
+
+def close_to_activated(got: Tensor, y: Tensor, act: str) -> None:
+    torch.testing.assert_close(got.double(), activated(y, act), rtol=2e-6, atol=5e-7, equal_nan=True)
+
+
 sizes = st.integers(1, 40)
+acts = st.sampled_from([None, "silu", "gelu"])
 seeds = st.integers(0, 1000)
 bit_widths = st.sampled_from([2, 3, 4, 5, 7, 8])
 
@@ -191,6 +201,8 @@ def test_linear(
     # Of what the result is put together from: products of codes, and what belongs to shifts.
     magnitude = 1.5 * inputs * float(values.abs().max()) + float(bias.abs().max())
     assert float((y.double() - (x @ values.T + bias)).abs().max()) < 1e-6 * magnitude
+    for act in ("silu", "gelu"):
+        close_to_activated(cpu.linear(codes, grid, weights, cpu.by_lanes(bias, path), path, act=act), y, act)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -220,10 +232,19 @@ def test_the_largest_products_have_room(path: int, bits: int, of_x: int) -> None
     st.integers(1, 100),
     bit_widths,
     st.sampled_from(["rows", "strided", "columns", "norm", "gate", "norm and gate"]),
+    acts,
     seeds,
 )
 def test_a_projection_is_its_parts(
-    path: int, batch: int, rows: int, inputs: int, outputs: int, bits: int, form: str, seed: int
+    path: int,
+    batch: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    bits: int,
+    form: str,
+    act: str | None,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     grid = make_grid(bits, 1)
@@ -243,16 +264,18 @@ def test_a_projection_is_its_parts(
         codes = cpu.encode(gated.unsqueeze(2), grid, path=path)
     else:
         codes = cpu.encode(x.unsqueeze(2), grid, norm=norm, path=path)
-    want = cpu.linear(codes, grid, weights, bias, path)
+    want = cpu.linear(codes, grid, weights, bias, path, act=act)
     more, gain = torch.randn(batch, rows, outputs + 1)[..., 1:], torch.randn(outputs)
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            got = cpu.project(x, grid, weights, bias, norm=norm, z=z, path=path)
+            got = cpu.project(x, grid, weights, bias, norm=norm, z=z, act=act, path=path)
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
             for g in (None, gain):
-                got = cpu.project(x, grid, weights, bias, norm=norm, z=z, residual=(more, g), path=path)
+                got = cpu.project(
+                    x, grid, weights, bias, norm=norm, z=z, act=act, residual=(more, g), path=path
+                )
                 total = want.double() + more * (1 if g is None else g.double())
                 torch.testing.assert_close(got.double(), total, rtol=1e-5, atol=1e-5, equal_nan=True)
     finally:
@@ -302,6 +325,9 @@ def test_a_projection_of_rows_with_ranges_of_their_own(
     magnitude = inputs * float(values.abs().max()) * largest + bias.abs().max()
     assert ((got.double() - want).abs() <= (5e-6 if norm is None else 5e-5) * magnitude)[clear].all()
     assert got[:, broken].isnan().all()
+    for act in ("silu", "gelu"):
+        acted = cpu.project(x, grid, weights, cpu.by_lanes(bias, path), norm=norm, z=z, act=act, path=path)
+        close_to_activated(acted, got, act)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -399,7 +425,7 @@ def test_dense_convolutions(
     st.integers(1, 70),
     st.integers(1, 20),
     st.sampled_from([(3, 3, 1), (1, 1, 1), (3, 3, 2), (5, 3, 1), (1, 7, 2)]),
-    st.sampled_from([None, "silu", "gelu"]),
+    acts,
     seeds,
 )
 def test_depthwise_convolutions(
@@ -427,8 +453,7 @@ def test_depthwise_convolutions(
         x = decoded(cpu.encode(pixels, clamped, path=path), clamped, channels).permute(0, 3, 1, 2)
         single = depth.T.reshape(channels, 1, down, right).double()
         want = F.conv2d(x, single, own.double(), 1, border, dilation, channels)
-        want = F.silu(want) if act == "silu" else F.gelu(want) if act == "gelu" else want
-        close(y.permute(0, 3, 1, 2), want)
+        close(y.permute(0, 3, 1, 2), activated(want, act))
 
 
 class Core:

@@ -74,7 +74,8 @@ class Layers(nn.Module):
         self.norm, self.gate_norm = nn.LayerNorm(inputs), nn.RMSNorm(inputs, elementwise_affine=inputs < 3)
         self.rows, self.flat = nn.Linear(inputs, outputs, bias=False), nn.Linear(inputs, outputs)
         self.normed, self.gated = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
-        self.point = nn.Conv2d(inputs, outputs, 1)
+        self.acted, self.point = nn.Linear(inputs, outputs), nn.Conv2d(inputs, outputs, 1)
+        self.normed_point, self.act_point = nn.Conv2d(inputs, outputs, 1), nn.Conv2d(inputs, outputs, 1)
         self.dense = nn.Conv2d(inputs, outputs, kernel, **options)
         full = tuple((k - 1) * dilation for k in kernel)
         self.strided = nn.Conv2d(inputs, outputs, kernel, (2, 3), full, dilation)
@@ -92,7 +93,10 @@ class Layers(nn.Module):
             self.flat(rows.flatten(0, 1)),
             self.normed(self.norm(rows)) + more * self.gain,
             self.gated(self.gate_norm(rows) * F.silu(rows.flip(1))) + more,
+            (F.gelu if len(self.gain) % 2 else F.silu)(self.acted(rows)) + more,
             self.point(x),
+            self.act(self.act_point(x)),
+            self.act(self.normed_point(self.norm(last).permute(0, 3, 1, 2))),
             self.dense(x),
             self.strided(x),
             self.act(self.depth(x)),
@@ -203,13 +207,12 @@ def allowed(name: str, args: tuple[Any, ...]) -> Tensor:
     def total(of: Callable[[Any, Tensor, int], Tensor], parts: bool) -> Tensor:
         """What comes of ``of`` each value, and, with ``parts``, of what is added to that."""
         given = [Weight(a, parts) if isinstance(a, PackedTensor) else a for a in args]
-        bias, last = {"linear": (3, 5), "gated_linear": (5, 6), "conv2d": (3, 5)}[name]
+        bias, act, last = {"linear": (3, 5, 7), "gated_linear": (5, 9, 6), "conv2d": (3, 5, 9)}[name]
         given[bias] = args[bias].abs() if parts and args[bias] is not None else None
-        if len(given) > last and given[last] is not None:
-            if name == "conv2d":  # an activation, of slopes up to 1.13
-                given[last] = lambda t: t
-            else:  # a sum with that, times a gain
-                given[last] = tuple(None if t is None else t.abs() for t in args[last]) if parts else None
+        if len(given) > act:  # of slopes up to 1.13
+            given[act] = None
+        if len(given) > last and given[last] is not None:  # a sum with that, times a gain
+            given[last] = tuple(None if t is None else t.abs() for t in args[last]) if parts else None
         with quantized(of):
             return plain.PLAIN[name](*given)
 
@@ -300,7 +303,7 @@ def test_layers(
                 got = model(x.contiguous(memory_format=torch.channels_last) if i % 2 else x)
             want = plain.unfused(model, x)
             assert [t.shape for t in got] == [t.shape for t in want]
-    assert calls["linear"] >= 3 * len(sizes)
+    assert calls["linear"] >= 4 * len(sizes)
     assert calls["gated_linear"] == len(sizes)
     assert calls["blend"] == len(sizes) or sizes[0] == (1, 1)
     assert calls["conv2d"] >= 2 * len(sizes) * (inputs > 1)  # of one channel, a convolution stays as it is

@@ -259,13 +259,14 @@ def call_deployed() -> None:
                 codes = cpu.encode(torch.randn(2, rows, 1, inputs), grid, path=path)
                 weights, _ = make_weight((outputs, inputs), 8, path, values=clamped)
                 cpu.linear(codes, grid, weights, None, path)
-                cpu.linear(codes, grid, weights, lanes(outputs), path)
+                for act in (None, "silu", "gelu"):
+                    cpu.linear(codes, grid, weights, lanes(outputs), path, act=act)
                 if clamped:
                     continue
                 x, z = torch.randn(2, rows, 2 * inputs).chunk(2, -1)
                 norm, bias = Norm(*torch.randn(2, inputs), 1e-5), lanes(outputs)
                 for given in layouts(torch.randn(1, rows, inputs)):
-                    cpu.project(given, make_grid(8, 1), weights, bias, path=path)
+                    cpu.project(given, make_grid(8, 1), weights, bias, act="gelu", path=path)
                 more = torch.randn(2, rows, outputs + 1)[..., 1:]
                 for gate in (None, z):
                     for one in (None, norm):

@@ -104,7 +104,9 @@ class LinearCall(ctypes.Structure):
         ("x", Codes),
         ("quantizer", Quantizer),
         ("weights", Weights),
-        *_pointers("bias", "y"),
+        *_pointers("bias"),
+        *_integers("act"),
+        *_pointers("y"),
     ]
 
 
@@ -119,6 +121,7 @@ class ProjectCall(ctypes.Structure):
         ("eps", ctypes.c_double),
         ("weights", Weights),
         *_pointers("bias"),
+        *_integers("act"),
         ("residual", Values),
         *_pointers("gain", "workspace", "y"),
     ]

@@ -227,10 +227,22 @@ def by_lanes(x: Tensor, path: int = 0) -> Tensor:
     return F.pad(x.float(), (0, -x.shape[-1] % calls.library().ssmquant_deployed_lanes(path))).contiguous()
 
 
-def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, path: int = 0) -> Tensor:
-    """``value(x) @ value(weights).T + bias``: (batch, rows, outputs). ``bias``: from ``by_lanes``.
+def linear(
+    x: Codes,
+    grid: Grid,
+    weights: Weights,
+    bias: Tensor | None = None,
+    path: int = 0,
+    *,
+    act: str | None = None,
+) -> Tensor:
+    """``act(value(x) @ value(weights).T + bias)``: (batch, rows, outputs), float32.
 
-    x has one group. Where ``grid`` has ``low`` and ``high``, values are multiplied, else codes.
+    Args:
+        x: of one group.
+        grid: where it has ``low`` and ``high``, values are multiplied, else codes.
+        bias: from ``by_lanes``.
+        act: as of ``depthwise``.
     """
     batch, rows, _, _ = x.data.shape
     y = new(batch, rows, weights.outputs)
@@ -239,7 +251,11 @@ def linear(x: Codes, grid: Grid, weights: Weights, bias: Tensor | None = None, p
         raise InputError(f"deployed: a product of values takes up to {MOST_INPUTS} inputs, not {inputs}")
     call = calls.LinearCall(path, torch.get_num_threads(), batch, rows, inputs, weights.outputs)
     call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
-    call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
+    call.bias, call.act, call.y = (
+        None if bias is None else bias.data_ptr(),
+        _ACTIVATIONS[act],
+        y.data_ptr(),
+    )
     calls.library().ssmquant_deployed_linear(call)
     return y
 
@@ -252,15 +268,17 @@ def project(
     *,
     norm: Norm | None = None,
     z: Tensor | None = None,
+    act: str | None = None,
     residual: tuple[Tensor, Tensor | None] | None = None,
     path: int = 0,
 ) -> Tensor:
-    """``linear`` of the codes of ``norm(x)``, or of ``norm(x) * silu(z)``: (batch, rows, outputs).
+    """``linear`` of the codes of ``norm(x)``, or of ``norm(x) * silu(z)``: (batch, rows, outputs), float32.
 
     Args:
         x: (batch, rows, inputs), any strides; with a norm or a z, columns next to each other.
         grid: without ``low`` and ``high``.
         z: as x.
+        act: as of ``depthwise``; comes before the residual is added.
         residual: (batch, rows, outputs), columns next to each other, and its gain, (outputs,), contiguous, or None:
             their product is added.
     """
@@ -277,7 +295,7 @@ def project(
         call.quantizer.qmax, call.eps, call.clip = grid.levels - 1, grid.eps, grid.clip.data_ptr()
     else:
         call.quantizer = _quantizer(grid)
-    call.weights = _weights(weights)
+    call.weights, call.act = _weights(weights), _ACTIVATIONS[act]
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
     library = calls.library()
     scratch = new(library.ssmquant_deployed_project_workspace(call), dtype=torch.uint8)
