@@ -55,7 +55,8 @@ void join(const double* parts, int64_t batch, int64_t tasks, float* moments) {
     }
     float* to = moments + 4 * sample;
     to[0] = float(mean);
-    to[1] = float(std::sqrt(squares / std::max(count - 1, 1.0)));
+    // Of equal values rounding may leave less than nothing; a NaN stays one.
+    to[1] = float(std::sqrt(std::max(squares, 0.0) / std::max(count - 1, 1.0)));
     to[2] = float(low);
     to[3] = float(high);
   }

@@ -313,7 +313,10 @@ def _state(record: Any, model: nn.Module) -> tuple[list[Any], list[Tensor]]:
     tensors = [t for table in tables for t in table.values() if t is not None] + record.plain_tensors(model)
     # Kernels of a deployed model read what was made of its tensors.
     versions = [0 if t.is_inference() else t._version for t in tensors] if record.is_deployed(model) else []
-    state: list[Any] = [*versions, *((id(t), t.data_ptr(), t.requires_grad, t.dtype, t.shape, t.stride()) for t in tensors)]
+    state: list[Any] = [
+        *versions,
+        *((id(t), t.data_ptr(), t.requires_grad, t.dtype, t.shape, t.stride()) for t in tensors),
+    ]
     state += [(type(m), m.training, hooks_of(m), _constants(m)) for m in modules]
     return state, tensors
 
@@ -343,12 +346,16 @@ class _Watch:
     def __init__(self, record: Any, model: nn.Module) -> None:
         modules = _modules(model)
         self._tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules) if t]
-        self._tensors = [t for d in self._tables for t in d.values() if isinstance(t, Tensor) and not t.is_inference()]
+        self._tensors = [
+            t for d in self._tables for t in d.values() if isinstance(t, Tensor) and not t.is_inference()
+        ]
         self._tensors += [t for t in record.plain_tensors(model) if not t.is_inference()]
         self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
         known = [m for m in modules if isinstance(m, Quantizer) or type(m).__module__.startswith("torch.nn")]
         self._numbers = [(vars(m), k) for m in known for k, v in vars(m).items() if type(v) in _NUMBERS]
-        self._plain = [(vars(model.get_submodule(n.rpartition(".")[0])), n.rpartition(".")[2]) for n in record.plain]
+        self._plain = [
+            (vars(model.get_submodule(n.rpartition(".")[0])), n.rpartition(".")[2]) for n in record.plain
+        ]
         self._held = [v for d in self._tables for v in d.values()], [d.get(k) for d, k in self._plain]
         self._seen = self._look()
         self._next = time.monotonic() + _SECONDS

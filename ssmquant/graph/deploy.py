@@ -1,4 +1,4 @@
-"""The graph of a deployed model on a CPU or a GPU: chains of nodes that one call on codes computes (``modules.deployed``).
+"""The graph of a deployed model: chains of nodes that one call on codes computes (``modules.deployed``).
 
 The record's own graph stays as it is: the one that is made here computes the same up to the order of sums.
 """

@@ -151,7 +151,9 @@ class _Layers:
             new = self._conv(node, x, of_x, weight, packed, bias, (stride, padding, dilation))
         if new is None:
             return False
-        exact = not deployed.dynamic(of_x, self.engine) and not (node.target is F.conv2d and packed.shape[1] == 1)
+        exact = not deployed.dynamic(of_x, self.engine) and not (
+            node.target is F.conv2d and packed.shape[1] == 1
+        )
         if "site" in node.meta:
             new.meta["kernels"] = {node.meta["site"]: "products of codes" if exact else "products of levels"}
         self._erase(node, x, weight)
@@ -386,7 +388,9 @@ class _Layers:
         return deployed.static(of_x)
 
     def _takes_input(self, of_x: nn.Module, weight: PackedTensor) -> bool:
-        return deployed.static(of_x) or (deployed.dynamic(of_x, self.engine) and weight.shape[1] <= self.engine.MOST_INPUTS)
+        return deployed.static(of_x) or (
+            deployed.dynamic(of_x, self.engine) and weight.shape[1] <= self.engine.MOST_INPUTS
+        )
 
     def _is_silu(self, node: fx.Node) -> bool:
         if node.op == "call_module":

@@ -392,9 +392,7 @@ class Runtime(nn.Module):
             with _Stand(self, model):
                 graph = rewrite(model, r.trace, r.plan, deployed=self.stage == "deployed")
             run, code = compile_graph(bank_weights(graph))
-            records.append(
-                replace(r, graph=graph, run=run, code=code, fused={}, fitting=set(), deployed={})
-            )
+            records.append(replace(r, graph=graph, run=run, code=code, fused={}, fitting=set(), deployed={}))
         self.records = records  # new ones: copies of the model share the old
 
     # ---- running -------------------------------------------------------------------------------------------------
@@ -446,7 +444,7 @@ class Runtime(nn.Module):
     def _apply(self, *args: Any, **options: Any) -> Runtime:  # of ``.to(..)`` of the model
         if self.graphs is not None:
             self.graphs.known.clear()
-        return super()._apply(*args, **options)  # type: ignore[no-any-return]
+        return super()._apply(*args, **options)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         if self.graphs is not None:

@@ -147,7 +147,13 @@ def static(module: nn.Module) -> bool:
 def dynamic(module: nn.Module, engine: Engine) -> bool:
     """Whether a quantizer takes its grid from statistics that kernels know."""
     q = _inner(module)
-    return engine.DYNAMIC and isinstance(q, DLS) and q.bits is not None and not q.official and q.stats_axis in (None, 0)
+    return (
+        engine.DYNAMIC
+        and isinstance(q, DLS)
+        and q.bits is not None
+        and not q.official
+        and q.stats_axis in (None, 0)
+    )
 
 
 def by_row(module: nn.Module, axis: int, engine: Engine) -> bool:
@@ -554,7 +560,7 @@ def scan_core(
             return None
         grids = {q: None if q is None else _grid(q, _no_moments, 0) for q in quantizers}
         weights, steps = weights_of()
-        return engine_of(x.device).Core(  # type: ignore[no-any-return]
+        return engine_of(x.device).Core(
             (batch, pixels, channels), None if of_x is of_u else grids[of_x], weights, places, _sure(grids[of_u]),
             _sure(grids[of_rank]), steps, grids[of_delta], operands[0], _sure(grids[of_b]), _sure(grids[of_c]),
             *operands[1:], softplus, order, rank,
@@ -562,7 +568,9 @@ def scan_core(
 
     facts = x.shape, ranks, places, softplus, torch.get_num_threads()
     pointers = tuple(None if t is None else t.data_ptr() for t in (order, *operands))
-    core: Callable[[Tensor], Tensor] | None = _in_a_call((quantizers, projection, dt_weight, facts, pointers), prepare)
+    core: Callable[[Tensor], Tensor] | None = _in_a_call(
+        (quantizers, projection, dt_weight, facts, pointers), prepare
+    )
     if core is not None:
         return core(x)
     weights, steps = weights_of()
@@ -613,7 +621,7 @@ def sequence_core(
         values = taps().float().reshape(-1, count).T
         wide = values.new_zeros(2 * reach + 1, values.shape[1])
         wide[[reach + o for o in offsets]] = values
-        return engine.by_lanes(wide)  # type: ignore[no-any-return]
+        return engine.by_lanes(wide)
 
     image = x.unsqueeze(1)
     engine = engine_of(x.device)

@@ -149,6 +149,15 @@ def test_moments(path: int, batch: int, rows: int, groups: int, columns: int, se
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_moments_of_equal_values(path: int) -> None:
+    values = torch.linspace(-3, 3, 301)
+    x = values.view(-1, 1, 1, 1).expand(-1, 70, 1, 5).contiguous()
+    got = cpu.moments(x, path=path)
+    assert got.isfinite().all()
+    assert float(got[:, 1].max()) < 1e-3
+
+
+@pytest.mark.parametrize("path", PATHS)
 @FEW
 @given(st.integers(1, 2), st.integers(1, 20), sizes, st.booleans(), st.booleans(), seeds)
 def test_norm_and_gate(

@@ -37,7 +37,7 @@ constexpr int PLACES = CHUNKS * STAGE;                             // steps that
 constexpr int ITEMS = (PLACES * EACH + THREADS - 1) / THREADS;     // words of them, for each thread
 constexpr int META = (WORDS + 1 + 3) / 4 * 4;                      // words of the low rank, the pixel
 constexpr int RATES = LADDER ? 2 : STATES;
-constexpr int SEGMENTS = 16;                                       // of the chunks, in scan_carry
+constexpr int SEGMENTS = 32;                                       // of the chunks, in scan_carry
 constexpr int up4(int n) { return (n + 3) / 4 * 4; }
 template <int N> struct alignas(4 * N) Floats { float x[N]; };
 
@@ -348,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(32 * SEGMENTS) scan_carry(const Par
     float *ends = p.ends + (long long)blockIdx.y * p.chunks * width + column;
     const float *totals = p.totals + (long long)blockIdx.y * p.chunks * p.channels + channel;
     float h = 0.0f, time = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
     for (int j = first; j < end; ++j) {
         const long long chunk = back ? p.chunks - 1 - j : j;
         const float t = totals[chunk * p.channels];
@@ -360,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(32 * SEGMENTS) scan_carry(const Par
     __syncthreads();
     h = 0.0f;
     for (int s = 0; s < segment; ++s) h = fmaf(exp2_(rate * times[s * 32 + threadIdx.x % 32]), h, sums[s * 32 + threadIdx.x % 32]);
-    constexpr int AHEAD = 4;
+    constexpr int AHEAD = 8;
     for (int j = first; j < end; j += AHEAD) {
         float add[AHEAD], t[AHEAD];
 #pragma unroll

@@ -1,4 +1,4 @@
-"""Deployed models on a GPU, by Triton and, for scans, CUDA C++ (``cuda_scan``): the functions of ``cpu`` of the same names.
+"""Deployed models on a GPU, by Triton and, for scans and depthwise convolutions, CUDA C++, by the names of ``cpu``.
 
 All take float32 tensors without gradients. Quantizers are static: a model whose ranges depend on the data keeps its
 modules there. Results do not depend on how blocks are scheduled.
@@ -88,8 +88,13 @@ def _small_enough(*tensors: Tensor) -> None:
         InputError: a sample of one of these is larger.
     """
     for t in tensors:
-        if sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31 - 2**16:
-            raise InputError(f"deployed: {tuple(t.shape[1:])} is larger than what the kernels for GPUs count: use tiles")
+        if (
+            sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
+            >= 2**31 - 2**16
+        ):
+            raise InputError(
+                f"deployed: {tuple(t.shape[1:])} is larger than what the kernels for GPUs count: use tiles"
+            )
 
 
 def _samples(*tensors: Tensor | None) -> tuple[int, int]:
@@ -110,8 +115,8 @@ def _off(grid: Grid) -> int:
 def pack(codes: Tensor, scale: Tensor, shift: Tensor, **_options: bool) -> Weights:
     """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs)."""
     total = scale.double() * codes.sum(-1, dtype=torch.int64) - codes.shape[-1] * shift.double()
-    tensors = (t.float().contiguous() for t in (scale, shift, total))
-    return Weights(codes.contiguous(), *tensors, codes.shape[-2])
+    scale, shift, total = (t.float().contiguous() for t in (scale, shift, total))
+    return Weights(codes.contiguous(), scale, shift, total, codes.shape[-2])
 
 
 def by_lanes(x: Tensor) -> Tensor:
@@ -271,8 +276,10 @@ class Core:
             of_rows = t.view(directions, -1, *t.shape[1:])[:, at.clamp(min=0)]
             return (of_rows * there.view(1, -1, *[1] * (t.dim() - 1)).to(t.dtype)).flatten(0, 1).contiguous()
 
-        p = projection
-        self.projection = Weights(*map(arranged, (p.codes, p.scale, p.shift, p.total)), directions * len(rows))
+        codes, scale, shift, total = map(
+            arranged, (projection.codes, projection.scale, projection.shift, projection.total)
+        )
+        self.projection = Weights(codes, scale, shift, total, directions * len(rows))
         quantizers = [of_rank] * (-(-ranks // 4) * 4) + [of_b, of_c] * (-(-states // 2) * 2)
         inverse = 1.0 / torch.cat([g.scale for g in quantizers])
         made = [inverse, torch.cat([g.shift for g in quantizers]) * inverse]
@@ -281,7 +288,9 @@ class Core:
             made.append(torch.tensor(ends, dtype=torch.float32, device=device))
         self.made = [t.repeat(directions) for t in made]
         self.grids = [torch.cat((g.scale, g.shift)) for g in (self.of_x, self.of_u)]
-        self.scan = Scan(shape, ranks, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, softplus, order)
+        self.scan = Scan(
+            shape, ranks, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, softplus, order
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: any strides."""
@@ -300,8 +309,9 @@ class Core:
         p, of_x, of_u = self.projection, self.of_x, self.of_u
         tensors = x, *self.grids, p.codes, p.scale, p.shift, p.total, *self.made, u, codes, bad
         numbers = each, *x.stride(), columns, width, of_x.qmin, of_x.qmax, of_u.qmin, of_u.qmax
-        bm, bn, bk = _rows_at_once(rows, x.device), min(_power(outputs), 128), min(_power(channels, 32), 128)
-        blocks = -(-each // bm), -(-outputs // bn), samples
+        bm, bn, bk, warps = _tile(rows, channels, outputs, x.device)
+        blocks = -(-each // bm), 1 if bk >= channels else -(-outputs // bn), samples
         same = of_x is of_u
-        _launch("core_codes", blocks, tensors, numbers, (channels, outputs, _off(of_x), same, bm, bn, bk))
+        constants = channels, outputs, _off(of_x), same, bm, bn, bk
+        _launch("core_codes", blocks, tensors, numbers, constants, warps)
         return u.view(rows, columns), codes.view(rows, width), bad

@@ -31,9 +31,7 @@ class _Params(ctypes.Structure):
 
 
 @functools.cache
-def _tile(
-    line: bool, channels: int, kernel: tuple[int, int], dilation: tuple[int, int]
-) -> dict[str, int]:
+def _tile(line: bool, channels: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> dict[str, int]:
     """Channels and pixels of a block; ``line``: of images of one line."""
     lanes = min(range(16, 33), key=lambda n: (-(-channels // n) * n, -n)) if channels >= 16 else channels
     rows = max(1, _THREADS // lanes)
@@ -67,15 +65,25 @@ def depthwise(
     """
     batch, height, width, channels = x.shape
     if height * width * channels >= 2**31:
-        raise InputError(f"deployed: {tuple(x.shape[1:])} is larger than what the kernels for GPUs count: use tiles")
+        raise InputError(
+            f"deployed: {tuple(x.shape[1:])} is larger than what the kernels for GPUs count: use tiles"
+        )
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     tile = _tile(height == 1, channels, kernel, dilation)
-    constants = {"KH": kernel[0], "KW": kernel[1], "DOWN": dilation[0], "RIGHT": dilation[1], "ACT": _ACTIVATIONS[act]}
+    constants = {
+        "KH": kernel[0],
+        "KW": kernel[1],
+        "DOWN": dilation[0],
+        "RIGHT": dilation[1],
+        "ACT": _ACTIVATIONS[act],
+    }
     source = _source(*tile.items(), *constants.items())
     lanes, rows, high, wide = tile.values()
     across = -(-width // wide)
     tensors = (x, grid.scale, grid.shift, weights, bias, y)
-    params = _Params(*(t.data_ptr() for t in tensors), *x.stride(), height, width, channels, across, grid.qmin, grid.qmax)
+    params = _Params(
+        *(t.data_ptr() for t in tensors), *x.stride(), height, width, channels, across, grid.qmin, grid.qmax
+    )
     shared = 4 * (high + (kernel[0] - 1) * dilation[0]) * (wide + (kernel[1] - 1) * dilation[1]) * lanes
     blocks = -(-height // high) * across, batch * -(-channels // lanes)
     nvrtc.load(source, x.device).launch("depthwise", blocks, lanes * rows, shared, params, x.device)

@@ -18,8 +18,9 @@ from ssmquant.ops.deployed.forms import Grid, Weights
 __all__ = ["Case", "Scan", "Shape", "arrangement", "choose"]
 
 _MOST_LEVELS = 16  # of step sizes that are looked up
-_SEGMENTS = 16  # of chunks, as in the source
-_MOST_LANES = 384
+_SEGMENTS = 32  # of chunks, as in the source
+_MOST_LANES = 256
+_FEW_STEPS = 96
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
 _LOG2E = 1.4426950408889634
 
@@ -104,30 +105,40 @@ def _processors(device: torch.device) -> int:
 
 
 def choose(batch: int, pixels: int, channels: int, processors: int) -> Shape:
-    """Any shape is right, this one should be fast: whole warps, and enough of them to hide what they wait for."""
+    """Any shape is right, this one should be fast: whole warps, and one or two blocks for each multiprocessor.
+
+    Measured on an H200: two blocks hide more of what they wait for, but chunks of few steps cost more than that.
+    """
     columns = 1 if channels % 2 else 2
     lanes = channels // columns
     blocks = -(-lanes // _MOST_LANES)
     lanes = -(-lanes // blocks)
-    most = max(1, _THREADS // lanes)
 
     def fill(count: int) -> tuple[float, int]:
         used = lanes * count
         return used / (-(-used // 32) * 32), used
 
-    chunks = max(range(1, most + 1), key=fill)
     stage = 16
-    wanted = 12 * 32 * processors / (batch * lanes * blocks)
-    whole = -(-pixels // stage) * stage
-    steps = whole if wanted < 2 else min(whole, max(stage, -(-int(pixels / wanted) // stage) * stage))
-    return Shape(columns, lanes, min(chunks, -(-pixels // steps)), steps, stage)
+    chunks = max(range(1, max(1, _THREADS // lanes) + 1), key=fill)
+    work = batch * blocks * pixels
+    steps = work // (2 * processors * chunks)
+    if steps < _FEW_STEPS:
+        steps = work // (processors * chunks)
+    steps = max(1, min(-(-steps // stage), -(-pixels // stage))) * stage
+    parts = -(-pixels // steps)
+    return Shape(
+        columns, lanes, max(1, min(chunks, -(-batch * blocks * parts // processors), parts)), steps, stage
+    )
 
 
 class _Params(ctypes.Structure):
     """``Params`` of the source."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in "u bad codes order ways scales table words affine rates bias skip".split()),
+        *(
+            (n, ctypes.c_void_p)
+            for n in "u bad codes order ways scales table words affine rates bias skip".split()
+        ),
         *((n, ctypes.c_void_p) for n in "ends totals y".split()),
         *((n, ctypes.c_int) for n in "u_row row batch pixels channels chunks chunk blocks".split()),
         *((n, ctypes.c_int) for n in "qmin qmax along back add".split()),
@@ -135,7 +146,7 @@ class _Params(ctypes.Structure):
 
 
 def _paths(order: Tensor) -> tuple[list[tuple[int, int]], list[int]]:
-    """Directions along the same path, (forward, back) with -1 for none; and of each direction 2 * row of order + back."""
+    """Directions along the same path, (forward, back) with -1 for none; of each one 2 * its row of order + back."""
     rows = order.cpu()
     found: list[tuple[int, int]] = []
     ways = [-1] * len(rows)
@@ -153,7 +164,7 @@ def _paths(order: Tensor) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _rates(a: Tensor, directions: int) -> tuple[int, Tensor]:
-    """How the rates of each channel are spaced (``Case.ladder``); they by binary logarithms as the source wants them."""
+    """How the rates of each channel are spaced (``Case.ladder``), and they as the source wants them."""
     states = a.shape[1]
     rates = a.double().view(directions, -1, states).transpose(1, 2)
     first = rates[:, :1]
@@ -229,12 +240,16 @@ class Scan:
             affine = affine / of_delta.scale.to(d)
             of_steps = torch.cat((of_delta.scale, -of_delta.shift)).to(d)
             if levels:
-                at = torch.arange(of_delta.qmin, of_delta.qmin + levels, dtype=d, device=device).view(1, -1, 1)
+                at = torch.arange(of_delta.qmin, of_delta.qmin + levels, dtype=d, device=device).view(
+                    1, -1, 1
+                )
                 dt = at * of_steps[0] + of_steps[1] + biases[:, None]
                 dt = F.softplus(dt, threshold=50) if softplus else dt
                 table = torch.stack((dt, torch.exp2(dt * rates[:, :1])), 3)
                 whole = self.blocks * shape.lanes * shape.columns
-                table = F.pad(table, (0, 0, 0, whole - c)).view(k, levels, self.blocks, shape.lanes, shape.columns, 2)
+                table = F.pad(table, (0, 0, 0, whole - c)).view(
+                    k, levels, self.blocks, shape.lanes, shape.columns, 2
+                )
                 table = table.permute(0, 2, 1, 4, 3, 5)
         of_codes = [t for g in (of_u, of_b, of_c) for t in (g.scale, g.qmin * g.scale - g.shift)]
         words = -(-ranks // 4)
@@ -251,7 +266,9 @@ class Scan:
             "skip": skip,
         }
         self._kept = {
-            n: (t.float() if t.is_floating_point() else t).contiguous() for n, t in tensors.items() if t is not None
+            n: (t.float() if t.is_floating_point() else t).contiguous()
+            for n, t in tensors.items()
+            if t is not None
         }
         self._params = _Params(
             **{n: t.data_ptr() for n, t in self._kept.items()},
@@ -270,7 +287,9 @@ class Scan:
         params.u_row, params.row = u.shape[1], codes.shape[1] // 4
         across = -(-self.chunks // s.chunks)
         if self.chunks > 1:
-            ends = torch.empty(directions * batch * self.chunks * (case.states + 1) * channels, device=self.device)
+            ends = torch.empty(
+                directions * batch * self.chunks * (case.states + 1) * channels, device=self.device
+            )
             params.ends = ends.data_ptr()
             params.totals = params.ends + 4 * directions * batch * self.chunks * case.states * channels
             grid = across, directions * batch * self.blocks
@@ -279,5 +298,12 @@ class Scan:
             kernels.launch("scan_carry", grid, 32 * _SEGMENTS, 8 * 32 * _SEGMENTS, params, self.device)
         for i, (along, back) in enumerate(self.paths):
             params.along, params.back, params.add = along, back, int(i > 0)
-            kernels.launch("scan_out", (across, batch * self.blocks), case.threads, case.shared(True), params, self.device)
+            kernels.launch(
+                "scan_out",
+                (across, batch * self.blocks),
+                case.threads,
+                case.shared(True),
+                params,
+                self.device,
+            )
         return y

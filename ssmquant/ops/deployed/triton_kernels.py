@@ -1,8 +1,8 @@
 """Triton kernels of deployed models on a GPU. Imported by ``cuda``, which says what they are for.
 
 Codes are held as int8, from 0 or, of more than 128 levels, from -128 (``OFF``): products with weights are then exact
-integers of the tensor cores, from which scales, shifts and zero points are taken out afterwards. Codes are those of plain
-PyTorch but for ties, since there are no divisions. Places within a sample have 32 bits.
+integers of the tensor cores, from which scales, shifts and zero points are taken out afterwards. Codes are those
+of plain PyTorch but for ties, since there are no divisions. Places within a sample have 32 bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -78,18 +78,31 @@ def project(
         v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
         if NORM == 1:
             mean = tl.sum(v, 1) / INPUTS
-        if NORM == 1 or NORM == 2:
+        if NORM % 3 != 0:
             off = tl.where(inside, v - mean[:, None], 0.0)
             factor = 1.0 / tl.sqrt_rn(tl.sum(off * off, 1) / INPUTS + eps)
             v = (v - mean[:, None]) * factor[:, None]
         code, sums, odd = _encoded(
-            v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin, INPUTS, OFF, HAS_W, HAS_B, GATE
+            v,
+            z_at,
+            k,
+            mask,
+            norm_weight,
+            norm_bias,
+            inverse,
+            moved,
+            lower,
+            upper,
+            qmin,
+            INPUTS,
+            OFF,
+            HAS_W,
+            HAS_B,
+            GATE,
         )
         for n0 in range(0, OUTPUTS, BN):
             n = n0 + tl.arange(0, BN)
-            inner = (n < OUTPUTS)[None, :] & (k < INPUTS)[:, None]
-            w = tl.load(weights + n[None, :] * INPUTS + k[:, None], mask=inner, other=0)
-            acc = tl.dot(code, w, out_dtype=tl.int32)
+            acc = tl.dot(code, _weights_at(weights, n, k, INPUTS, OUTPUTS), out_dtype=tl.int32)
             _finish(
                 acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, m, n, here,
                 OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
@@ -101,7 +114,7 @@ def project(
                 mask = here[:, None] & (k < INPUTS)[None, :]
                 mean += tl.sum(tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0), 1)
             mean = mean / INPUTS
-        if NORM == 1 or NORM == 2:
+        if NORM % 3 != 0:
             squares = tl.zeros([BM], tl.float32)
             for k0 in range(0, INPUTS, BK):
                 k = k0 + tl.arange(0, BK)
@@ -117,7 +130,7 @@ def project(
             k = k0 + tl.arange(0, BK)
             mask = here[:, None] & (k < INPUTS)[None, :]
             v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
-            if NORM == 1 or NORM == 2:
+            if NORM % 3 != 0:
                 v = (v - mean[:, None]) * factor[:, None]
             code, more, nans = _encoded(
                 v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin, INPUTS, OFF, HAS_W, HAS_B,
@@ -125,9 +138,7 @@ def project(
             )  # fmt: skip
             sums += more
             odd += nans
-            inner = (n < OUTPUTS)[None, :] & (k < INPUTS)[:, None]
-            w = tl.load(weights + n[None, :] * INPUTS + k[:, None], mask=inner, other=0)
-            acc = tl.dot(code, w, acc, out_dtype=tl.int32)
+            acc = tl.dot(code, _weights_at(weights, n, k, INPUTS, OUTPUTS), acc, out_dtype=tl.int32)
         _finish(
             acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, m, n, here,
             OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
@@ -158,13 +169,9 @@ def _finish(
     OUTPUTS: tl.constexpr, OFF: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr,
     ACT: tl.constexpr,
 ):  # fmt: skip
-    """Values of products of codes. What the weights' own offset needs is in their total: see ``cuda.pack``."""
+    """Values of products of codes, and what comes after them."""
     out = n < OUTPUTS
-    ws = tl.load(of_scale + n, mask=out, other=0.0)
-    wt = tl.load(of_shift + n, mask=out, other=0.0)
-    total = tl.load(of_total + n, mask=out, other=0.0)
-    origin = (qmin + OFF) * a - b  # the value of what is held as 0
-    value = a * (ws[None, :] * acc.to(tl.float32) - wt[None, :] * sums.to(tl.float32)[:, None]) + origin * total[None, :]
+    value = _value(acc, sums, a, b, qmin, of_scale, of_shift, of_total, n, OUTPUTS, OFF)
     if HAS_BIAS:
         value = value + tl.load(bias + n, mask=out, other=0.0)[None, :]
     value = _act(value, ACT)
@@ -190,7 +197,6 @@ def core_codes(
     of_x, of_u: scale and shift, SAME if they are one. Results are uint8 from 0; out_*: the quantizer of each output.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
     here = m < rows
     sample = tl.program_id(2).to(tl.int64)
     x_at = x + sample * x_batch + m * x_row
@@ -200,44 +206,94 @@ def core_codes(
     moved = b * inverse
     u_inverse = tl.div_rn(1.0, tl.load(of_u))
     u_moved = tl.load(of_u + 1) * u_inverse
-    lower, upper = qmin + 0.0, qmax + 0.0  # an integer that is 1 is a constant
     first = tl.program_id(1) == 0
-    sums = tl.zeros([BM], tl.int32)
-    acc = tl.zeros([BM, BN], tl.int32)
-    odd = tl.zeros([BM], tl.int32)
-    for k0 in range(0, INPUTS, BK):
-        k = k0 + tl.arange(0, BK)
-        inside = (k < INPUTS)[None, :]
-        mask = here[:, None] & inside
-        v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
-        if SAME:
-            own = _index(v, inverse, moved, lower, upper)
-            code = own
-        else:
-            own = _index(v, u_inverse, u_moved, u_least + 0.0, u_most + 0.0)
-            code = _index(v, inverse, moved, lower, upper)
-        odd += tl.sum((code != code).to(tl.int32), 1)
-        own = own.to(tl.int32) - u_least
-        tl.store(u + m[:, None] * u_row + k[None, :], own.to(tl.uint8), mask=mask & first)
-        code = tl.where(inside, code.to(tl.int32) - (qmin + OFF), 0)
-        sums += tl.sum(code, 1)
-        code = code.to(tl.int8)
-        w = tl.load(
-            weights + n[None, :] * INPUTS + k[:, None], mask=(n < OUTPUTS)[None, :] & (k < INPUTS)[:, None], other=0
-        )
-        acc = tl.dot(code, w, acc, out_dtype=tl.int32)
+    if BK >= INPUTS:  # codes are made once, for all outputs
+        code, sums, odd = _image_codes(
+            x_at, u, m, here, 0, first, inverse, moved, u_inverse, u_moved, x_column, u_row, qmin, qmax, u_least,
+            u_most, INPUTS, OFF, SAME, BK,
+        )  # fmt: skip
+        for n0 in range(0, OUTPUTS, BN):
+            n = n0 + tl.arange(0, BN)
+            acc = tl.dot(code, _weights_at(weights, n, tl.arange(0, BK), INPUTS, OUTPUTS), out_dtype=tl.int32)
+            _finish_codes(
+                acc, sums, a, b, qmin, of_scale, of_shift, of_total, out_inverse, out_moved, out_least, out_most, codes,
+                m, n, here, code_row, OUTPUTS, OFF,
+            )  # fmt: skip
+    else:
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
+        sums = tl.zeros([BM], tl.int32)
+        acc = tl.zeros([BM, BN], tl.int32)
+        odd = tl.zeros([BM], tl.int32)
+        for k0 in range(0, INPUTS, BK):
+            code, more, nans = _image_codes(
+                x_at, u, m, here, k0, first, inverse, moved, u_inverse, u_moved, x_column, u_row, qmin, qmax, u_least,
+                u_most, INPUTS, OFF, SAME, BK,
+            )  # fmt: skip
+            sums += more
+            odd += nans
+            w = _weights_at(weights, n, k0 + tl.arange(0, BK), INPUTS, OUTPUTS)
+            acc = tl.dot(code, w, acc, out_dtype=tl.int32)
+        _finish_codes(
+            acc, sums, a, b, qmin, of_scale, of_shift, of_total, out_inverse, out_moved, out_least, out_most, codes,
+            m, n, here, code_row, OUTPUTS, OFF,
+        )  # fmt: skip
+    tl.store(bad + m, (odd > 0).to(tl.uint8), mask=here & first)
+
+
+@triton.jit
+def _weights_at(weights, n, k, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """(inputs, outputs) of a matrix (OUTPUTS, INPUTS)."""
+    inner = (n < OUTPUTS)[None, :] & (k < INPUTS)[:, None]
+    return tl.load(weights + n[None, :] * INPUTS + k[:, None], mask=inner, other=0)
+
+
+@triton.jit
+def _image_codes(
+    x_at, u, m, here, k0, first, inverse, moved, u_inverse, u_moved, x_column, u_row, qmin, qmax, u_least, u_most,
+    INPUTS: tl.constexpr, OFF: tl.constexpr, SAME: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Codes of a block of the image: stored for the scan; as int8; sums of these, and how many are NaN."""
+    k = k0 + tl.arange(0, BK)
+    inside = (k < INPUTS)[None, :]
+    mask = here[:, None] & inside
+    v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
+    code = _index(v, inverse, moved, qmin + 0.0, qmax + 0.0)
+    own = code if SAME else _index(v, u_inverse, u_moved, u_least + 0.0, u_most + 0.0)
+    odd = tl.sum((code != code).to(tl.int32), 1)
+    kept = (own.to(tl.int32) - u_least).to(tl.uint8)
+    tl.store(u + m[:, None] * u_row + k[None, :], kept, mask=mask & first)
+    code = tl.where(inside, code.to(tl.int32) - (qmin + OFF), 0)
+    return code.to(tl.int8), tl.sum(code, 1), odd
+
+
+@triton.jit
+def _finish_codes(
+    acc, sums, a, b, qmin, of_scale, of_shift, of_total, out_inverse, out_moved, out_least, out_most, codes, m, n, here,
+    code_row, OUTPUTS: tl.constexpr, OFF: tl.constexpr,
+):  # fmt: skip
+    """Codes of products of codes."""
     out = n < OUTPUTS
-    ws = tl.load(of_scale + n, mask=out, other=0.0)
-    wt = tl.load(of_shift + n, mask=out, other=0.0)
-    total = tl.load(of_total + n, mask=out, other=0.0)
-    origin = (qmin + OFF) * a - b
-    value = a * (ws[None, :] * acc.to(tl.float32) - wt[None, :] * sums.to(tl.float32)[:, None]) + origin * total[None, :]
+    value = _value(acc, sums, a, b, qmin, of_scale, of_shift, of_total, n, OUTPUTS, OFF)
     least = tl.load(out_least + n, mask=out, other=0.0)[None, :]
     most = tl.load(out_most + n, mask=out, other=0.0)[None, :]
-    of_codes = tl.load(out_inverse + n, mask=out, other=0.0)[None, :]
-    made = _index(value, of_codes, tl.load(out_moved + n, mask=out, other=0.0)[None, :], least, most) - least
-    tl.store(codes + m[:, None] * code_row + n[None, :], made.to(tl.int32).to(tl.uint8), mask=here[:, None] & out[None, :])
-    tl.store(bad + m, (odd > 0).to(tl.uint8), mask=here & first)
+    inverse = tl.load(out_inverse + n, mask=out, other=0.0)[None, :]
+    made = _index(value, inverse, tl.load(out_moved + n, mask=out, other=0.0)[None, :], least, most) - least
+    tl.store(
+        codes + m[:, None] * code_row + n[None, :],
+        made.to(tl.int32).to(tl.uint8),
+        mask=here[:, None] & out[None, :],
+    )
+
+
+@triton.jit
+def _value(acc, sums, a, b, qmin, of_scale, of_shift, of_total, n, OUTPUTS: tl.constexpr, OFF: tl.constexpr):
+    """Values of products of codes. What the weights' own offset needs is in their total: see ``cuda.pack``."""
+    out = n < OUTPUTS
+    ws = tl.load(of_scale + n, mask=out, other=0.0)[None, :]
+    wt = tl.load(of_shift + n, mask=out, other=0.0)[None, :]
+    total = tl.load(of_total + n, mask=out, other=0.0)[None, :]
+    origin = (qmin + OFF) * a - b  # the value of what is held as 0
+    return a * (ws * acc.to(tl.float32) - wt * sums.to(tl.float32)[:, None]) + origin * total
 
 
 @triton.jit
@@ -249,9 +305,9 @@ def conv(
     DOWN: tl.constexpr, RIGHT: tl.constexpr, FACTORS: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A dense convolution: a block of a sample's output pixels by a block of outputs. ``weights``: (taps, OUTPUTS, INPUTS) int8.
+    """A dense convolution: a block of a sample's output pixels by a block of outputs.
 
-    ``of_total``: (taps, OUTPUTS). The border is no code but zero: its taps add nothing at all.
+    ``weights``: (taps, OUTPUTS, INPUTS) int8; ``of_total``: (taps, OUTPUTS). The border is no code but zero: its taps add nothing at all.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -301,13 +357,16 @@ def conv(
 
 
 @triton.jit
-def pool(x, parts, rows, x_batch, x_row, x_column, CHANNELS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+def pool(
+    x, parts, rows, x_batch, x_row, x_column, CHANNELS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
+):
     """Sums over a block of rows of a sample: (samples, blocks, CHANNELS)."""
     block, sample = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BC)
     m = block * BM + tl.arange(0, BM)
     mask = (m < rows)[:, None] & (c < CHANNELS)[None, :]
-    v = tl.load(x + sample.to(tl.int64) * x_batch + m[:, None] * x_row + c[None, :] * x_column, mask=mask, other=0.0)
+    at = x + sample.to(tl.int64) * x_batch + m[:, None] * x_row + c[None, :] * x_column
+    v = tl.load(at, mask=mask, other=0.0)
     to = parts + (sample * tl.num_programs(0) + block) * CHANNELS + c
     tl.store(to, tl.sum(v, 0), mask=c < CHANNELS)
 
@@ -328,7 +387,9 @@ def excite(
         total += tl.sum(tl.load(at, mask=(b < blocks)[:, None] & real[None, :], other=0.0), 0)
     mean = total / rows
     both = (h < HIDDEN)[:, None] & real[None, :]
-    hidden = tl.sum(tl.load(first + h[:, None] * CHANNELS + c[None, :], mask=both, other=0.0) * mean[None, :], 1)
+    hidden = tl.sum(
+        tl.load(first + h[:, None] * CHANNELS + c[None, :], mask=both, other=0.0) * mean[None, :], 1
+    )
     hidden = hidden + tl.load(first_bias + h, mask=h < HIDDEN, other=0.0)
     hidden = tl.where(hidden < 0, 0.0, hidden)  # NaN stays one
     v = tl.sum(tl.load(second + c[None, :] * HIDDEN + h[:, None], mask=both, other=0.0) * hidden[:, None], 0)

@@ -1,0 +1,534 @@
+"""The CUDA kernels of deployed models against those for the CPU, which other tests hold to PyTorch in float64.
+
+CUDA C++ is run by a CPU (``emulator``), Triton by its interpreter; both are compiled for an H100, and run on a GPU if
+there is one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ssmquant
+from ssmquant import QConfig, zoo
+from ssmquant.errors import InputError
+from ssmquant.graph import runtime
+from ssmquant.modules import deployed
+from ssmquant.ops import nvrtc, use_backend
+from ssmquant.ops.deployed import Codes, Grid, Norm, cpu, cuda, cuda_depthwise
+from ssmquant.ops.deployed.cuda_scan import Case, Scan, Shape, arrangement, choose
+from tests.ops import emulator
+from tests.ops.interpreted import in_process, make_interpreter_work
+from tests.ops.test_deployed import close, make_grid, off_ties
+
+_reason = cpu.unavailable(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+FEW = settings(max_examples=8)
+SMALL = Shape(columns=2, lanes=3, chunks=3, steps=16, group=2)
+
+
+def emulated(source: str, late: bool = False) -> emulator.Emulated:
+    return emulator.load(source, late, "deployed_scan" if "scan_ends" in source else "deployed_depthwise")
+
+
+@pytest.fixture(params=[False, True], ids=["", "late"])
+def by_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA kernels run on the CPU, in memory that is NaN where nothing has been written."""
+    if emulator.COMPILER is None:
+        pytest.skip("needs g++ or clang++ on Linux")
+    monkeypatch.setattr(nvrtc, "load", lambda source, _: emulated(source, request.param))
+    poison(monkeypatch.setattr)
+
+
+def poison(setattr_: Any) -> None:
+    fresh = torch.empty
+
+    def empty(*shape: Any, **options: Any) -> Tensor:
+        made = fresh(*shape, **options)
+        return made.fill_(math.nan if made.is_floating_point() else 201)
+
+    setattr_(torch, "empty", empty)
+
+
+# ---- scans -----------------------------------------------------------------------------------------------------------
+
+
+def levels(grid: Grid) -> int:
+    return grid.qmax - grid.qmin + 1
+
+
+def codes_of(t: Tensor) -> Codes:
+    """As ``cpu`` wants them."""
+    wide = F.pad(t, (0, -t.shape[-1] % 16))
+    memory = torch.zeros(wide.numel() + 64, dtype=torch.uint8)
+    memory[: wide.numel()] = wide.flatten()
+    return Codes(memory[: wide.numel()].view(wide.shape), t.sum(-1, dtype=torch.int32))
+
+
+class Operands:
+    """Of a scan: ``order`` has rows and the same turned round, as images have them, or one row."""
+
+    def __init__(
+        self, batch: int, pixels: int, channels: int, states: int, rank: int, *, bits: int = 4, paths: int = 2,
+        turned: bool = True, ladder: int = 2, quantized: bool = True, softplus: bool = True, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.device = device
+        k = self.directions = paths * (1 + turned)
+        self.size, self.states, self.rank = (batch, pixels, channels), states, rank
+        self.of_x, self.of_u, self.of_rank, self.of_b, self.of_c, of_delta = (
+            make_grid(bits, 1) for _ in range(6)
+        )
+        half = 2 ** (bits - 1)
+        self.of_delta = Grid(of_delta.scale * 2, of_delta.shift + 2, -half, half - 1) if quantized else None
+        self.u = torch.randint(0, 2**bits, (batch, pixels, 1, channels), dtype=torch.uint8)
+        rows = self.rows = rank + 2 * states
+        self.codes = torch.randint(0, 2**bits, (batch, pixels, k, rows), dtype=torch.uint8)
+        every = torch.arange(1, states + 1).float()
+        rates = {2: 0.7 * every, 1: 0.2 + 0.5 * every, 0: torch.rand(k * channels, states) + 0.1}[ladder]
+        self.a = -rates.expand(k * channels, states).contiguous()
+        self.skip, self.bias = torch.randn(k * channels), torch.randn(k * channels) * 0.3 - 2
+        order = torch.stack([torch.arange(pixels), *(torch.randperm(pixels) for _ in range(paths - 1))])
+        self.order = torch.cat((order, order.flip(1)) if turned else (order,)).int().contiguous()
+        self.softplus = softplus
+        self.steps = self.weight((k, channels, rank), bits, 0.1)
+        self.projection = self.weight((k * rows, channels), bits, 0.3)
+
+    @staticmethod
+    def weight(shape: tuple[int, ...], bits: int, size: float) -> tuple[Tensor, Tensor, Tensor]:
+        half = 2 ** (bits - 1)
+        signed = torch.randint(-half, half, shape, dtype=torch.int8)
+        scale = size * (torch.rand(shape[:-1]) + 0.1) / half
+        return signed, scale, scale * torch.rand(shape[:-1])
+
+    def to(self, t: Tensor) -> Tensor:
+        return t.to(self.device)
+
+    def grid(self, g: Grid | None) -> Any:
+        return None if g is None else Grid(self.to(g.scale), self.to(g.shift), g.qmin, g.qmax)
+
+    def scan_on_cpu(self) -> Tensor:
+        low, b, c = self.codes.split([self.rank, self.states, self.states], -1)
+        return cpu.scan(
+            (codes_of(self.u), self.of_u), (codes_of(low), self.of_rank), cpu.pack(*self.steps, steps=True),
+            self.of_delta, self.a, (codes_of(b), self.of_b), (codes_of(c), self.of_c), self.skip, self.bias,
+            self.softplus, self.order,
+        )  # fmt: skip
+
+    def scan(self, shape: Shape | None = None, bad: Tensor | None = None) -> Tensor:
+        batch, pixels, channels = self.size
+        g, to = self.grid, self.to
+        made = Scan(
+            self.size, self.rank, g(self.of_u), g(self.of_rank), cuda.pack(*map(to, self.steps)), g(self.of_delta),
+            to(self.a), g(self.of_b), g(self.of_c), to(self.skip), to(self.bias), self.softplus, to(self.order), shape,
+        )  # fmt: skip
+        at = torch.tensor(arrangement(self.rank, self.states, (0, self.rank, self.rank + self.states)))
+        arranged = (self.codes[..., at.clamp(min=0)] * (at >= 0)).to(torch.uint8).flatten(0, 1).flatten(1)
+        u = self.u.view(batch * pixels, channels)
+        wide = (to(F.pad(t, (0, -t.shape[1] % 16)).contiguous()) for t in (u, arranged))
+        bad = torch.zeros(batch * pixels, dtype=torch.uint8) if bad is None else bad
+        return made(*wide, to(bad)).cpu()
+
+    def core(self, engine: Any) -> Any:
+        g, to = (self.grid, self.to) if engine is cuda else (lambda x: x, lambda t: t)
+        return engine.Core(
+            self.size, g(self.of_x), engine.pack(*map(to, self.projection)), (0, self.rank, self.rank + self.states),
+            g(self.of_u), g(self.of_rank), engine.pack(*map(to, self.steps), steps=True), g(self.of_delta), to(self.a),
+            g(self.of_b), g(self.of_c), to(self.skip), to(self.bias), self.softplus, to(self.order), self.rank,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, SMALL),
+        ({"bits": 2, "ladder": 1}, SMALL),
+        ({"bits": 8}, Shape(1, 6, 2, 32)),
+        ({"quantized": False, "paths": 1, "turned": False}, Shape(2, 3, 1, 64)),
+        ({"ladder": 0, "paths": 3, "turned": False}, Shape(2, 2, 4, 32, group=4)),
+        ({"bits": 8, "ladder": 0}, None),
+    ],
+)
+def test_scans(by_cpu: None, options: dict[str, Any], shape: Shape | None) -> None:
+    torch.manual_seed(0)
+    operands = Operands(2, 59, 6, 5, 6, **options)
+    close(operands.scan(shape), operands.scan_on_cpu())
+
+
+@FEW
+@given(
+    st.integers(1, 2), st.sampled_from([1, 15, 16, 17, 49, 64, 80]), st.sampled_from([1, 4, 7, 12]),
+    st.sampled_from([1, 2, 5]), st.sampled_from([1, 4, 6]), st.integers(0, 1000),
+)  # fmt: skip
+def test_scans_of_any_size(batch: int, pixels: int, channels: int, states: int, rank: int, seed: int) -> None:
+    if emulator.COMPILER is None:
+        pytest.skip("needs g++ or clang++ on Linux")
+    torch.manual_seed(seed)
+    columns = 4 if channels % 4 == 0 else 1
+    operands = Operands(batch, pixels, channels, states, rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nvrtc, "load", lambda source, _: emulated(source))
+        close(operands.scan(Shape(columns, min(3, channels // columns), 2, 16)), operands.scan_on_cpu())
+
+
+def test_a_nan_reaches_what_comes_after_it(by_cpu: None) -> None:
+    torch.manual_seed(0)
+    operands = Operands(2, 40, 6, 3, 4, paths=1, turned=False)
+    bad = torch.zeros(80, dtype=torch.uint8)
+    bad[17] = 1
+    got, want = operands.scan(SMALL, bad), operands.scan_on_cpu()
+    assert got[0, 17:].isnan().all()
+    close(got[0, :17], want[0, :17].double())
+    close(got[1], want[1].double())
+
+
+def test_shapes() -> None:
+    for batch, pixels, channels in (
+        (1, 4096, 72),
+        (1, 230400, 72),
+        (64, 49, 768),
+        (64, 197, 384),
+        (3, 5, 7),
+        (1, 1, 1),
+    ):
+        shape = choose(batch, pixels, channels, 132)
+        assert shape.steps % shape.stage == 0
+        assert shape.stage % shape.group == 0
+        assert channels % shape.columns == 0
+        assert shape.lanes * shape.chunks <= 256
+        blocks = -(-channels // (shape.lanes * shape.columns))
+        assert blocks * shape.lanes * shape.columns >= channels
+        case = Case(shape, 16, 48, True, 16, 2, True)
+        assert case.shared(True) < 99 * 1024  # of a block on any GPU since sm_80
+
+
+def test_scans_that_are_too_large() -> None:
+    grid, weights = make_grid(4, 1), cuda.pack(*Operands.weight((1, 64, 4), 4, 1.0))
+    order = torch.empty(1, 2**24, dtype=torch.int32, device="meta")
+    args = grid, grid, weights, grid, -torch.ones(64, 2), grid, grid, None, None, True, order
+    with pytest.raises(InputError, match="more than the kernels count"):
+        Scan((1, 2**24, 64), 4, *args)
+
+
+# ---- depthwise convolutions ------------------------------------------------------------------------------------------
+
+
+def check_depthwise(device: str, sizes: tuple[int, ...], kernel: Any, dilation: Any, act: str | None) -> None:
+    channels = sizes[3]
+    grid = make_grid(4, 1)
+    x = off_ties(torch.randn(sizes), grid)
+    weights, bias = torch.randn(kernel[0] * kernel[1], channels), torch.randn(channels)
+    want = cpu.depthwise(x, grid, cpu.by_lanes(weights), cpu.by_lanes(bias), kernel, dilation, act)
+    there = Grid(grid.scale.to(device), grid.shift.to(device), grid.qmin, grid.qmax)
+    for given_x in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
+        operands = given_x.to(device), there, weights.to(device), bias.to(device)
+        close(cuda_depthwise.depthwise(*operands, kernel, dilation, act).cpu(), want.double())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kernel", "dilation", "act"),
+    [
+        ((2, 9, 19, 20), (3, 3), (1, 1), "silu"),
+        ((1, 17, 5, 3), (5, 3), (1, 2), "gelu"),
+        ((2, 1, 70, 33), (1, 7), (1, 1), None),
+        ((1, 1, 1, 1), (3, 3), (2, 2), None),
+    ],
+)
+def test_depthwise(by_cpu: None, sizes: Any, kernel: Any, dilation: Any, act: str | None) -> None:
+    torch.manual_seed(0)
+    check_depthwise("cpu", sizes, kernel, dilation, act)
+
+
+def test_depthwise_keeps_nan(by_cpu: None) -> None:
+    x = torch.randn(1, 8, 8, 4)
+    x[0, 4, 4, 1] = math.nan
+    y = cuda_depthwise.depthwise(x, make_grid(4, 1), torch.ones(9, 4), torch.zeros(4), (3, 3), (1, 1), "gelu")
+    assert y[0, 3:6, 3:6, 1].isnan().all()
+    assert int(y.isnan().sum()) == 9
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+def check_projection(
+    device: str, bits: int, batch: int, rows: int, inputs: int, outputs: int, every: bool
+) -> None:
+    """With all norms, gates, activations and residuals; not ``every`` one of their combinations."""
+    operands, grid, bias = (
+        Operands.weight((outputs, inputs), bits, 1.0),
+        make_grid(bits, 1),
+        torch.randn(outputs),
+    )
+    wide, z, held = (torch.randn(batch, rows, n) for n in (2 * inputs, inputs, outputs))
+    x, gain = off_ties(wide[..., :inputs].unsqueeze(2), grid).squeeze(2), torch.randn(outputs)
+    weight, shift = torch.rand(inputs) + 0.5, torch.ones(inputs)
+
+    def run(engine: Any, to: Any, norm: Any, gate: bool, act: str | None, residual: Any) -> Tensor:
+        there = Grid(to(grid.scale), to(grid.shift), grid.qmin, grid.qmax)
+        made: Tensor = engine.project(
+            to(x),
+            there,
+            engine.pack(*map(to, operands)),
+            engine.by_lanes(to(bias)),
+            norm=None if norm is None else Norm(to(weight), to(shift) if norm == {} else None, 1e-5, **norm),
+            z=to(z) if gate else None,
+            act=act,
+            residual=None if residual is None else tuple(None if t is None else to(t) for t in residual),
+        )
+        return made.cpu()
+
+    norms = (None, {}, {"rms": True}, {"factors": True})
+    ends: Any = ((None, (held, gain)), ("gelu", None), ("silu", (held, None)))
+    cases = list(product(norms, (False, True), ends))
+    for norm, gate, (act, residual) in cases if every else cases[::5]:
+        got = run(cuda, lambda t: t.to(device), norm, gate, act, residual)
+        want = run(cpu, lambda t: t, norm, gate, act, residual)
+        # A norm or a gate moves values, and then a code may fall on the other side of a tie.
+        close(got, want.double(), 2e-6 if norm is None and not gate else 2e-3)
+
+
+def check_projections(device: str) -> None:
+    for sizes in ((2, 1, 50, 60, 144), (4, 2, 17, 72, 60), (8, 1, 33, 300, 20)):
+        check_projection(device, *sizes, every=device == "cpu")
+
+
+def check_convolutions(device: str) -> None:
+    for bits in (2, 8):
+        grid = make_grid(bits, 1)
+        x, bias = off_ties(torch.randn(2, 9, 8, 12), grid), torch.randn(10)
+        _, scale, shift = Operands.weight((1, 10, 12), bits, 1.0)
+        half = 2 ** (bits - 1)
+        operands = (
+            torch.randint(-half, half, (6, 10, 12), dtype=torch.int8),
+            scale.expand(6, 10),
+            shift.expand(6, 10),
+        )
+        sizes: Any = ((3, 2), (1, 2), (2, 1), (1, 2))
+        want = cpu.convolve(x, grid, cpu.pack(*operands), cpu.by_lanes(bias), *sizes)
+        there = Grid(grid.scale.to(device), grid.shift.to(device), grid.qmin, grid.qmax)
+        packed = cuda.pack(*(t.to(device) for t in operands))
+        for given_x in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
+            close(
+                cuda.convolve(given_x.to(device), there, packed, bias.to(device), *sizes).cpu(), want.double()
+            )
+        x[1, 2, 3, 4] = math.nan
+        got = cuda.convolve(x.to(device), there, packed, None, *sizes).cpu()
+        assert torch.equal(got.isnan(), cpu.convolve(x, grid, cpu.pack(*operands), None, *sizes).isnan())
+
+
+def check_attention(device: str) -> None:
+    x, v, scale, gain = torch.randn(2, 100, 12), torch.randn(2, 12, 100), torch.rand(2, 12), torch.randn(12)
+    there = [t.to(device) for t in (x, gain, v.transpose(1, 2).contiguous(), scale)]
+    close(cuda.blend(*there).cpu(), (x * gain + v.transpose(1, 2) * scale[:, None]).double())
+    first, a, second, b = torch.randn(5, 12), torch.randn(5), torch.randn(12, 5), torch.randn(12)
+    want = torch.sigmoid(F.relu(v.mean(2) @ first.T + a) @ second.T + b)
+    close(
+        cuda.excite(v.to(device).transpose(1, 2), *(t.to(device) for t in (first, a, second, b))).cpu(),
+        want.double(),
+    )
+
+
+def check_cores(device: str) -> None:
+    for bits, states in ((2, 5), (4, 1), (8, 4)):
+        operands = Operands(2, 40, 12, states, 3, bits=bits, device=device)
+        x = off_ties(torch.randn(2, 12, 40)[..., None], operands.of_u)[..., 0].transpose(1, 2)
+        ours, theirs = operands.core(cuda), operands.core(cpu)
+        close(
+            ours(x.to(device)).cpu(), theirs(x).double(), 2e-2
+        )  # some codes of the projection are near a tie
+        x[0, 20, 3] = math.nan
+        got, want = ours(x.to(device)).cpu(), theirs(x)
+        assert got[0].isnan().all()
+        assert torch.equal(got.isnan(), want.isnan())
+
+
+def models() -> Iterator[tuple[str, Any, Tensor]]:
+    """Deployed models; those of a few blocks."""
+    mambair = {
+        "embed_dim": 20,
+        "depths": (1,),
+        "d_state": 5,
+        "mlp_ratio": 1.2,
+        "upsampler": "pixelshuffledirect",
+    }
+    builds: Any = (
+        ("mambair", lambda: zoo.MambaIR(**mambair), (1, 3, 8, 12)),
+        ("vmamba", lambda: zoo.vmamba_nano(num_classes=5), (1, 3, 32, 32)),
+        ("vim", lambda: zoo.vim_nano(num_classes=5), (1, 3, 32, 32)),
+    )
+    for name, build, shape in builds:
+        torch.manual_seed(1)
+        model, x = build().eval(), torch.rand(shape)
+        prepared = ssmquant.prepare(model, QConfig.recommended(8, 8), example_inputs=(x,))
+        ssmquant.calibrate(prepared, [x], progress=False)
+        yield name, ssmquant.convert(prepared), x
+
+
+def check_models(device: str) -> None:
+    for name, model, x in models():
+        model.to(device)
+        with torch.no_grad():
+            got = model(x.to(device))
+            with use_backend("chunked", op="fuse"):
+                want = model(x.to(device))
+        kinds = set(runtime.runtime_of(model).records[0].kernels(model).values())
+        assert kinds >= {"scan on codes", "products of codes"}, name
+        close(got.cpu(), want.double().cpu(), 2e-2)  # codes at ties
+
+
+def interpret(*checks: str) -> None:
+    make_interpreter_work()
+    poison(setattr)
+    nvrtc.load = lambda source, _: emulated(source)  # type: ignore[assignment]
+    for check in checks:
+        globals()[check]("cpu")
+
+
+def interpret_models() -> None:
+    cuda.unavailable = lambda _: None  # type: ignore[assignment]
+    for module in (runtime, deployed):
+        module.engine_of = lambda _: cuda  # type: ignore[attr-defined]
+    interpret("check_models")
+
+
+@needs_triton
+@pytest.mark.parametrize("check", ["check_convolutions", "check_attention", "check_cores"])
+def test_interpreted(check: str) -> None:
+    in_process("test_deployed_cuda", f"interpret({check!r})", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@needs_triton
+def test_interpreted_projections() -> None:
+    in_process("test_deployed_cuda", "interpret('check_projections')", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@needs_triton
+def test_interpreted_models() -> None:
+    in_process("test_deployed_cuda", "interpret_models()", TRITON_INTERPRET="1")
+
+
+def compile_for_h100() -> None:
+    """Every kernel for the shapes of a call; needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ssmquant.ops.deployed import triton_kernels
+
+    kinds = {torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8"}
+    built: set[str] = set()
+
+    class Compiled:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(triton_kernels, name)
+
+        def __call__(self, _: Any, tensors: Any, numbers: Any, constants: Any, warps: int) -> None:
+            names = [p.name for p in self.kernel.params]
+            values: dict[str, Any] = dict(zip(names, (*tensors, *numbers, *constants), strict=True))
+            fixed = {n: v for n, v in values.items() if n.isupper() or (isinstance(v, int) and v == 1)}
+            signature = {}
+            for n, v in values.items():
+                number = "fp32" if isinstance(v, float) else "i32"
+                signature[n] = (
+                    "constexpr" if n in fixed else kinds[v.dtype] if isinstance(v, Tensor) else number
+                )
+            target, options = GPUTarget("cuda", 90, 32), {"num_warps": warps}
+            made = triton.compile(ASTSource(self.kernel, signature, fixed), target=target, options=options)
+            assert made.asm["cubin"]
+            built.add(self.name)
+
+    cuda._kernel = Compiled  # type: ignore[assignment]
+    nvrtc.load = lambda source, _: emulated(source)  # type: ignore[assignment]
+    grid, ones = make_grid(2, 1), torch.ones
+    x = torch.randn(1, 64, 72)
+    packed = cuda.pack(*Operands.weight((60, 72), 2, 1.0))
+    norm = Norm(ones(72), ones(72), 1e-5)
+    cuda.project(x, grid, packed, None, norm=norm, z=x, residual=(x[..., :60].contiguous(), ones(60)))
+    cuda.project(
+        torch.randn(1, 64, 600), make_grid(8, 1), cuda.pack(*Operands.weight((60, 600), 8, 1.0)), act="gelu"
+    )
+    cuda.convolve(
+        x.view(1, 8, 8, 72),
+        grid,
+        cuda.pack(*Operands.weight((9, 60, 72), 2, 1.0)),
+        None,
+        *[(3, 3), (1, 1)] * 2,
+    )
+    cuda.blend(x, None, x, ones(1, 72))
+    cuda.excite(x, ones(5, 72), ones(5), ones(72, 5), ones(72))
+    Operands(1, 64, 72, 10, 4).core(cuda).encode(x)
+    assert built == set(triton_kernels.__all__)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_triton_compiles_for_an_h100() -> None:
+    in_process("test_deployed_cuda", "compile_for_h100()", TRITON_INTERPRET="0")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nvrtc.describe() is None, reason="needs NVRTC or nvcc")
+def test_cuda_compiles_for_an_h100() -> None:
+    for case in (
+        Case(choose(1, 4096, 72, 132), 10, 4, True, 16, 2, True),
+        Case(choose(64, 3136, 96, 132), 1, 6, True, 0, 1, True),
+        Case(choose(64, 197, 383, 132), 16, 48, False, 0, 0, False),
+    ):
+        assert nvrtc.compile_source(case.source(), 90)
+    definitions = {
+        "KH": 3,
+        "KW": 3,
+        "DOWN": 1,
+        "RIGHT": 1,
+        "ACT": 2,
+        "LANES": 24,
+        "ROWS": 8,
+        "HIGH": 8,
+        "WIDE": 16,
+    }
+    assert nvrtc.compile_source(cuda_depthwise._source(*definitions.items()), 90)
+
+
+def test_what_there_is_no_kernel_for() -> None:
+    assert cuda.unavailable(torch.device("cpu")) is not None
+    huge = torch.empty(1, device="meta").as_strided((1, 2**20, 2**12), (2**32, 2**12, 1))
+    with pytest.raises(InputError, match="use tiles"):
+        cuda.blend(huge, None, huge, torch.empty(1, 2**12, device="meta"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "check", [check_projections, check_convolutions, check_attention, check_cores, check_models]
+)
+def test_on_a_gpu(check: Any) -> None:
+    check("cuda")
+
+
+@pytest.mark.gpu
+def test_scans_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    for sizes, options in (
+        ((1, 4096, 72, 10, 4), {}),
+        ((2, 1000, 72, 10, 4), {"bits": 8}),
+        ((1, 500, 37, 10, 4), {"bits": 2, "ladder": 0}),
+        ((3, 196, 192, 1, 12), {"bits": 8, "ladder": 1}),
+        ((2, 197, 384, 16, 12), {"quantized": False, "paths": 1, "turned": False}),
+    ):
+        operands = Operands(*sizes, **options, device="cuda")
+        got = operands.scan()
+        close(got, operands.scan_on_cpu().double(), 5e-6)
+        assert torch.equal(got, operands.scan())
+    for sizes in ((2, 19, 37, 72), (1, 1, 300, 33)):
+        check_depthwise("cuda", sizes, (3, 3), (1, 1), "silu")
