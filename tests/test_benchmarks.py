@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -23,7 +24,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Imports a script of the folder, and forgets it afterwards: the examples have a ``common`` of their own."""
-    names = ("common", "finetune", "patches", "qmambair", "scan", "train", "training")
+    names = (
+        "common", "finetune", "infer_cpu", "infer_cuda", "patches", "qmambair", "scan", "tables", "train", "training",
+    )  # fmt: skip
     monkeypatch.syspath_prepend(FOLDER)
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -251,3 +254,203 @@ def test_the_scan(script: Callable[[str], Any], tmp_path: Path, monkeypatch: pyt
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report.keys() >= {"hardware", "torch", "triton", "commit", "bytes_per_s", "back_ends", "rows"}
     assert {"ours_float_fwd", "ours_float_fwd_bwd", "chunked_fwd"} <= {row["mode"] for row in report["rows"]}
+
+
+@pytest.fixture
+def infer(script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``infer_cuda`` on the CPU: what asks a GPU for times, memory and graphs has answers of its own."""
+
+    def peak(work: Callable[[], object]) -> int:
+        work()
+        return 3 * 2**20
+
+    module = script("infer_cuda")
+    monkeypatch.setattr(module, "DEVICE", CPU)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "tidy", lambda: None)
+    monkeypatch.setattr(module, "allocated", lambda: 2**20)
+    monkeypatch.setattr(module, "peak_of", peak)
+    monkeypatch.setattr(module, "capture", lambda call, x: (call, 5 * 2**20))
+    monkeypatch.setattr(module, "replays", lambda model: True)
+    monkeypatch.setattr(module, "milliseconds", lambda run, x, runs: [3.0, 1.0, 2.0][:runs])
+    return module
+
+
+INFER = "mambair_tiny_x2/12x10/b2"
+
+
+def test_deployed_models_on_a_gpu(infer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, models = tmp_path / "infer.json", tmp_path / "models"
+    options = ["--quick", "--case", INFER, "--models", str(models), "--commit", "abc", "--out", str(out)]
+    assert infer.main([*options, "--breakdown"]) == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report.keys() >= {"hardware", "torch", "triton", "commit", "tf32", "kernels", "rows"}
+    assert (report["commit"], report["tf32"]) == ("abc", False)
+    assert [(row["case"], row["mode"]) for row in report["rows"]] == [(INFER, m) for m in infer.QUICK_MODES]
+    for row in report["rows"]:
+        assert row["gate"]["passed"]
+        assert (row["median_ms"], row["min_ms"], row["runs"]) == (2.0, 1.0, 3)
+        assert row["call_mib"] == (4 if row["mode"] == "float_graph" else 2)
+        assert row["peak_mib"] == pytest.approx(row["call_mib"] + row["model_bytes"] / 2**20, abs=0.01)
+        assert ("breakdown" in row) == row["mode"].startswith("deployed")
+    assert report["rows"][2]["breakdown"]["kernels"][0]["ms"] > 0
+    gates = {row["mode"]: row["gate"] for row in report["rows"]}
+    assert gates["float_eager"]["against"] == "float, chunked"
+    assert 0 < gates["float_eager"]["error"] < 1e-5
+    assert gates["deployed_w4a4_graph"]["same_as_eager"]
+    assert gates["deployed_w4a4_graph"]["error"] == gates["deployed_w4a4"]["error"]
+    assert [path.name for path in models.iterdir()] == ["mambair_tiny_x2_w4a4.safetensors"]
+    shown = capsys.readouterr().out
+    assert f"{INFER:28} float_eager" in shown
+    assert "of fp32" in shown
+
+
+def test_rows_of_a_file_are_kept(
+    infer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, broken, calls = tmp_path / "infer.json", {"float_graph"}, []
+
+    def fill(row: dict[str, Any], models: Any, runs: int, explain: bool) -> None:
+        calls.append(row["mode"])
+        row |= {
+            "call_mib": 1.0,
+            "peak_mib": 2.0,
+            "model_bytes": 2**20,
+            "gate": {"passed": True, "error": 0.0},
+        }
+        row |= {"median_ms": 2.0, "min_ms": 1.0, "runs": runs, "at": len(calls)}
+        if row["mode"] in broken:
+            raise RuntimeError("not today")
+        if explain and not row["mode"].startswith("float"):
+            row["breakdown"] = {"kernels": [{"name": "k", "ms": 1.0, "calls": 1.0}]}
+
+    def run(*options: str, commit: str = "abc") -> list[dict[str, Any]]:
+        calls.clear()
+        passed = infer.main(["--quick", "--case", INFER, "--commit", commit, "--out", str(out), *options])
+        rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"]
+        assert passed == any(not row["gate"]["passed"] for row in rows)
+        return rows
+
+    monkeypatch.setattr(infer, "fill", fill)
+    first = run()
+    assert calls == [row["mode"] for row in first] == infer.QUICK_MODES
+    assert "GATE NOT PASSED RuntimeError: not today" in capsys.readouterr().out
+    assert "median_ms" not in first[1]
+    broken.clear()
+    second = run("--mode", "float_*")
+    assert calls == [
+        "float_compile_graph",
+        "float_compile_amp16_graph",
+        "float_graph",
+    ]  # what failed is the last
+    assert [row["mode"] for row in second] == [*infer.QUICK_MODES, *calls[:2]]
+    assert [second[i] for i in (0, 2, 3)] == [first[i] for i in (0, 2, 3)]
+    assert capsys.readouterr().out.count("(kept)") == 1
+    assert "breakdown" in run("--mode", "*w4a4", "--breakdown")[2]  # rows without one are measured again
+    assert calls == ["deployed_w4a4"]
+    run("--mode", "*w4a4", "--breakdown")
+    run("--mode", "*w4a4")
+    assert calls == []
+    assert len(run("--mode", "*w4a4", commit="other")) == 1
+    assert "of another commit" in capsys.readouterr().out
+
+
+def test_what_a_deployed_model_on_a_gpu_has_to_compute(infer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(2, 3, 8, 8)
+    logits = torch.randn(4, 10)
+    assert infer.compare(x, x) == {"error": 0.0, "finite": True, "psnr": None}
+    assert infer.compare(x + 0.1, x)["psnr"] == pytest.approx(20, abs=0.3)
+    assert infer.compare(1.1 * logits, logits) == {"error": pytest.approx(0.1, rel=1e-4), "finite": True}
+    nan = infer.compare(torch.full_like(x, float("nan")), x)
+    assert (nan["finite"], nan["error"], nan["psnr"]) == (False, None, None)
+    model = infer.Models(Path(), CPU).of(INFER, "float_eager")
+    monkeypatch.setattr(infer, "without_graphs", lambda model: contextlib.nullcontext())
+    y = torch.rand(1, 3, 12, 10)
+    with torch.no_grad():
+        right = model(y)
+        for mode, change, passed in (
+            ("float_eager", 0.0, True),
+            ("float_graph", 0.01, False),
+            ("float_compile_amp16_graph", 0.01, True),
+            ("deployed_w4a4", 0.01, True),
+            ("deployed_w4a4", 0.2, False),
+            ("deployed_w4a4_graph", 0.0, True),
+            ("deployed_w4a4_graph", 1e-4, False),
+            ("deployed_w4a4", float("inf"), False),
+        ):
+            gate = infer.gate(model, mode, lambda _, change=change: right + change, y)
+            assert gate["passed"] is passed, (mode, change, gate)
+            json.dumps(gate, allow_nan=False)
+
+
+def test_cases_and_modes_of_a_gpu(
+    infer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def row(case: str, mode: str, *_: Any) -> dict[str, Any]:
+        seen.append((case, mode))
+        return {
+            "case": case,
+            "mode": mode,
+            "gate": {"passed": True},
+            "median_ms": 1.0,
+            "min_ms": 1.0,
+            "peak_mib": 1.0,
+        }
+
+    monkeypatch.setattr(infer, "measure", row)
+    assert infer.main([]) == 0
+    assert seen == [(case, mode) for case in infer.CASES for mode in infer.MODES]
+    assert len(seen) == 9 * 10
+    seen.clear()
+    modes = ["--mode", "deployed_w2a2*", "--mode", "float_graph", "--mode", "deployed_w2a2_frozen"]
+    assert infer.main(["--case", "vim*", "--case", INFER, *modes]) == 0
+    wanted = ["deployed_w2a2", "deployed_w2a2_graph", "float_graph", "deployed_w2a2_frozen"]
+    assert seen == [(c, m) for c in ("vim_tiny/224/b1", "vim_tiny/224/b64", INFER) for m in wanted]
+    out = tmp_path / "out.json"
+    (tmp_path / "other.json").write_text("[1]", encoding="utf-8")
+    for options, words in (
+        (["--mode", "float_bf16"], "no mode 'float_bf16'"),
+        (["--case", "vmamba_tiny"], "a case is MODEL/HxW/bBATCH"),
+        (["--case", "mambair_huge_x2/8x8/b1"], "no zoo model 'mambair_huge'"),
+        (["--make"], "--models FOLDER"),
+        (["--out", str(tmp_path / "other.json")], "holds no results"),
+    ):
+        assert infer.main(options) == 2
+        assert words in capsys.readouterr().err
+
+    def lost() -> None:
+        raise infer.Lost("an illegal memory access")
+
+    # The first row leaves a GPU that no call reaches: its row is in the file.
+    monkeypatch.setattr(
+        infer, "measure", lambda *args: [monkeypatch.setattr(infer, "tidy", lost), row(*args)][1]
+    )
+    assert infer.main(["--quick", "--out", str(out)]) == 1
+    assert "the GPU is lost to this process (an illegal memory access)" in capsys.readouterr().err
+    assert [r["mode"] for r in json.loads(out.read_text(encoding="utf-8"))["rows"]] == infer.QUICK_MODES[:1]
+
+
+def test_without_a_gpu_deployed_models_are_only_made(
+    script: Callable[[str], Any], no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    infer = script("infer_cuda")
+    assert infer.main(["--quick"]) == 2
+    assert "this is for a CUDA GPU, and PyTorch" in capsys.readouterr().err
+    options = ["--make", "--models", str(tmp_path), "--case", "mambair_*/64x64/b1", "--case", INFER]
+    assert infer.main([*options, "--mode", "deployed_w4a4*", "--mode", "float_eager"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mambair_tiny_x2_w4a4.safetensors"]
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 4
+    assert str(infer.WEIGHTS["mambair_light_x2"].parent) in shown[0]  # those have shipped ones
+
+
+@pytest.mark.gpu
+def test_inference_on_a_gpu(script: Callable[[str], Any], tmp_path: Path) -> None:
+    infer, out = script("infer_cuda"), tmp_path / "infer.json"
+    assert infer.main(["--quick", "--breakdown", "--out", str(out)]) == 0
+    rows = {row["mode"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == infer.QUICK_MODES
+    assert all(row["min_ms"] > 0 and row["call_mib"] > 0 for row in rows.values())
+    assert rows["deployed_w4a4_graph"]["breakdown"]["ms"] > 0

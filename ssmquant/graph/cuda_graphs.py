@@ -345,18 +345,17 @@ class _Watch:
 
     def __init__(self, record: Any, model: nn.Module) -> None:
         modules = _modules(model)
-        self._tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules) if t]
-        self._tensors = [
-            t for d in self._tables for t in d.values() if isinstance(t, Tensor) and not t.is_inference()
-        ]
+        tables = [(m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks) for m in modules]
+        self._tables: list[Any] = list(chain.from_iterable(tables))
+        self._held = list(chain.from_iterable([d.values() for d in self._tables]))
+        self._tensors = [t for t in self._held if isinstance(t, Tensor) and not t.is_inference()]
         self._tensors += [t for t in record.plain_tensors(model) if not t.is_inference()]
-        self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
         known = [m for m in modules if isinstance(m, Quantizer) or type(m).__module__.startswith("torch.nn")]
         self._numbers = [(vars(m), k) for m in known for k, v in vars(m).items() if type(v) in _NUMBERS]
-        self._plain = [
-            (vars(model.get_submodule(n.rpartition(".")[0])), n.rpartition(".")[2]) for n in record.plain
-        ]
-        self._held = [v for d in self._tables for v in d.values()], [d.get(k) for d, k in self._plain]
+        plain = [n.rpartition(".") for n in record.plain]
+        self._plain = [(vars(model.get_submodule(owner)), name) for owner, _, name in plain]
+        self._plain += [(vars(m), "forward") for m in modules]
+        self._held += [d.get(k) for d, k in self._plain]
         self._seen = self._look()
         self._next = time.monotonic() + _SECONDS
 
@@ -365,7 +364,6 @@ class _Watch:
         return (
             list(map(id, entries)),
             list(map(_version, self._tensors)),
-            sum(map(len, self._hooks)),
             [d.get(k) for d, k in self._numbers],
             [id(d.get(k)) for d, k in self._plain],
         )

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,17 @@ import torch
 from ssmquant.errors import SsmquantError
 from ssmquant.ops import cache
 
-__all__ = ["CompileError", "Kernels", "compile_source", "describe", "load", "name_of", "sealed", "store"]
+__all__ = [
+    "CompileError",
+    "Kernels",
+    "compile_source",
+    "cuda_text",
+    "describe",
+    "load",
+    "name_of",
+    "sealed",
+    "store",
+]
 
 _PREBUILT = Path(__file__).parents[1] / "lib"
 _OPTIONS = ("-std=c++17", "--fmad=true")
@@ -38,6 +49,12 @@ _announced = False
 
 class CompileError(SsmquantError):
     """A kernel could not be compiled, loaded or launched."""
+
+
+def cuda_text(*names: str) -> str:
+    """Files of ``csrc``, without their ".cu", one behind the other."""
+    folder = files("ssmquant").joinpath("csrc")
+    return "\n".join(folder.joinpath(f"{name}.cu").read_text(encoding="utf-8") for name in names)
 
 
 def name_of(source: str, arch: int) -> str:
@@ -99,7 +116,7 @@ def _by_nvrtc(library: ctypes.CDLL, source: str, arch: int) -> bytes:
     program = ctypes.c_void_p()
     check(
         library.nvrtcCreateProgram(
-            ctypes.byref(program), source.encode(), b"selective_scan_cuda.cu", 0, None, None
+            ctypes.byref(program), source.encode(), b"ssmquant.cu", 0, None, None
         ),
         "cannot start",
     )

@@ -506,6 +506,92 @@ def test_calibration_starts_anew() -> None:
     both(p, plain, x)
 
 
+# ---- deployed models -------------------------------------------------------------------------------------------------
+
+
+def deployed_pair(monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[Any, Any, Tensor]:
+    """A deployed model that is captured, looked at every ``seconds``, and a copy that is not."""
+    monkeypatch.setattr(cuda_graphs, "_SECONDS", seconds)
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    p = ssmquant.prepare(Normed(), QConfig(w_bits=4, a_bits=4, keep_first_last=False), example_inputs=(x,))
+    ssmquant.calibrate(p, [x], progress=False)
+    p = ssmquant.convert(p)
+    plain = copy.deepcopy(p)
+    ssmquant.cuda_graph(p)
+    with torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(p(x), plain(x))
+    assert captured(p) == 1
+    return p, plain, x
+
+
+IN_PLACE: dict[str, Callable[[Any], Any]] = {
+    "a parameter": lambda m: m.norm.weight.add_(1),
+    "what a kernel's form of the weights is of": lambda m: packed(m).scale.mul_(2),
+    "another parameter": lambda m: setattr(m.norm, "bias", nn.Parameter(torch.ones(4))),
+}
+
+
+def packed(model: Any) -> Any:
+    return next(iter(runtime_of(model).weights.values())).get_submodule("")
+
+
+@pytest.mark.usefixtures("stale")
+@pytest.mark.parametrize("change", [*CHANGES, *IN_PLACE])
+def test_what_changes_in_a_deployed_model(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if change == "strides of a parameter":
+        pytest.skip("its weights are packed")
+    p, plain, x = deployed_pair(monkeypatch, 0.0)
+    before = p(x)
+    with torch.no_grad():
+        for m in (p, plain):
+            (CHANGES | IN_PLACE)[change](m)
+        for _ in range(4):
+            assert torch.equal(p(x), plain(x))
+    assert not torch.equal(p(x), before) or change == "a number of a module"
+
+
+@pytest.mark.usefixtures("stale")
+def test_a_deployed_model_is_not_looked_at_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, plain, x = deployed_pair(monkeypatch, 1e9)
+    looks = []
+    monkeypatch.setattr(cuda_graphs._Watch, "_look", lambda _: looks.append(1))
+    with torch.no_grad():
+        p(x)
+    assert not looks
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda_graphs, "_capturable", bool)
+    for m in (p, plain):  # what changes the whole model says so itself
+        m.load_state_dict({k: v * 2 if k.startswith("norm.") else v for k, v in m.state_dict().items()})
+    assert not runtime_of(p).graphs.known  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert torch.equal(p(x), plain(x))
+    p(x)
+    p.to(torch.float32)
+    assert not runtime_of(p).graphs.known  # type: ignore[union-attr]
+
+
+def test_plain_tensors_are_on_the_gpu_while_a_call_is_captured() -> None:
+    model = nn.Sequential(Normed())
+    own = model[0].mean = torch.zeros(3)
+    with cuda_graphs._moved(model, ["0.mean", "0.none"], torch.device("meta")) as copies:
+        assert model[0].mean is copies[0]
+        assert copies[0].device.type == "meta"
+    assert model[0].mean is own
+
+
+@pytest.mark.usefixtures("stale")
+def test_undoing_runs_does_not_touch_what_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels would make their forms of the weights again, and do so in the capture."""
+    p, _, x = deployed_pair(monkeypatch, 0.0)
+    versions = [b._version for b in runtime_of(p).buffers()]
+    undo = cuda_graphs.restorer(p, [], torch.device("cpu"))
+    p(x)
+    undo()
+    assert versions == [b._version for b in runtime_of(p).buffers()]
+
+
 def test_runs_before_a_capture_leave_no_trace() -> None:
     """But for ranges that they initialise, which quantizers know of in Python too."""
 

@@ -133,8 +133,9 @@ def any_case(random: Random) -> Case:
 def test_shared_memory_is_what_the_source_lays_out(tmp_path: Path) -> None:
     # Each in a namespace of its own, all in one file; a compiler refuses it if one differs.
     random = Random(0)
-    base = Path(str(files("ssmquant").joinpath("csrc", "selective_scan_cuda", "base.cu")))
-    lines = ['#include "cuda.h"']
+    folder = Path(str(files("ssmquant").joinpath("csrc")))
+    base = folder / "selective_scan_cuda" / "base.cu"
+    lines = ['#include "cuda.h"', f'#include "{folder / "cuda_math.cu"}"']
     for i in range(100):
         case = any_case(random)
         definitions = case.source().removesuffix(cuda_shapes._text()).splitlines()

@@ -2,18 +2,12 @@
 // one case and launches it.
 //
 // A block has a tile of HIGH * WIDE pixels of LANES channels: each value of it, and of its rim, is quantized once on its way
-// to shared memory; a thread then slides along lines of the tile with the values of its taps in registers. No header is
-// included: NVRTC needs none.
+// to shared memory; a thread then slides along lines of the tile with the values of its taps in registers.
 //
-// After definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES, ROWS (threads of a channel), HIGH (a multiple of ROWS),
+// After cuda_math.cu and definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES, ROWS (threads of a channel), HIGH (a multiple of ROWS),
 // WIDE; ACT (1: SiLU, 2: GELU).
 
-#ifndef EMULATED
-__device__ __forceinline__ float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-__device__ __forceinline__ float recip(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-#endif
-
-constexpr float LOG2E = 1.44269504088896341f, MAGIC = 12582912.0f;  // 1.5 * 2^23
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 constexpr int THREADS = LANES * ROWS;
 constexpr int REACH_DOWN = (KH - 1) * DOWN, REACH_RIGHT = (KW - 1) * RIGHT;
 constexpr int TALL = HIGH + REACH_DOWN, BROAD = WIDE + REACH_RIGHT;  // with the rim

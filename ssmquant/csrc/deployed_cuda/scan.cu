@@ -12,15 +12,13 @@
 //               are walked by the same lane, one after the other, so that sums at a pixel have one order.
 //
 // Step sizes of few levels, and the decays of the first state that go with them, are looked up (TABLE); further states have
-// the power of one ratio after the other (LADDER), whatever the levels are. No header is included: NVRTC needs none.
+// the power of one ratio after the other (LADDER), whatever the levels are.
 //
-// After definitions of: STATES; RANK (of step sizes), CT, LANES, CHUNKS, STAGE; QUANT: step sizes are quantized; TABLE: the
+// After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT, LANES, CHUNKS, STAGE; QUANT: step sizes are quantized; TABLE: the
 // number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose memory is asked for together; RESIDENT: blocks of a
 // multiprocessor.
 
 #ifndef EMULATED
-__device__ __forceinline__ float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-__device__ __forceinline__ float log2_(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
     int y;
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(w), "r"(sum));
@@ -30,7 +28,7 @@ __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
 __device__ __forceinline__ int as_int(float x) { return __float_as_int(x); }
 #endif
 
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f, MAGIC = 12582912.0f;  // 1.5 * 2^23
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 constexpr int WORDS = (RANK + 3) / 4, PAIRS = (STATES + 1) / 2, EACH = WORDS + PAIRS;  // words of a direction's codes
 constexpr int THREADS = (LANES * CHUNKS + 31) / 32 * 32;
 constexpr int PLACES = CHUNKS * STAGE;                             // steps that are decoded at once
@@ -59,16 +57,7 @@ struct Params {
 
 extern __shared__ char shared[];
 
-__device__ __forceinline__ float step_size(float x) {
-#if SOFTPLUS
-    float e = exp2_(x * LOG2E);
-    float small = e * fmaf(e, fmaf(e, fmaf(e, -0.25f, 1.0f / 3), -0.5f), 1.0f);  // log(1 + e) has no digits left there
-    float y = e < 0.02f ? small : log2_(1.0f + e) * LN2;
-    return x > 20.0f ? x : y;
-#else
-    return x;
-#endif
-}
+__device__ __forceinline__ float step_size(float x) { return SOFTPLUS ? softplus(x) : x; }
 
 __device__ __forceinline__ float byte_of(unsigned word, int i) { return float(int(word >> 8 * i & 255)); }
 

@@ -32,7 +32,6 @@ __device__ __forceinline__ float widen(BF16 x) { return __uint_as_float(unsigned
 __device__ __forceinline__ void narrow(float x, float &y) { y = x; }
 __device__ __forceinline__ void narrow(float x, F16 &y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ __forceinline__ void narrow(float x, BF16 &y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-__device__ __forceinline__ float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ void copy_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 template <int BYTES>                                 // to shared memory, behind the program's back; zeros if not there
 __device__ __forceinline__ void copy(void *to, const void *from, bool there) {
@@ -43,7 +42,6 @@ __device__ __forceinline__ void copy(void *to, const void *from, bool there) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                      :: "r"(unsigned(__cvta_generic_to_shared(to))), "l"(from), "n"(BYTES), "r"(there ? BYTES : 0) : "memory");
 }
-__device__ __forceinline__ float recip(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 #endif
 
 constexpr int LS = 32 / LC;                          // segments of a tile
@@ -57,7 +55,6 @@ constexpr int TABLE = (STATES * ROWS + 3) / 4 * 4;   // floats of a table [state
 constexpr int SPAN = 32 * V;                         // elements that a warp moves at once
 // A decay of 2^NONE leaves nothing. Without softplus steps can go back, and what seems gone can return.
 constexpr float NONE = SOFTPLUS ? -32.0f : -3.0e38f;
-constexpr float LOG2E = 1.44269504088896341f;
 constexpr int MIX = UNROLL;
 constexpr unsigned ALL = 0xffffffffu;
 
@@ -143,14 +140,6 @@ struct Place {
     __device__ bool real(int ct) const { return inner + row(ct) < size; }
     __device__ int channel(int ct) const { return group * size + inner + row(ct); }
 };
-
-// log(1 + exp(x)) to a few ulp: log1p by atanh(s) = s q(s * s), s <= 1/3, where q errs by 4e-9.
-__device__ __forceinline__ float softplus(float x) {
-    float e = exp2_(-fabsf(x) * LOG2E);
-    float s = e * recip(2.0f + e), z = s * s;
-    float q = fmaf(z, fmaf(z, fmaf(z, fmaf(z, 0.14087329f, 0.13980709f), 0.20012427f), 0.33333158f), 1.0f);
-    return fmaf(2.0f * s, q, fmaxf(x, 0.0f));
-}
 
 __device__ __forceinline__ float step_size(float raw, float shift) {
 #if SOFTPLUS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ def _tile(line: bool, channels: int, kernel: tuple[int, int], dilation: tuple[in
 
 @functools.cache
 def _source(*definitions: tuple[str, int]) -> str:
-    text = files("ssmquant").joinpath("csrc", "deployed_cuda", "depthwise.cu").read_text(encoding="utf-8")
+    text = nvrtc.cuda_text("cuda_math", "deployed_cuda/depthwise")
     return "".join(f"#define {k} {v}\n" for k, v in definitions) + text
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from importlib.resources import files
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +71,9 @@ class Case:
             "LADDER": self.ladder,
             "SOFTPLUS": int(self.softplus),
         }
-        return "".join(f"#define {k} {v}\n" for k, v in values.items()) + _text()
+        return "".join(f"#define {k} {v}\n" for k, v in values.items()) + nvrtc.cuda_text(
+            "cuda_math", "deployed_cuda/scan"
+        )
 
     @property
     def threads(self) -> int:
@@ -86,11 +87,6 @@ class Case:
         meta = -(-(-(-self.rank // 4) + 1) // 4) * 4
         table = self.levels * s.columns * s.lanes * 2
         return 4 * (s.chunks * s.stage * (values + meta) + table)
-
-
-@functools.cache
-def _text() -> str:
-    return files("ssmquant").joinpath("csrc", "deployed_cuda", "scan.cu").read_text(encoding="utf-8")
 
 
 _source = functools.cache(Case.source)

@@ -307,7 +307,8 @@ def conv(
 ):  # fmt: skip
     """A dense convolution: a block of a sample's output pixels by a block of outputs.
 
-    ``weights``: (taps, OUTPUTS, INPUTS) int8; ``of_total``: (taps, OUTPUTS). The border is no code but zero: its taps add nothing at all.
+    ``weights``: (taps, OUTPUTS, INPUTS) int8; ``of_total``: (taps, OUTPUTS). The border is no code but zero: its taps
+    add nothing at all.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from importlib.resources import files
+
+from ssmquant.ops.nvrtc import cuda_text
 
 __all__ = ["SAVE", "TYPES", "Case", "Limits", "Shape", "Work", "case_of", "choose", "choose_ends", "unit"]
 
@@ -144,8 +145,7 @@ _FILES = ("base", "move", "scan", "chunks", "forward", "backward")
 
 @functools.cache
 def _text() -> str:
-    folder = files("ssmquant").joinpath("csrc", "selective_scan_cuda")
-    return "\n".join(folder.joinpath(f"{name}.cu").read_text(encoding="utf-8") for name in _FILES)
+    return cuda_text("cuda_math", *(f"selective_scan_cuda/{name}" for name in _FILES))
 
 
 def case_of(work: Work, shape: Shape, vector: int, ends: bool = False) -> Case:

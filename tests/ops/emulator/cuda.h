@@ -24,7 +24,6 @@ extern "C" {
 float fmaf(float, float, float) noexcept;
 float fmaxf(float, float) noexcept;
 float fminf(float, float) noexcept;
-float log2f(float) noexcept;
 float fabsf(float) noexcept;
 float exp2f(float) noexcept;
 }
@@ -182,7 +181,6 @@ template <int BYTES> inline void copy(void *to, const void *from, bool there) {
 }
 inline float exp2_(float x) { return exp2f(x); }
 inline float recip(float x) { return 1.0f / x; }
-inline float log2_(float x) { return log2f(x); }
 inline float as_float(int x) { return bits_to_float(uint32_t(x)); }
 inline int as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
 inline int dot4(unsigned x, int w, int sum) {
