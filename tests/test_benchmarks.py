@@ -279,6 +279,7 @@ def infer(script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
 INFER = "mambair_tiny_x2/12x10/b2"
 
 
+@pytest.mark.slow
 def test_deployed_models_on_a_gpu(infer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, models = tmp_path / "infer.json", tmp_path / "models"
     options = ["--quick", "--case", INFER, "--models", str(models), "--commit", "abc", "--out", str(out)]
@@ -433,9 +434,15 @@ def test_cases_and_modes_of_a_gpu(
 
 
 def test_without_a_gpu_deployed_models_are_only_made(
-    script: Callable[[str], Any], no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: Callable[[str], Any],
+    no_gpu: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     infer = script("infer_cuda")
+    monkeypatch.setattr(infer, "deploy", lambda model, mode, x: model)
+    monkeypatch.setattr(infer.ssmquant, "save", lambda model, path: path.write_bytes(b"model"))
     assert infer.main(["--quick"]) == 2
     assert "this is for a CUDA GPU, and PyTorch" in capsys.readouterr().err
     options = ["--make", "--models", str(tmp_path), "--case", "mambair_*/64x64/b1", "--case", INFER]

@@ -345,7 +345,9 @@ class _Watch:
 
     def __init__(self, record: Any, model: nn.Module) -> None:
         modules = _modules(model)
-        tables = [(m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks) for m in modules]
+        tables = [
+            (m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks) for m in modules
+        ]
         self._tables: list[Any] = list(chain.from_iterable(tables))
         self._held = list(chain.from_iterable([d.values() for d in self._tables]))
         self._tensors = [t for t in self._held if isinstance(t, Tensor) and not t.is_inference()]

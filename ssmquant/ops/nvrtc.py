@@ -115,9 +115,7 @@ def _by_nvrtc(library: ctypes.CDLL, source: str, arch: int) -> bytes:
 
     program = ctypes.c_void_p()
     check(
-        library.nvrtcCreateProgram(
-            ctypes.byref(program), source.encode(), b"ssmquant.cu", 0, None, None
-        ),
+        library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"ssmquant.cu", 0, None, None),
         "cannot start",
     )
     try:

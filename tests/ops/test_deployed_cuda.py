@@ -214,10 +214,10 @@ def test_shapes() -> None:
 
 def test_scans_that_are_too_large() -> None:
     grid, weights = make_grid(4, 1), cuda.pack(*Operands.weight((1, 64, 4), 4, 1.0))
-    order = torch.empty(1, 2**24, dtype=torch.int32, device="meta")
+    order = torch.empty(1, 2**25, dtype=torch.int32, device="meta")
     args = grid, grid, weights, grid, -torch.ones(64, 2), grid, grid, None, None, True, order
-    with pytest.raises(InputError, match="more than the kernels count"):
-        Scan((1, 2**24, 64), 4, *args)
+    with pytest.raises(InputError, match="more than the kernels for GPUs count"):
+        Scan((1, 2**25, 64), 4, *args)
 
 
 # ---- depthwise convolutions ------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ MOST_RANK = 64
 MOST_INPUTS = 2**16
 MOST_SPAN = 64
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
+_MOST = 2**31 - 2**16  # elements of a sample
 _LEVELS = 128  # that codes from 0 may have as int8
 
 
@@ -81,30 +82,34 @@ def _launch(
     _kernel(name)((*grid, 1, 1)[:3], whole, tuple(numbers), tuple(map(int, constants)), warps)
 
 
+def _extent(t: Tensor) -> int:
+    """How far from a sample's first element its last one is."""
+    return sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
+
+
 def _small_enough(*tensors: Tensor) -> None:
-    """Kernels count the elements of a sample by 31 bits.
+    """Kernels count the elements of a sample by 31 bits, samples by 16.
 
     Raises:
-        InputError: a sample of one of these is larger.
+        InputError: one of these has more.
     """
+    if tensors[0].shape[0] >= 2**16:
+        raise InputError(f"deployed: {tensors[0].shape[0]} samples are more than the kernels for GPUs count")
     for t in tensors:
-        if (
-            sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-            >= 2**31 - 2**16
-        ):
-            raise InputError(
-                f"deployed: {tuple(t.shape[1:])} is larger than what the kernels for GPUs count: use tiles"
-            )
+        if _extent(t) >= _MOST:
+            shape = tuple(t.shape[1:])
+            raise InputError(f"deployed: {shape} is larger than what the kernels for GPUs count: use tiles")
 
 
 def _samples(*tensors: Tensor | None) -> tuple[int, int]:
     """Samples and rows of each, (batch, rows, ..): all rows as one sample where their strides allow it."""
     there = [t for t in tensors if t is not None]
-    _small_enough(*there)
     batch, rows = there[0].shape[:2]
     joined = all(batch == 1 or t.stride(0) == rows * t.stride(1) for t in there)
-    fits = batch * rows * max(t.stride(1) for t in there) < 2**31 - 2**16
-    return (1, batch * rows) if joined and fits else (batch, rows)
+    if joined and all(_extent(t) + (batch - 1) * rows * t.stride(1) < _MOST for t in there):
+        return 1, batch * rows
+    _small_enough(*there)
+    return batch, rows
 
 
 def _off(grid: Grid) -> int:

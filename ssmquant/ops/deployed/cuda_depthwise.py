@@ -63,12 +63,15 @@ def depthwise(
         InputError: an image has 2**31 elements or more.
     """
     batch, height, width, channels = x.shape
-    if height * width * channels >= 2**31:
+    tile = _tile(height == 1, channels, kernel, dilation)
+    lanes, rows, high, wide = tile.values()
+    down, right = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+    blocks = -(-height // high) * -(-width // wide), batch * -(-channels // lanes)
+    if height * width * channels >= 2**31 or blocks[1] >= 2**16:
         raise InputError(
-            f"deployed: {tuple(x.shape[1:])} is larger than what the kernels for GPUs count: use tiles"
+            f"deployed: {tuple(x.shape)} is more than the kernels for GPUs count: use tiles, or fewer at once"
         )
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    tile = _tile(height == 1, channels, kernel, dilation)
     constants = {
         "KH": kernel[0],
         "KW": kernel[1],
@@ -77,13 +80,12 @@ def depthwise(
         "ACT": _ACTIVATIONS[act],
     }
     source = _source(*tile.items(), *constants.items())
-    lanes, rows, high, wide = tile.values()
-    across = -(-width // wide)
     tensors = (x, grid.scale, grid.shift, weights, bias, y)
+    across = -(-width // wide)
     params = _Params(
         *(t.data_ptr() for t in tensors), *x.stride(), height, width, channels, across, grid.qmin, grid.qmax
     )
-    shared = 4 * (high + (kernel[0] - 1) * dilation[0]) * (wide + (kernel[1] - 1) * dilation[1]) * lanes
-    blocks = -(-height // high) * across, batch * -(-channels // lanes)
-    nvrtc.load(source, x.device).launch("depthwise", blocks, lanes * rows, shared, params, x.device)
+    shared = 4 * (high + down) * (wide + right) * lanes
+    with torch.cuda.device_of(y):
+        nvrtc.load(source, x.device).launch("depthwise", blocks, lanes * rows, shared, params, x.device)
     return y

@@ -21,6 +21,8 @@ _SEGMENTS = 32  # of chunks, as in the source
 _MOST_LANES = 256
 _FEW_STEPS = 96
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
+_MOST = 2**31 - 2**16  # elements of a sample
+_MOST_BLOCKS = 2**16 - 1  # of a grid's second axis
 _LOG2E = 1.4426950408889634
 
 
@@ -209,8 +211,14 @@ class Scan:
     ) -> None:
         batch, pixels, channels = size
         directions, device = len(order), a.device
-        if pixels * (channels + 16) >= 2**29 or batch * directions * channels >= 2**24:
-            raise InputError(f"deployed: {batch} samples of {pixels} pixels are more than the kernels count")
+        row = directions * len(arrangement(ranks, a.shape[1], (0, 0, 0))) // 4
+        if (
+            pixels * max(channels + 16, row) >= _MOST
+            or batch * directions * -(-channels // _MOST_LANES) > _MOST_BLOCKS
+        ):
+            raise InputError(
+                f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
+            )
         self.size, self.device = size, device
         shape = choose(batch, pixels, channels, _processors(device)) if shape is None else shape
         ladder, rates = _rates(a, directions)
@@ -275,31 +283,28 @@ class Scan:
     def __call__(self, u: Tensor, codes: Tensor, bad: Tensor) -> Tensor:
         """(B, L, D), float32, of (B * L, columns), (B * L, width) and (B * L,), all uint8."""
         batch, pixels, channels = self.size
-        case, s, directions = self.case, self.case.shape, len(self._kept["order"])
-        kernels = nvrtc.load(_source(case), self.device)
         y = torch.empty(batch, pixels, channels, dtype=torch.float32, device=self.device)
         params = _Params.from_buffer_copy(self._params)
         params.u, params.codes, params.bad, params.y = (t.data_ptr() for t in (u, codes, bad, y))
         params.u_row, params.row = u.shape[1], codes.shape[1] // 4
-        across = -(-self.chunks // s.chunks)
-        if self.chunks > 1:
-            ends = torch.empty(
-                directions * batch * self.chunks * (case.states + 1) * channels, device=self.device
-            )
-            params.ends = ends.data_ptr()
-            params.totals = params.ends + 4 * directions * batch * self.chunks * case.states * channels
+        with torch.cuda.device_of(y):
+            self._run(params)
+        return y
+
+    def _run(self, params: _Params) -> None:
+        batch, _, channels = self.size
+        case, directions, device = self.case, len(self._kept["order"]), self.device
+        across, chunks = -(-self.chunks // case.shape.chunks), self.chunks
+        launch = nvrtc.load(_source(case), device).launch
+        if chunks > 1:
+            states = directions * batch * chunks * case.states * channels
+            ends = torch.empty(states + directions * batch * chunks * channels, device=device)
+            params.ends, params.totals = ends.data_ptr(), ends[states:].data_ptr()
             grid = across, directions * batch * self.blocks
-            kernels.launch("scan_ends", grid, case.threads, case.shared(False), params, self.device)
+            launch("scan_ends", grid, case.threads, case.shared(False), params, device)
             grid = -(-case.states * channels // 32), directions * batch
-            kernels.launch("scan_carry", grid, 32 * _SEGMENTS, 8 * 32 * _SEGMENTS, params, self.device)
+            launch("scan_carry", grid, 32 * _SEGMENTS, 8 * 32 * _SEGMENTS, params, device)
+        grid = across, batch * self.blocks
         for i, (along, back) in enumerate(self.paths):
             params.along, params.back, params.add = along, back, int(i > 0)
-            kernels.launch(
-                "scan_out",
-                (across, batch * self.blocks),
-                case.threads,
-                case.shared(True),
-                params,
-                self.device,
-            )
-        return y
+            launch("scan_out", grid, case.threads, case.shared(True), params, device)
