@@ -46,11 +46,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import heading, write
+from common import breakdown, heading, write
 from qmambair import architecture_file, official
 from torch import nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 import ssmquant
 from ssmquant import QConfig, zoo
@@ -323,26 +321,6 @@ def timed(step: Step, case: Case, seconds: float) -> tuple[list[float], float | 
     return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)], peak
 
 
-def breakdown(step: Step, case: Case, steps: int = 3, most: int = 25) -> dict[str, Any]:
-    """Kernels (on a CPU: operators) of a step by name: all together, and the ones that take longest."""
-    gpu = case.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
-        for _ in range(steps):
-            step(case.x, case.y)
-        if gpu:
-            torch.cuda.synchronize()
-    kind = DeviceType.CUDA if gpu else DeviceType.CPU
-    found = []
-    for event in profiler.key_averages():
-        if event.device_type == kind and not getattr(event, "is_user_annotation", False):
-            spent = event.self_device_time_total if gpu else event.self_cpu_time_total
-            name = re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", event.key)
-            found.append({"name": name[:80], "calls": event.count / steps, "ms": spent / 1e3 / steps})
-    found.sort(key=lambda row: -row["ms"])
-    total = {"calls": sum(row["calls"] for row in found), "ms": sum(row["ms"] for row in found)}
-    return {**total, "kernels": found[:most]}
-
-
 def run(mode: Mode, case: Case, modes: dict[str, Mode], seconds: float, explain_time: bool) -> dict[str, Any]:
     """The row of one mode; what raises has failed its gate."""
     row: dict[str, Any] = {"case": case.name, "mode": mode.name, "gate": {}}
@@ -374,7 +352,7 @@ def _fill(
         "peak_mib": steady if peak is None or steady is None else max(peak, steady),
     }
     if explain_time and mode.execution == "eager":
-        row["breakdown"] = breakdown(step, case)
+        row["breakdown"] = breakdown(lambda: step(case.x, case.y), case.device)
 
 
 def compare(row: dict[str, Any], baseline: dict[str, Any] | None) -> None:

@@ -265,8 +265,9 @@ def infer(script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
         return 3 * 2**20
 
     module = script("infer_cuda")
+    monkeypatch.setenv("COLUMNS", "140")  # of the table
     monkeypatch.setattr(module, "DEVICE", CPU)
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "gpu", lambda: True)
     monkeypatch.setattr(module, "tidy", lambda: None)
     monkeypatch.setattr(module, "allocated", lambda: 2**20)
     monkeypatch.setattr(module, "peak_of", peak)
@@ -303,7 +304,7 @@ def test_deployed_models_on_a_gpu(infer: Any, tmp_path: Path, capsys: pytest.Cap
     assert [path.name for path in models.iterdir()] == ["mambair_tiny_x2_w4a4.safetensors"]
     shown = capsys.readouterr().out
     assert f"{INFER:28} float_eager" in shown
-    assert "of fp32" in shown
+    assert "x fp32" in shown
 
 
 def test_rows_of_a_file_are_kept(

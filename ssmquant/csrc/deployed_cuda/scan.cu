@@ -14,9 +14,9 @@
 // Step sizes of few levels, and the decays of the first state that go with them, are looked up (TABLE); further states have
 // the power of one ratio after the other (LADDER), whatever the levels are.
 //
-// After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT, LANES, CHUNKS, STAGE; QUANT: step sizes are quantized; TABLE: the
-// number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose memory is asked for together; RESIDENT: blocks of a
-// multiprocessor.
+// After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT, LANES, CHUNKS, STAGE; QUANT: step sizes are
+// quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
+// memory is asked for together; RESIDENT: blocks of a multiprocessor.
 
 #ifndef EMULATED
 __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
