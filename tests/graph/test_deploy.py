@@ -532,7 +532,7 @@ def converted(model: nn.Module, config: QConfig, x: Tensor) -> Any:
 
 
 def activations_left(model: Any) -> int:
-    graph = deploy(record(model).graph, model)
+    graph = deploy(record(model).graph, model, cpu)
     kinds = nn.GELU, nn.SiLU, nn.ReLU
     modules = [
         n for n in graph.nodes if n.op == "call_module" and type(model.get_submodule(n.target)) in kinds
