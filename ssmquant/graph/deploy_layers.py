@@ -90,7 +90,13 @@ def _blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     return deployed.blend(x, gain, v, scale)
 
 
-def _excite(x: Tensor, first: nn.Conv2d, second: nn.Conv2d) -> Tensor:
+def _excite(x: Tensor, *modules: Any) -> Tensor:
+    """Channel attention: mean, convolution, ReLU, convolution, sigmoid."""
+    if any(map(hooks_of, modules)):
+        for module in modules:
+            x = module(x)
+        return x
+    _, first, _, second, _ = modules
     if x.dim() != 4 or first.weight.dtype != torch.float32 or second.weight.dtype != torch.float32:
         raise Unfit
     _check(x)
@@ -518,17 +524,17 @@ class _Layers:
             if not isinstance(first, fx.Node) or first.op != "call_module" or len(first.args) != 1:
                 return
             module = self.model.get_submodule(str(first.target))
-            if type(module) is not kind or hooks_of(module) or (first is not node and len(first.users) != 1):
+            if type(module) is not kind or (first is not node and len(first.users) != 1):
                 return
             modules.append((first, module))
             first = first.args[0]
-        (_, _), (second_at, second), (_, _), (first_at, conv), (_, pooled) = modules
-        if pooled.output_size not in (1, (1, 1)) or not all(_is_plain_pointwise(m) for m in (conv, second)):
+        pooled, *convs = (modules[i][1] for i in (4, 3, 1))
+        if pooled.output_size not in (1, (1, 1)) or not all(map(_is_plain_pointwise, convs)):
             return
         if not self.is_fixed(first):
             return
         with self.graph.inserting_before(node):
-            owners = self._owner(first_at), self._owner(second_at)
+            owners = (self._owner(n) for n, _ in reversed(modules))
             new = self.graph.call_function(_excite, (first, *owners))
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)

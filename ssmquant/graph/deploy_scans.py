@@ -257,7 +257,7 @@ class Deployer:
         found = [self.rows(rows_node, n, directions) for n in readers]
         last = self.rows(steps, delta, directions)
         rank, states, same = (f[2] for f in found)
-        if max(states / self.engine.MOST_STATES, rank / self.engine.MOST_RANK) > 1:
+        if states > self.engine.MOST_STATES or rank > self.engine.MOST_RANK:
             raise NoMatch
         if states != same or last[1:] != (0, traced_shape(image)[1]):
             raise NoMatch

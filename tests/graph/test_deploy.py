@@ -20,7 +20,7 @@ from ssmquant.graph.orders import Unfit
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.modules import deployed
 from ssmquant.ops import selective_scan, use_backend
-from ssmquant.ops.deployed import cpu
+from ssmquant.ops.deployed import cpu, cuda
 from tests.graph.test_fuse import Scan2d
 
 _reason = cpu.unavailable(torch.device("cpu"))
@@ -85,6 +85,22 @@ def fused(model: Any, x: Tensor) -> Tensor:
 def names(model: Any) -> list[str]:
     graph = deploy(record(model).graph, model, cpu)
     return [getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"]
+
+
+def test_channel_attention_on_a_gpu() -> None:
+    """Is one call, which hooks of its modules turn into calls of these."""
+    model, _ = make("mambair", QConfig.recommended(4, 4))
+    graph = deploy(record(model).graph, model, cuda)
+    calls = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "_excite"]
+    assert len(calls) == 2
+    modules = [model.get_submodule(str(n.target)) for n in calls[0].args[1:]]
+    x = torch.randn(2, modules[1].in_channels, 4, 5)
+    plain = nn.Sequential(*modules)
+    before = plain(x)
+    modules[2].register_forward_hook(lambda module, args, out: out + 1)
+    target: Any = calls[0].target
+    assert torch.equal(target(x, *modules), plain(x))
+    assert not torch.equal(plain(x), before)
 
 
 # ---- what it is made of ----------------------------------------------------------------------------------------------

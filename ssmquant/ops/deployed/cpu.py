@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops.deployed import calls
-from ssmquant.ops.deployed.forms import Codes, Grid, Norm, RowGrid, Weights
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Codes, Grid, Norm, RowGrid, Weights
 from ssmquant.ops.deployed.memory import new
 
 __all__ = [
@@ -57,7 +57,6 @@ MOST_INPUTS = 4096
 """Of a linear layer on values."""
 MOST_SPAN = 16
 """Pixels from the first to the last tap of a depthwise convolution."""
-_ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 _PAD, _SLACK, _MOMENTS, _FACTORS = 16, 64, 5, 3  # of deployed_cpu.h
 
 
@@ -253,7 +252,7 @@ def linear(
     call.x, call.quantizer, call.weights = _codes(x), _quantizer(grid), _weights(weights)
     call.bias, call.act, call.y = (
         None if bias is None else bias.data_ptr(),
-        _ACTIVATIONS[act],
+        ACTIVATIONS[act],
         y.data_ptr(),
     )
     calls.library().ssmquant_deployed_linear(call)
@@ -295,7 +294,7 @@ def project(
         call.quantizer.qmax, call.eps, call.clip = grid.levels - 1, grid.eps, grid.clip.data_ptr()
     else:
         call.quantizer = _quantizer(grid)
-    call.weights, call.act = _weights(weights), _ACTIVATIONS[act]
+    call.weights, call.act = _weights(weights), ACTIVATIONS[act]
     call.bias, call.y = None if bias is None else bias.data_ptr(), y.data_ptr()
     library = calls.library()
     scratch = new(library.ssmquant_deployed_project_workspace(call), dtype=torch.uint8)
@@ -398,7 +397,7 @@ def depthwise(
     window = calls.Window(*kernel, *dilation)
     y = new(*x.shape)
     call = calls.DepthwiseCall(path, torch.get_num_threads(), *x.shape, window)
-    call.x, call.quantizer, call.act = _values(x), _quantizer(grid), _ACTIVATIONS[act]
+    call.x, call.quantizer, call.act = _values(x), _quantizer(grid), ACTIVATIONS[act]
     call.weights, call.bias, call.y = weights.data_ptr(), bias.data_ptr(), y.data_ptr()
     calls.library().ssmquant_deployed_depthwise(call)
     return y

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmquant.errors import InputError
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.cuda_depthwise import depthwise
-from ssmquant.ops.deployed.forms import Grid, Norm, Weights
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, Weights
 from ssmquant.ops.selective_scan import cuda as float_scan
 
 __all__ = [
@@ -44,7 +44,6 @@ MOST_STATES = 64
 MOST_RANK = 64
 MOST_INPUTS = 2**16
 MOST_SPAN = 64
-_ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 _MOST = 2**31 - 2**16  # elements of a sample
 _LEVELS = 128  # that codes from 0 may have as int8
 
@@ -62,7 +61,10 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _power(n: int, least: int = 16) -> int:
-    return max(least, 1 << max(n - 1, 0).bit_length())
+    """The size of a block for ``n``."""
+    from ssmquant.ops.triton_launch import power
+
+    return max(least, power(n))
 
 
 @functools.cache
@@ -129,15 +131,15 @@ def by_lanes(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _rows_at_once(rows: int, device: torch.device) -> int:
-    """So that small images keep all multiprocessors busy."""
-    return 64 if device.type == "cuda" and rows >= 132 * 64 else 32
+def _rows_at_once(rows: int) -> int:
+    """So that small images keep all multiprocessors (132 of an H100) busy."""
+    return 64 if rows >= 132 * 64 else 32
 
 
-def _tile(rows: int, inputs: int, outputs: int, device: torch.device) -> tuple[int, int, int, int]:
+def _tile(rows: int, inputs: int, outputs: int) -> tuple[int, int, int, int]:
     """Rows, outputs and inputs of a block, and its warps. All inputs in one block are encoded once for all outputs."""
     if inputs > 256:
-        return _rows_at_once(rows, device), min(_power(outputs), 128), 128, 4
+        return _rows_at_once(rows), min(_power(outputs), 128), 128, 4
     return 32, min(_power(outputs), 64), _power(inputs, 32), 4
 
 
@@ -166,10 +168,10 @@ def project(
     z_strides = (0, 0) if z is None else z.stride()[:2]
     r_strides = (0, 0) if held is None else held.stride()[:2]
     numbers = rows, *x.stride(), *z_strides, *r_strides, float(eps), grid.qmin, grid.qmax
-    bm, bn, bk, warps = _tile(samples * rows, inputs, outputs, x.device)
+    bm, bn, bk, warps = _tile(samples * rows, inputs, outputs)
     constants = (
         inputs, outputs, _off(grid), kind, norm_weight is not None, norm_bias is not None, z is not None,
-        bias is not None, held is not None, gain is not None, _ACTIVATIONS[act], bm, bn, bk,
+        bias is not None, held is not None, gain is not None, ACTIVATIONS[act], bm, bn, bk,
     )  # fmt: skip
     blocks = -(-rows // bm), 1 if bk >= inputs else -(-outputs // bn), samples
     _launch("project", blocks, tensors, numbers, constants, warps)
@@ -200,7 +202,7 @@ def convolve(
     numbers = (
         pixels, height, width, x_height, x_width, *x.stride(), grid.qmin, grid.qmax, *padding, *stride
     )  # fmt: skip
-    bm, bn = _rows_at_once(batch * pixels, x.device), min(_power(outputs), 64)
+    bm, bn = _rows_at_once(batch * pixels), min(_power(outputs), 64)
     bk = min(_power(inputs, 32), 128)
     constants = (
         inputs, outputs, _off(grid), *kernel, *dilation, factors is not None, bias is not None, bm, bn, bk
@@ -314,7 +316,7 @@ class Core:
         p, of_x, of_u = self.projection, self.of_x, self.of_u
         tensors = x, *self.grids, p.codes, p.scale, p.shift, p.total, *self.made, u, codes, bad
         numbers = each, *x.stride(), columns, width, of_x.qmin, of_x.qmax, of_u.qmin, of_u.qmax
-        bm, bn, bk, warps = _tile(rows, channels, outputs, x.device)
+        bm, bn, bk, warps = _tile(rows, channels, outputs)
         blocks = -(-each // bm), 1 if bk >= channels else -(-outputs // bn), samples
         same = of_x is of_u
         constants = channels, outputs, _off(of_x), same, bm, bn, bk

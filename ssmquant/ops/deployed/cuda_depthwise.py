@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed.forms import Grid
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid
 
 __all__ = ["depthwise"]
 
 _THREADS = 256
 _MOST_SHARED = 40 * 1024  # bytes of a block, so that several fit
-_ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 
 
 class _Params(ctypes.Structure):
@@ -60,7 +59,7 @@ def depthwise(
     """See ``cpu.depthwise``.
 
     Raises:
-        InputError: an image has 2**31 elements or more.
+        InputError: an image has 2**31 elements or more, or there are too many.
     """
     batch, height, width, channels = x.shape
     tile = _tile(height == 1, channels, kernel, dilation)
@@ -77,7 +76,7 @@ def depthwise(
         "KW": kernel[1],
         "DOWN": dilation[0],
         "RIGHT": dilation[1],
-        "ACT": _ACTIVATIONS[act],
+        "ACT": ACTIVATIONS[act],
     }
     source = _source(*tile.items(), *constants.items())
     tensors = (x, grid.scale, grid.shift, weights, bias, y)

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 
-__all__ = ["Codes", "Grid", "Norm", "RowGrid", "Weights", "signed_codes"]
+__all__ = ["ACTIVATIONS", "Codes", "Grid", "Norm", "RowGrid", "Weights", "signed_codes"]
+
+
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
+"""Numbers that kernels have for what is applied to a result."""
 
 
 @dataclass(frozen=True, eq=False)
