@@ -17,7 +17,7 @@ from cells import Cell, Settings, failure, has_models, load_result, scores_on, s
 from evalsets import EvalSet
 
 from ssmquant.errors import ConfigError
-from ssmquant.restore import open_image
+from ssmquant.restore import open_image, psnr, to_tensor
 
 __all__ = ["mean_psnr", "paired", "write"]
 
@@ -264,8 +264,12 @@ def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]
     return lines + ["| " + " | ".join(row) + " |" for row in body]
 
 
+def _short(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def picture(groups: Sequence[Group], results: Mapping[Group, Results], out: Path) -> None:
-    """Crops of the original, of the float model and of every method at the fewest bits, side by side.
+    """Crops of the original, of the float model and of every method at the fewest bits, with PSNR, side by side.
 
     All are of one seed, which most of them have, and of the cells whose results are in the tables; without
     such crops there is no figure.
@@ -293,11 +297,15 @@ def picture(groups: Sequence[Group], results: Mapping[Group, Results], out: Path
     wide = 1 + len(columns)
     figure, axes = plt.subplots(len(boxes), wide, figsize=(1.7 * wide, 1.9 * len(boxes)), squeeze=False)
     for line, box in zip(axes, boxes, strict=True):
-        line[0].imshow(open_image(crops[0][box][0]))
-        line[0].set_title(f"{box[0]}: {Path(box[1]).stem}\noriginal", fontsize=7)
+        original = open_image(crops[0][box][0])
+        line[0].imshow(original)
+        line[0].set_title(f"{_short(Path(box[1]).stem)}\noriginal", fontsize=7)
         for axis, group, own in zip(line[1:], columns, crops, strict=True):
-            axis.imshow(open_image(own[box][1]))
-            axis.set_title(f"{results[group][seed]['label']}\n{group[1] or 32} bits, seed {seed}", fontsize=7)
+            restored = open_image(own[box][1])
+            quality = psnr(to_tensor(restored), to_tensor(original))
+            axis.imshow(restored)
+            label = results[group][seed]["label"].partition(",")[0]
+            axis.set_title(f"{label}\n{group[1] or 32} bits, {quality:.2f} dB", fontsize=7)
         for axis in line:
             axis.axis("off")
     figure.tight_layout(h_pad=2)

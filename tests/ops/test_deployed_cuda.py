@@ -527,8 +527,12 @@ def test_scans_on_a_gpu() -> None:
         ((2, 197, 384, 16, 12), {"quantized": False, "paths": 1, "turned": False}),
     ):
         operands = Operands(*sizes, **options, device="cuda")
-        got = operands.scan()
-        close(got, operands.scan_on_cpu().double(), 5e-6)
+        got, want = operands.scan(), operands.scan_on_cpu().double()
+        # At 8 bits step sizes are rounded to levels in the kernel: some lie on a tie, which moves their channel.
+        error = (got.double() - want).norm(dim=1) / want.norm(dim=1)
+        moved = (error > 5e-6).float().mean()
+        assert moved <= (0.05 if options.get("bits") == 8 else 0)
+        assert error.max() < 1e-3
         assert torch.equal(got, operands.scan())
     for sizes in ((2, 19, 37, 72), (1, 1, 300, 33)):
         check_depthwise("cuda", sizes, (3, 3), (1, 1), "silu")
