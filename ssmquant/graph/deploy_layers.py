@@ -21,7 +21,7 @@ from ssmquant.modules import PackedTensor, deployed
 from ssmquant.ops.deployed import cpu
 from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["called", "deploy_layers"]
+__all__ = ["called", "conv2d_call", "deploy_layers", "gated_linear_call", "is_core", "linear_call"]
 
 # What does not care for strides: all, or all but those of its own readers.
 _MOVERS = {
@@ -37,7 +37,7 @@ _LAYERS = (nn.Conv2d, nn.Linear, *deployed.NORMS, nn.AdaptiveAvgPool2d, nn.Pixel
 _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)
 
 
-def _linear(
+def linear_call(
     x: Tensor,
     of_x: nn.Module,
     weight: PackedTensor,
@@ -46,12 +46,14 @@ def _linear(
     act: deployed.Act,
     axis: int,
     residual: deployed.Residual = None,
-) -> Tensor:
+    **between: Any,
+) -> Any:
+    """``deployed.linear`` in a graph; ``between``: what ``deploy_edges`` adds."""
     _check(x, *(residual or ())[:1])
-    return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual)
+    return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual, **between)
 
 
-def _gated_linear(
+def gated_linear_call(
     x: Tensor,
     z: Tensor,
     norm: deployed.LastNorm,
@@ -59,12 +61,14 @@ def _gated_linear(
     weight: PackedTensor,
     bias: Tensor | None,
     residual: deployed.Residual = None,
-) -> Tensor:
+    **between: Any,
+) -> Any:
+    """``deployed.gated_linear`` in a graph."""
     _check(x, z, *(residual or ())[:1])
-    return deployed.gated_linear(x, z, norm, of_x, weight, bias, residual)
+    return deployed.gated_linear(x, z, norm, of_x, weight, bias, residual, **between)
 
 
-def _conv2d(
+def conv2d_call(
     x: Tensor,
     of_x: nn.Module,
     weight: PackedTensor,
@@ -73,13 +77,15 @@ def _conv2d(
     act: deployed.Act,
     last: bool,
     gain: Tensor | None = None,
+    **between: Any,
 ) -> Tensor:
+    """``deployed.conv2d`` in a graph; ``last``: channels may come last in memory."""
     _check(x)
     stride, padding, dilation = window
     sizes = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
     if min(cpu.conv_size(sizes, weight.shape[2:] or (1, 1), dilation, stride)) < 1:
         raise Unfit
-    y = deployed.conv2d(x, of_x, weight, bias, window, act, gain)
+    y = deployed.conv2d(x, of_x, weight, bias, window, act, gain, **between)
     return y if last else y.contiguous()
 
 
@@ -104,15 +110,16 @@ def _excite(x: Tensor, *modules: Any) -> Tensor:
 
 
 def _check(*tensors: Any) -> None:
-    """The kernels are for float32, and for something."""
-    if any(t.dtype != torch.float32 or not t.numel() for t in tensors):
+    """The kernels are for float32, or codes of other kernels, and for something."""
+    if any(t.dtype not in (torch.float32, torch.int8) or not t.numel() for t in tensors):
         raise Unfit
 
 
-_OURS = (_linear, _gated_linear, _blend, _conv2d)
+_OURS = (linear_call, gated_linear_call, _blend, conv2d_call)
 
 
-def _is_core(node: fx.Node) -> bool:
+def is_core(node: fx.Node) -> bool:
+    """Whether a node is a scan with all around it, see ``deploy_scans``."""
     return getattr(node.target, "__name__", "") == "scan_core"
 
 
@@ -181,7 +188,7 @@ class _Layers:
         with self.graph.inserting_before(node):
             turned = self.graph.call_method("t", (x.args[0],))
             args = (turned, self._owner(x), self._owner(weight), None, None, None, -1)
-            rows = self.graph.call_function(_linear, args)
+            rows = self.graph.call_function(linear_call, args)
             new = self.graph.call_method("t", (rows,))
         rows.meta["shape"] = shape[::-1]
         if "site" in node.meta:
@@ -207,12 +214,12 @@ class _Layers:
                 y, z = gate
                 norm = self._norm(y)
                 args: tuple[Any, ...] = (self._before(norm, y), z, self._norm_of(norm), *owners, bias)
-                new = self.graph.call_function(_gated_linear, args)
+                new = self.graph.call_function(gated_linear_call, args)
             else:
                 norm = self._norm(value) if by_row or deployed.static(of_x) else None
                 last, act = self._activation(node)
                 args = (self._before(norm, value), *owners, bias, self._norm_of(norm), act, -1)
-                new = self.graph.call_function(_linear, args)
+                new = self.graph.call_function(linear_call, args)
         self._replace(node, last, new)
         return new
 
@@ -251,13 +258,13 @@ class _Layers:
             if norm is not None:  # a product of rows, which then are channels first
                 before, fused = self._before(norm, value), self._norm_of(norm)
                 args: tuple[Any, ...] = (before, *owners, bias, fused, act, 1)
-                rows = self.graph.call_function(_linear, args)
+                rows = self.graph.call_function(linear_call, args)
                 new = self.graph.call_method("permute", (rows, 0, 3, 1, 2))
                 if not self._any_strides(last):
                     new = self.graph.call_method("contiguous", (new,))
             else:
                 args = (value, *owners, bias, window, act, self._any_strides(last), gain)
-                new = self.graph.call_function(_conv2d, args)
+                new = self.graph.call_function(conv2d_call, args)
         self._replace(node, last, new)
         return new
 
@@ -447,9 +454,9 @@ class _Layers:
         while len(layer.users) == 1 and self._passes(layer):
             between.append(layer)
             layer = layer.args[0]  # type: ignore[assignment]
-        if layer.target not in (_linear, _gated_linear) or len(layer.users) != 1:
+        if layer.target not in (linear_call, gated_linear_call) or len(layer.users) != 1:
             return False
-        if len(layer.args) != (7 if layer.target is _linear else 6) or layer is other or layer.kwargs:
+        if len(layer.args) != (7 if layer.target is linear_call else 6) or layer is other or layer.kwargs:
             return False
         if not self.is_fixed(*layer.args[:2], other):
             return False
@@ -550,7 +557,7 @@ class _Layers:
             is_cast(source) or op_name(source) in ("permute", "transpose")
         ):
             source = source.args[0]
-        ours = isinstance(source, fx.Node) and (source.target in _OURS or _is_core(source))
+        ours = isinstance(source, fx.Node) and (source.target in _OURS or is_core(source))
         before = node.args[0]
         if ours and isinstance(before, fx.Node) and self.is_fixed(node, before) and self._any_strides(node):
             node.replace_all_uses_with(before)
@@ -561,7 +568,7 @@ class _Layers:
         return all(self._takes_any_strides(user) for user in node.users)
 
     def _takes_any_strides(self, user: fx.Node) -> bool:
-        if user.target in _OURS or _is_core(user) or getattr(user.target, "__name__", "") == "paths_of":
+        if user.target in _OURS or is_core(user) or getattr(user.target, "__name__", "") == "paths_of":
             return True
         if user.op == "call_module":
             if self.called(user, ACTIVATIONS) is not None:

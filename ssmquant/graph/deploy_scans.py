@@ -24,7 +24,7 @@ from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
 from ssmquant.ops.cross_scan import Paths
 
-__all__ = ["KERNEL", "SCAN", "Deployer", "NoMatch", "traced_shape"]
+__all__ = ["KERNEL", "SCAN", "Deployer", "NoMatch", "order_at_trace", "traced_shape"]
 
 SCAN = torch.ops.ssmquant.selective_scan.default
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"}
@@ -116,10 +116,16 @@ class _Core:
         return self.merges.fits(shape, order, size)
 
     def __call__(
-        self, x: Tensor, paths: Paths, sizes: tuple[tuple[int, ...], ...], modules: tuple[Any, ...]
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        paths: Paths,
+        sizes: tuple[tuple[int, ...], ...],
+        modules: tuple[Any, ...],
+        apart: int = 0,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """``apart``: so many tensors, whose sum is the result; 0: one, the result."""
         key = (x.shape, sizes)
-        if x.dtype != torch.float32 or not x.numel():
+        if x.dtype not in (torch.float32, torch.int8) or not x.numel():
             raise Unfit
         if self.known.get(key) is not paths:
             if not self._fits(tuple(x.shape), paths.order, sizes):
@@ -128,13 +134,19 @@ class _Core:
                 self.known.clear()
             self.known[key] = paths
         pixels = x.flatten(2).transpose(1, 2)
-        y = deployed.scan_core(pixels, paths.order, self.ranks, self.places, *modules, softplus=self.softplus)
-        y = y.transpose(1, 2)
-        return y.unflatten(2, x.shape[2:]) if self.merges.like_image else y
+        options = {"apart": apart} if apart else {}
+        made = deployed.scan_core(
+            pixels, paths.order, self.ranks, self.places, *modules, softplus=self.softplus, **options
+        )
+        parts = []
+        for part in made if apart else (made,):
+            y = part.transpose(1, 2)
+            parts.append(y.unflatten(2, x.shape[2:]) if self.merges.like_image else y)
+        return tuple(parts) if apart else parts[0]
 
 
-def _order(node: fx.Node) -> Tensor | None:
-    """The orders that a node makes, at the sizes of the trace."""
+def order_at_trace(node: Any) -> Tensor | None:
+    """The orders that a node makes, at the sizes of the trace; None if it makes none."""
     made = node.target
     return made.find(traced_shape(made.source), traced_size) if isinstance(made, PathsOf) else None
 
@@ -287,11 +299,11 @@ class Deployer:
 
     def _same(self, paths: fx.Node) -> set[fx.Node]:
         """Nodes that make the orders that ``paths`` makes, of the same image."""
-        wanted = _order(paths)
+        wanted = order_at_trace(paths)
         return {
             n
             for n in self.old.nodes
-            if n is paths or (n.args[:1] == paths.args[:1] and _equal(_order(n), wanted))
+            if n is paths or (n.args[:1] == paths.args[:1] and _equal(order_at_trace(n), wanted))
         }
 
     def prune(self) -> None:

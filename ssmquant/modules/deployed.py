@@ -37,12 +37,14 @@ __all__ = [
     "engine_of",
     "excite",
     "gated_linear",
+    "goes_between",
     "linear",
     "plain",
     "scan_core",
     "sequence_core",
     "static",
     "takes_weight",
+    "writes_codes",
 ]
 
 Engine = Any
@@ -160,6 +162,12 @@ def by_row(module: nn.Module, axis: int, engine: Engine) -> bool:
     """Whether a quantizer gives each row, the elements along ``axis``, a range of its own."""
     q = _inner(module)
     return engine.BY_ROW and isinstance(q, Token) and q.bits is not None and q.channel_axis == axis
+
+
+def goes_between(module: nn.Module, engine: Engine) -> bool:
+    """Whether codes of this quantizer can go from the kernel that makes its input to the one that reads it."""
+    q = _inner(module)
+    return static(module) and isinstance(q, Quantizer) and q.qmax - q.qmin < engine.BETWEEN
 
 
 def coded(module: nn.Module, engine: Engine) -> bool:
@@ -308,7 +316,9 @@ def _project(
     z: Tensor | None = None,
     act: str | None = None,
     residual: Residual = None,
-) -> Tensor:
+    more: tuple[Tensor, ...] = (),
+    codes: Between = None,
+) -> Any:
     """``_product`` of a static quantizer, or one of rows, without the values and codes of all rows."""
     weights = _matrix(weight, (weight.shape[0], x.shape[2]))
     if residual is not None:
@@ -317,8 +327,30 @@ def _project(
     q = _inner(of_x)
     grid = _kept(q, "grid", partial(_row_grid, q)) if isinstance(q, Token) else _grid(of_x, _no_moments, 0)
     project = engine_of(x.device).project
-    made: Tensor = project(x, grid, weights, _bias(bias), norm=norm, z=z, act=act, residual=residual)
-    return made
+    options: dict[str, Any] = {"more": more} if more else {}
+    if codes is not None:
+        module, columns = codes
+        options["codes"] = _grid(module, _no_moments, 0), weights.outputs if columns is None else columns
+    return project(x, grid, weights, _bias(bias), norm=norm, z=z, act=act, residual=residual, **options)
+
+
+def _shaped(made: Any, shape: torch.Size, codes: Between) -> Any:
+    """Rows of a product as rows of its input lie; of what is all codes these alone."""
+    if codes is None:
+        return made.view(*shape[:-1], -1)
+    both = tuple(t.view(*shape[:-1], t.shape[-1]) for t in made)
+    return both[0] if codes[1] is None else both
+
+
+def _written(y: Tensor, codes: Between) -> Any:
+    """``y`` as the caller wants it, where no kernel has written codes of it."""
+    if codes is None:
+        return y
+    module, columns = codes
+    first = y if columns is None else y[..., :columns]
+    grid = _grid(module, _no_moments, 0)
+    made = engine_of(y.device).encode(first.reshape(1, -1, 1, first.shape[-1]), grid).reshape(first.shape)
+    return made if columns is None else (made, y[..., columns:])
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -340,6 +372,8 @@ def _rows(x: Tensor) -> Tensor:
 
 Residual = tuple[Tensor, Tensor | None] | None
 """Of the result's shape, and what its columns are multiplied by (None: 1) before they are added."""
+Between = tuple[nn.Module, int | None] | None
+"""The quantizer by whose codes results are written, and of how many columns, the first ones (None: of all)."""
 Act = nn.Module | str | None
 """``"silu"`` or ``"gelu"``, or a module that was one of these when the graph was made."""
 LastNorm = tuple[Any, ...] | None
@@ -348,29 +382,46 @@ NORMS = nn.LayerNorm, nn.RMSNorm
 NORM_FUNCTIONS = F.layer_norm, F.rms_norm, torch.rms_norm
 
 
-def _fused_norm(norm: LastNorm, x: Tensor) -> tuple[Tensor, Norm | None]:
-    """The norm for a kernel, and ``x`` with columns next to each other; or no norm any more, and its result."""
-    if norm is None:
-        return x, None
-    if isinstance(norm[0], Tensor):
-        return _dense(x), Norm(norm[0].to(x.dtype).contiguous(), None, 0.0, factors=True)
+def _norm_of(norm: LastNorm, dtype: torch.dtype) -> tuple[bool, Any, Any, Any] | None:
+    """(rms, weight, bias, eps) of a norm that kernels take; None if it has to be called."""
+    assert norm is not None
     if len(norm) == 1:
         module = norm[0]
+        if hooks_of(module):
+            return None
         rms = type(module) is nn.RMSNorm
         weight, bias, eps = module.weight, None if rms else module.bias, module.eps
-        watched = bool(hooks_of(module))
     else:
         rms, weight, bias, eps = norm
-        module, watched = None, False
-    if watched or any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
-        if module is not None:
-            return module(x), None
+    fits = all(t is None or t.dtype == dtype for t in (weight, bias))
+    return (rms, weight, bias, eps) if fits else None
+
+
+def _fused_norm(
+    norm: LastNorm, x: Tensor, more: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, Norm | None, tuple[Tensor, ...]]:
+    """The norm for a kernel, and ``x`` with columns next to each other; or no norm any more, and its result.
+
+    ``more``: what is added to x before; empty if that has been done.
+    """
+    if norm is None:
+        return x, None, more
+    if isinstance(norm[0], Tensor):
+        factors = Norm(norm[0].to(x.dtype).contiguous(), None, 0.0, factors=True)
+        return _dense(x), factors, tuple(map(_dense, more))
+    found = _norm_of(norm, x.dtype)
+    if found is None:
+        x = sum(more, x)
+        if len(norm) == 1:
+            return norm[0](x), None, ()
+        rms, weight, bias, eps = norm
         shape = x.shape[-1:]
         plainly = F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
-        return plainly, None
-    x = _dense(x)
+        return plainly, None, ()
+    rms, weight, bias, eps = found
     weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
-    return x, Norm(weight, bias, torch.finfo(x.dtype).eps if eps is None else eps, rms)
+    fused = Norm(weight, bias, torch.finfo(x.dtype).eps if eps is None else eps, rms)
+    return _dense(x), fused, tuple(map(_dense, more))
 
 
 def _own(act: Act) -> str | None:
@@ -391,28 +442,36 @@ def linear(
     act: Act = None,
     axis: int = -1,
     residual: Residual = None,
-) -> Tensor:
+    *,
+    more: tuple[Tensor, ...] = (),
+    codes: Between = None,
+) -> Any:
     """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x.
 
     Args:
-        x: (samples, .., inputs) or (samples, inputs), float32, any strides.
+        x: (samples, .., inputs) or (samples, inputs), float32, any strides; or codes of it (``Between``).
         act: of the result, before the residual is added.
         axis: where a module of that has the outputs, if it has to be called.
+        more: what is added to x first.
+        codes: what is returned as codes. This and ``more``: for static quantizers, and engines that have it.
 
     Returns:
-        (samples, .., outputs), float32.
+        (samples, .., outputs), float32, or codes, or a tuple of both.
     """
     own = _own(act)
     if isinstance(act, nn.Module) and own is None:
-        y = linear(x, of_x, weight, bias, norm)
-        return _added(act(y.movedim(-1, axis)).movedim(axis, -1), residual)
-    x, fused = _fused_norm(norm, x)
+        y = linear(x, of_x, weight, bias, norm, more=more)
+        return _written(_added(act(y.movedim(-1, axis)).movedim(axis, -1), residual), codes)
+    x, fused, more = _fused_norm(norm, x, more)
     rows = _rows(x)
     q = _inner(of_x)
-    if not isinstance(q, DLS) or q.stats_axis is None:  # samples do not matter
+    together = not isinstance(q, DLS) or q.stats_axis is None  # samples do not matter
+    if together:
         rows = rows.flatten(0, 1)[None]
     if static(of_x) or isinstance(q, Token):
-        return _project(rows, of_x, weight, bias, fused, act=own, residual=residual).view(*x.shape[:-1], -1)
+        others = tuple(_rows(t).flatten(0, 1)[None] if together else _rows(t) for t in more)
+        made = _project(rows, of_x, weight, bias, fused, act=own, residual=residual, more=others, codes=codes)
+        return _shaped(made, x.shape, codes)
     return _added(_product(rows, of_x, weight, bias, fused, act=own).view(*x.shape[:-1], -1), residual)
 
 
@@ -424,12 +483,16 @@ def gated_linear(
     weight: PackedTensor,
     bias: Tensor | None,
     residual: Residual = None,
-) -> Tensor:
+    *,
+    more: tuple[Tensor, ...] = (),
+    codes: Between = None,
+) -> Any:
     """``linear`` of ``norm(x) * silu(z)``, all (samples, .., columns)."""
-    x, fused = _fused_norm(norm, x)
-    x3, z3 = (_rows(t if t.stride(-1) == 1 else t.contiguous()) for t in (x, z))
+    x, fused, more = _fused_norm(norm, x, more)
+    x3, z3, *others = (_rows(_dense(t)) for t in (x, z, *more))
     if static(of_x) or isinstance(_inner(of_x), Token):
-        return _project(x3, of_x, weight, bias, fused, z3, residual=residual).view(*x.shape[:-1], -1)
+        made = _project(x3, of_x, weight, bias, fused, z3, residual=residual, more=tuple(others), codes=codes)
+        return _shaped(made, x.shape, codes)
     y, moments = cpu.gate(x3.unsqueeze(2), z3.unsqueeze(2), fused, with_moments=True)
     return _added(_product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1), residual)
 
@@ -461,11 +524,14 @@ def conv2d(
     window: Window,
     act: Act = None,
     gain: Tensor | None = None,
+    *,
+    codes: Between = None,
 ) -> Tensor:
     """A convolution of the quantized x, (B, C, H, W) with any strides; ``window``: stride, padding and dilation.
 
     Dense, 1x1 without stride and padding (also of values that are clamped), or depthwise, which keeps the size. All are
     float32. ``act``: of the result of one of the last two; ``gain``, (C,): factors of x, for one of the first two.
+    ``codes``: see ``linear``, of all outputs of one of the last two.
 
     Returns:
         (B, outputs, H, W), channels last.
@@ -478,19 +544,28 @@ def conv2d(
         batch = x.shape[0]
         grid = _grid(of_x, lambda: cpu.moments(image), x.numel() // batch)
         taps = _kept(weight, "taps", lambda: engine.by_lanes(weight().float().reshape(outputs, -1).T))
-        bias = _bias(x.new_zeros(outputs) if bias is None else bias)
+        bias = _bias(taps.new_zeros(outputs) if bias is None else bias)
         own = _own(act)
         assert bias is not None
-        y: Tensor = engine.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own)
-        y = y.permute(0, 3, 1, 2)
-        return act(y) if isinstance(act, nn.Module) and own is None else y
+        called = isinstance(act, nn.Module) and own is None
+        options = {} if codes is None or called else {"codes": _grid(codes[0], _no_moments, 0)}
+        y: Tensor = engine.depthwise(
+            image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own, **options
+        ).permute(0, 3, 1, 2)
+        if not called:
+            return y
+        assert isinstance(act, nn.Module)
+        last: Tensor = _written(act(y).permute(0, 2, 3, 1), codes)
+        return last.permute(0, 3, 1, 2)
     if is_pointwise(kernel, window):
         factors = None if gain is None else (gain,)
-        return linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors, act, 1).permute(0, 3, 1, 2)
+        rows = linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors, act, 1, codes=codes)
+        made: Tensor = rows.permute(0, 3, 1, 2)
+        return made
     assert act is None
     taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = _grid(of_x, _no_moments, 0)
-    image, first = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
+    image, first, _ = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
     sizes = (kernel[0], kernel[1]), dilation, stride, padding
     y = engine.convolve(image, grid, taps, _bias(bias), *sizes, first)
     return y.permute(0, 3, 1, 2)
@@ -499,6 +574,13 @@ def conv2d(
 def is_pointwise(kernel: Sequence[int], window: Window) -> bool:
     """Whether a convolution is a linear layer of each pixel."""
     return tuple(kernel) == (1, 1) and window[:2] == ((1, 1), (0, 0))
+
+
+def writes_codes(weight: nn.Module, window: Window) -> bool:
+    """Whether the kernel of a convolution can write codes: not one of a dense kernel."""
+    assert isinstance(weight, PackedTensor)
+    kernel = weight.shape[2:] or (1, 1)
+    return weight.shape[1] == 1 or is_pointwise(kernel, window)
 
 
 def _sure(grid: Grid | None) -> Grid:
@@ -531,11 +613,12 @@ def scan_core(
     bias: Any,
     *,
     softplus: bool,
-) -> Tensor:
+    apart: int = 0,
+) -> Any:
     """Projections of an image, selective scans in K orders of its pixels, and their sum: (B, L, D).
 
     Args:
-        x: (B, L, D), any strides.
+        x: (B, L, D), any strides; float32, or codes if ``of_x`` is ``of_u``.
         order: (K, L).
         ranks: rows that a direction's projection has; of these the low rank of the step sizes, and states, of B and C.
         places: where the low rank, B and C begin among a direction's rows.
@@ -543,6 +626,7 @@ def scan_core(
         projection: (K, E, D), to the low rank, B and C.
         dt_weight: (K, D, R).
         a: (K * D, N); skip, bias: (K * D,) or None.
+        apart: so many tensors are returned, whose sum is the result; 0: one, the result.
     """
     batch, pixels, channels = x.shape
     directions, (rows, rank, states) = len(order), ranks
@@ -563,16 +647,16 @@ def scan_core(
         return engine_of(x.device).Core(
             (batch, pixels, channels), None if of_x is of_u else grids[of_x], weights, places, _sure(grids[of_u]),
             _sure(grids[of_rank]), steps, grids[of_delta], operands[0], _sure(grids[of_b]), _sure(grids[of_c]),
-            *operands[1:], softplus, order, rank,
+            *operands[1:], softplus, order, rank, **({"apart": True} if apart else {}),
         )  # fmt: skip
 
-    facts = x.shape, ranks, places, softplus, torch.get_num_threads()
+    facts = x.shape, ranks, places, softplus, apart, torch.get_num_threads()
     pointers = tuple(None if t is None else t.data_ptr() for t in (order, *operands))
     core: Callable[[Tensor], Tensor] | None = _in_a_call(
         (quantizers, projection, dt_weight, facts, pointers), prepare
     )
     if core is not None:
-        return core(x)
+        return _as_many(core(x), apart) if apart else core(x)
     weights, steps = weights_of()
     image = x.unsqueeze(2)
     codes, grid = _encode(image, of_x, directions)
@@ -587,6 +671,13 @@ def scan_core(
         count = pixels * directions * channels
         of_steps = _grid(of_delta, lambda: cpu.delta_moments(*low, steps), count)
     return cpu.scan(u, low, steps, of_steps, operands[0], b, c, *operands[1:], softplus, order)
+
+
+def _as_many(parts: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Tensors whose sum is that of ``parts``: one for each where there are as many as there were while tracing."""
+    if len(parts) > count:  # an image may have more paths than another one
+        parts = torch.cat((parts[: count - 1], parts[count - 1 :].sum(0, keepdim=True)))
+    return (*parts.unbind(), *(torch.zeros_like(parts[0]) for _ in range(count - len(parts))))
 
 
 def sequence_core(

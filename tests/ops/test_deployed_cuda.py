@@ -56,7 +56,7 @@ def poison(setattr_: Any) -> None:
 
     def empty(*shape: Any, **options: Any) -> Tensor:
         made = fresh(*shape, **options)
-        return made.fill_(math.nan if made.is_floating_point() else 201)
+        return made.fill_(math.nan if made.is_floating_point() else 101)
 
     setattr_(torch, "empty", empty)
 
@@ -66,6 +66,29 @@ def poison(setattr_: Any) -> None:
 
 def levels(grid: Grid) -> int:
     return grid.qmax - grid.qmin + 1
+
+
+def as_codes(x: Tensor, grid: Grid) -> Tensor:
+    """As they go from one kernel to the next."""
+    u = (
+        ((x.double() + grid.shift.double().cpu()) / grid.scale.double().cpu())
+        .clamp(grid.qmin, grid.qmax)
+        .round()
+    )
+    return torch.where(u.isnan(), -1, u - grid.qmin).to(torch.int8)
+
+
+def same_codes(got: Tensor, want: Tensor) -> None:
+    """But for values that are next to a tie."""
+    assert got.dtype == torch.int8
+    off = (got.cpu().int() - want.int()).abs()
+    assert int(off.max()) <= 1
+    assert float(off.float().mean()) <= 0.01
+    assert torch.equal(got.cpu() < 0, want < 0)
+
+
+def there_is(grid: Grid, device: str) -> Grid:
+    return Grid(grid.scale.to(device), grid.shift.to(device), grid.qmin, grid.qmax)
 
 
 def codes_of(t: Tensor) -> Codes:
@@ -125,26 +148,30 @@ class Operands:
             self.softplus, self.order,
         )  # fmt: skip
 
-    def scan(self, shape: Shape | None = None, bad: Tensor | None = None) -> Tensor:
+    def scan(self, shape: Shape | None = None, bad: Tensor | None = None, apart: bool = False) -> Tensor:
         batch, pixels, channels = self.size
         g, to = self.grid, self.to
         made = Scan(
             self.size, self.rank, g(self.of_u), g(self.of_rank), cuda.pack(*map(to, self.steps)), g(self.of_delta),
-            to(self.a), g(self.of_b), g(self.of_c), to(self.skip), to(self.bias), self.softplus, to(self.order), shape,
+            to(self.a), g(self.of_b), g(self.of_c), to(self.skip), to(self.bias), self.softplus, to(self.order), apart,
+            shape,
         )  # fmt: skip
         at = torch.tensor(arrangement(self.rank, self.states, (0, self.rank, self.rank + self.states)))
         arranged = (self.codes[..., at.clamp(min=0)] * (at >= 0)).to(torch.uint8).flatten(0, 1).flatten(1)
         u = self.u.view(batch * pixels, channels)
         wide = (to(F.pad(t, (0, -t.shape[1] % 16)).contiguous()) for t in (u, arranged))
         bad = torch.zeros(batch * pixels, dtype=torch.uint8) if bad is None else bad
-        return made(*wide, to(bad)).cpu()
+        y = made(*wide, to(bad)).cpu()
+        return y.sum(0) if apart else y
 
-    def core(self, engine: Any) -> Any:
+    def core(self, engine: Any, one: bool = False, **options: bool) -> Any:
+        """``one``: quantizer of the image for the projection and the scans."""
         g, to = (self.grid, self.to) if engine is cuda else (lambda x: x, lambda t: t)
         return engine.Core(
-            self.size, g(self.of_x), engine.pack(*map(to, self.projection)), (0, self.rank, self.rank + self.states),
-            g(self.of_u), g(self.of_rank), engine.pack(*map(to, self.steps), steps=True), g(self.of_delta), to(self.a),
-            g(self.of_b), g(self.of_c), to(self.skip), to(self.bias), self.softplus, to(self.order), self.rank,
+            self.size, None if one else g(self.of_x), engine.pack(*map(to, self.projection)),
+            (0, self.rank, self.rank + self.states), g(self.of_u), g(self.of_rank),
+            engine.pack(*map(to, self.steps), steps=True), g(self.of_delta), to(self.a), g(self.of_b), g(self.of_c),
+            to(self.skip), to(self.bias), self.softplus, to(self.order), self.rank, **options,
         )  # fmt: skip
 
 
@@ -153,16 +180,18 @@ class Operands:
     [
         ({}, SMALL),
         ({"bits": 2, "ladder": 1}, SMALL),
-        ({"bits": 8}, Shape(1, 6, 2, 32)),
+        ({"bits": 8}, Shape(1, 6, 2, 32, segments=1)),
         ({"quantized": False, "paths": 1, "turned": False}, Shape(2, 3, 1, 64)),
-        ({"ladder": 0, "paths": 3, "turned": False}, Shape(2, 2, 4, 32, group=4)),
+        ({"ladder": 0, "paths": 3, "turned": False}, Shape(2, 2, 4, 16, segments=4)),
         ({"bits": 8, "ladder": 0}, None),
     ],
 )
 def test_scans(by_cpu: None, options: dict[str, Any], shape: Shape | None) -> None:
     torch.manual_seed(0)
     operands = Operands(2, 59, 6, 5, 6, **options)
-    close(operands.scan(shape), operands.scan_on_cpu())
+    want = operands.scan_on_cpu()
+    close(operands.scan(shape), want)
+    close(operands.scan(shape, apart=True), want.double())
 
 
 @FEW
@@ -201,7 +230,7 @@ def test_shapes() -> None:
         (3, 5, 7),
         (1, 1, 1),
     ):
-        shape = choose(batch, pixels, channels, 132)
+        shape = choose(batch, pixels, channels, 16, 2, 132)
         assert shape.steps % shape.stage == 0
         assert shape.stage % shape.group == 0
         assert channels % shape.columns == 0
@@ -233,12 +262,23 @@ def check_depthwise(device: str, sizes: tuple[int, ...], kernel: Any, dilation: 
     for given_x in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
         operands = given_x.to(device), there, weights.to(device), bias.to(device)
         close(cuda_depthwise.depthwise(*operands, kernel, dilation, act).cpu(), want.double())
+    x[0, -1, -1, channels // 2] = math.nan
+    want = cpu.depthwise(x, grid, cpu.by_lanes(weights), cpu.by_lanes(bias), kernel, dilation, act)
+    following = make_grid(5, 1)
+    wide = torch.full((*sizes[:3], channels + 16), 99, dtype=torch.int8)
+    for coded in (as_codes(x, grid), wide[..., :channels].copy_(as_codes(x, grid))):
+        operands = coded.to(device), there, weights.to(device), bias.to(device), kernel, dilation, act
+        got = cuda_depthwise.depthwise(*operands).cpu()
+        assert torch.equal(got.isnan(), want.isnan())
+        close(got.nan_to_num(), want.nan_to_num().double())
+        same_codes(cuda_depthwise.depthwise(*operands, there_is(following, device)), as_codes(got, following))
 
 
 @pytest.mark.parametrize(
     ("sizes", "kernel", "dilation", "act"),
     [
         ((2, 9, 19, 20), (3, 3), (1, 1), "silu"),
+        ((1, 9, 7, 30), (3, 3), (1, 1), None),
         ((1, 17, 5, 3), (5, 3), (1, 2), "gelu"),
         ((2, 1, 70, 33), (1, 7), (1, 1), None),
         ((1, 1, 1, 1), (3, 3), (2, 2), None),
@@ -297,6 +337,35 @@ def check_projection(
         close(got, want.double(), 2e-6 if norm is None and not gate else 2e-3)
 
 
+def check_codes_between(device: str) -> None:
+    """Codes for floats, of what is read and of what is written; sums of several tensors."""
+    for inputs, outputs, columns in ((60, 30, 30), (20, 44, 22), (300, 70, 1)):
+        grid, following = make_grid(4, 1), make_grid(5, 1)
+        weights = cuda.pack(*(t.to(device) for t in Operands.weight((outputs, inputs), 4, 1.0)))
+        grids = there_is(grid, device), there_is(following, device)
+        parts = torch.randn(3, 2, 17, inputs)
+        x = off_ties(parts.sum(0).unsqueeze(2), grid).squeeze(2)
+        parts[0] += x - parts.sum(0)
+        x[1, 3, 4] = parts[1, 1, 3, 4] = math.nan
+        whole = cuda.project(x.to(device), grids[0], weights)
+        there = parts.to(device)
+        summed = cuda.project(there[0], grids[0], weights, more=(there[1], there[2]))
+        close(summed.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
+        apart = there[1].clone().transpose(0, 1).contiguous().transpose(0, 1)
+        other = cuda.project(there[0], grids[0], weights, more=(apart, there[2]))
+        close(other.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
+        coded = cuda.project(as_codes(x, grid).to(device), grids[0], weights)
+        assert torch.equal(coded.nan_to_num(), whole.nan_to_num())
+        assert torch.equal(coded.isnan(), whole.isnan())
+        codes, rest = cuda.project(x.to(device), grids[0], weights, codes=(grids[1], columns))
+        same_codes(codes, as_codes(whole[..., :columns].cpu(), following))
+        assert torch.equal(rest.nan_to_num(), whole[..., columns:].nan_to_num())
+    image, factors = torch.randn(2, 12, 5, 7).permute(0, 2, 3, 1), torch.rand(12) + 0.5
+    image[1, 2, 3, 4] = math.nan
+    same_codes(cuda.encode(image.to(device), grids[0]), as_codes(image, grid))
+    same_codes(cuda.encode(image.to(device), grids[0], factors.to(device)), as_codes(image * factors, grid))
+
+
 def check_projections(device: str) -> None:
     for sizes in ((2, 1, 50, 60, 144), (4, 2, 17, 72, 60), (8, 1, 33, 300, 20)):
         check_projection(device, *sizes, every=device == "cpu")
@@ -350,6 +419,14 @@ def check_cores(device: str) -> None:
         got, want = ours(x.to(device)).cpu(), theirs(x)
         assert got[0].isnan().all()
         assert torch.equal(got.isnan(), want.isnan())
+        if bits < 8:
+            ours, codes = operands.core(cuda, one=True), as_codes(x, operands.of_u)
+            want = ours(x.to(device)).cpu()
+            for given in (codes, codes.transpose(1, 2).contiguous().transpose(1, 2)):
+                got = ours(given.to(device)).cpu()
+                assert torch.equal(got.isnan(), want.isnan())
+                assert torch.equal(got.nan_to_num(), want.nan_to_num())
+        close(operands.core(cuda, one=bits < 8, apart=True)(x.to(device)).cpu().sum(0)[1], got[1].double())
 
 
 def models() -> Iterator[tuple[str, Any, Tensor]]:
@@ -402,7 +479,9 @@ def interpret_models() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("check", ["check_convolutions", "check_attention", "check_cores"])
+@pytest.mark.parametrize(
+    "check", ["check_convolutions", "check_attention", "check_cores", "check_codes_between"]
+)
 def test_interpreted(check: str) -> None:
     in_process("test_deployed_cuda", f"interpret({check!r})", TRITON_INTERPRET="1")
 
@@ -456,6 +535,9 @@ def compile_for_h100() -> None:
     packed = cuda.pack(*Operands.weight((60, 72), 2, 1.0))
     norm = Norm(ones(72), ones(72), 1e-5)
     cuda.project(x, grid, packed, None, norm=norm, z=x, residual=(x[..., :60].contiguous(), ones(60)))
+    codes = cuda.encode(x.unsqueeze(1), grid, ones(72)).squeeze(1)
+    cuda.project(x, grid, packed, more=(x.clone(),), codes=(grid, 30))
+    cuda.project(codes, grid, packed, codes=(grid, 60))
     cuda.project(
         torch.randn(1, 64, 600), make_grid(8, 1), cuda.pack(*Operands.weight((60, 600), 8, 1.0)), act="gelu"
     )
@@ -482,9 +564,9 @@ def test_triton_compiles_for_an_h100() -> None:
 @pytest.mark.skipif(nvrtc.describe() is None, reason="needs NVRTC or nvcc")
 def test_cuda_compiles_for_an_h100() -> None:
     for case in (
-        Case(choose(1, 4096, 72, 132), 10, 4, True, 16, 2, True),
-        Case(choose(64, 3136, 96, 132), 1, 6, True, 0, 1, True),
-        Case(choose(64, 197, 383, 132), 16, 48, False, 0, 0, False),
+        Case(choose(1, 4096, 72, 10, 2, 132), 10, 4, True, 16, 2, True),
+        Case(choose(64, 3136, 96, 1, 2, 132), 1, 6, True, 0, 1, True),
+        Case(choose(64, 197, 383, 16, 1, 132), 16, 48, False, 0, 0, False),
     ):
         assert nvrtc.compile_source(case.source(), 90)
     definitions = {
@@ -498,7 +580,9 @@ def test_cuda_compiles_for_an_h100() -> None:
         "HIGH": 8,
         "WIDE": 16,
     }
-    assert nvrtc.compile_source(cuda_depthwise._source(*definitions.items()), 90)
+    for coded, vec in ((0, 1), (1, 1), (1, 4)):
+        every = {**definitions, "CODED": coded, "CODES": coded, "VEC": vec}
+        assert nvrtc.compile_source(cuda_depthwise._source(*every.items()), 90)
 
 
 def test_what_there_is_no_kernel_for() -> None:
@@ -510,7 +594,8 @@ def test_what_there_is_no_kernel_for() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "check", [check_projections, check_convolutions, check_attention, check_cores, check_models]
+    "check",
+    [check_projections, check_codes_between, check_convolutions, check_attention, check_cores, check_models],
 )
 def test_on_a_gpu(check: Any) -> None:
     check("cuda")

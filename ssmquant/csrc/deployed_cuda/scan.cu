@@ -9,14 +9,15 @@
 //   scan_ends   what each chunk adds to the state, from zero, and how much time it takes
 //   scan_carry  the states that enter chunks
 //   scan_out    from there on once more, with results. Directions along the same path of pixels (one forward, one back)
-//               are walked by the same lane, one after the other, so that sums at a pixel have one order.
+//               are walked by the same lane, one after the other, so that sums at a pixel have one order. Paths are
+//               walked at once, each with results of its own, or one after the other, which add up.
 //
 // Step sizes of few levels, and the decays of the first state that go with them, are looked up (TABLE); further states have
 // the power of one ratio after the other (LADDER), whatever the levels are.
 //
 // After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT, LANES, CHUNKS, STAGE; QUANT: step sizes are
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
-// memory is asked for together; RESIDENT: blocks of a multiprocessor.
+// memory is asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the chunks, in scan_carry, a power of two.
 
 #ifndef EMULATED
 __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
@@ -28,6 +29,25 @@ __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
 __device__ __forceinline__ int as_int(float x) { return __float_as_int(x); }
 #endif
 
+// Where shared memory is, in the bytes that a thread counts it by, and two values from there.
+#ifndef EMULATED
+__device__ __forceinline__ unsigned place_of(const float *p) {
+    unsigned at;
+    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(at) : "l"(p));
+    return at;
+}
+__device__ __forceinline__ void load_pair(unsigned at, float &x, float &y) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at));
+}
+// A store without a branch.
+__device__ __forceinline__ void store_if(bool there, float *to, float x) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(int(there)), "l"(to), "f"(x) : "memory");
+}
+__device__ __forceinline__ void store_if(bool there, float *to, float x, float y) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.f32 [%1], {%2, %3}; }" ::"r"(int(there)), "l"(to), "f"(x), "f"(y) : "memory");
+}
+#endif
+
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 constexpr int WORDS = (RANK + 3) / 4, PAIRS = (STATES + 1) / 2, EACH = WORDS + PAIRS;  // words of a direction's codes
 constexpr int THREADS = (LANES * CHUNKS + 31) / 32 * 32;
@@ -35,7 +55,7 @@ constexpr int PLACES = CHUNKS * STAGE;                             // steps that
 constexpr int ITEMS = (PLACES * EACH + THREADS - 1) / THREADS;     // words of them, for each thread
 constexpr int META = (WORDS + 1 + 3) / 4 * 4;                      // words of the low rank, the pixel
 constexpr int RATES = LADDER ? 2 : STATES;
-constexpr int SEGMENTS = 32;                                       // of the chunks, in scan_carry
+constexpr int COLUMNS = SEGMENTS < 16 ? 256 / SEGMENTS : 16;       // states of channels of a block, in scan_carry
 constexpr int up4(int n) { return (n + 3) / 4 * 4; }
 template <int N> struct alignas(4 * N) Floats { float x[N]; };
 
@@ -52,12 +72,17 @@ struct Params {
     float *ends, *totals, *y;              // (K, B, S, N, D), (K, B, S, D), (B, L, D)
     int u_row, row;
     int batch, pixels, channels, chunks, chunk, blocks;  // chunk: steps, a multiple of STAGE
-    int qmin, qmax, along, back, add;      // scan_out: directions of the path, or -1; whether y holds something
+    const int *paths;                      // (P, 2): directions along a path, forward and back or -1
+    long long part;                        // elements between results of paths
+    int qmin, qmax, path, add;             // scan_out: the first path; whether y holds something
 };
 
 extern __shared__ char shared[];
 
 __device__ __forceinline__ float step_size(float x) { return SOFTPLUS ? softplus(x) : x; }
+
+// Elements from the first one to a row: one instruction with what it is added to.
+__device__ __forceinline__ unsigned long long row_of(int row, int each) { return (unsigned long long)unsigned(row) * unsigned(each); }
 
 __device__ __forceinline__ float byte_of(unsigned word, int i) { return float(int(word >> 8 * i & 255)); }
 
@@ -168,11 +193,12 @@ struct Walk {
         for (int g = 0; g < GROUP; ++g) {
             next.pixel[g] = steps[g * META + WORDS];
             const int pixel = next.pixel[g] < 0 ? 0 : next.pixel[g];
-            if (CT == 4) next.u[g] = *reinterpret_cast<const unsigned *>(u + pixel * p.u_row);
-            else if (CT == 2) next.u[g] = *reinterpret_cast<const unsigned short *>(u + pixel * p.u_row);
-            else next.u[g] = u[pixel * p.u_row];
+            const unsigned char *at = u + row_of(pixel, p.u_row);
+            if (CT == 4) next.u[g] = *reinterpret_cast<const unsigned *>(at);
+            else if (CT == 2) next.u[g] = *reinterpret_cast<const unsigned short *>(at);
+            else next.u[g] = *at;
             if (OUT && ADD) {
-                const Floats<CT> held = *reinterpret_cast<const Floats<CT> *>(y + pixel * p.channels);
+                const Floats<CT> held = *reinterpret_cast<const Floats<CT> *>(y + row_of(pixel, p.channels));
 #pragma unroll
                 for (int c = 0; c < CT; ++c) next.y[g][c] = held.x[c];
             }
@@ -206,6 +232,8 @@ struct Walk {
                 h[c][n] = OUT && real && p.chunks > 1 ? p.ends[(mine * STATES + n) * p.channels + d] : 0.0f;
         }
         const float su = p.scales[0], ou = p.scales[1], sd = p.scales[6], least = float(p.qmin), most = float(p.qmax);
+        constexpr unsigned LEVEL = CT * LANES * 8;  // bytes of the table; what follows wraps round and back
+        const unsigned of_table = TABLE ? place_of(table) + lane * 8 - unsigned(as_int(MAGIC) + p.qmin) * LEVEL : 0;
         const float of_codes[4] = {p.scales[2], p.scales[3], p.scales[4], p.scales[5]};
         Fetch f;
         begin(f, back);
@@ -248,10 +276,7 @@ struct Walk {
                         float x = fmaf(affine[c][0], float(dot), fmaf(affine[c][1], float(sum), affine[c][2]));
                         if (QUANT) x = fminf(fmaxf(x, least), most);
                         if (TABLE) {
-                            const int level = as_int(x + MAGIC) - as_int(MAGIC) - p.qmin;
-                            const Floats<2> e = *reinterpret_cast<const Floats<2> *>(table + ((level * CT + c) * LANES + lane) * 2);
-                            dt[c] = e.x[0];
-                            decay[0][c] = e.x[1];
+                            load_pair(unsigned(as_int(x + MAGIC)) * LEVEL + of_table + c * LANES * 8, dt[c], decay[0][c]);
                         } else {
                             if (QUANT) x = fmaf((x + MAGIC) - MAGIC, sd, offset[c]);
                             dt[c] = step_size(x);
@@ -283,11 +308,16 @@ struct Walk {
                                 if (LADDER && n + 2 < STATES) a *= ratio[c];
                             }
                     }
-                    if (OUT && now.pixel[g] >= 0) {
-                        Floats<CT> out;
+                    if (OUT) {
+                        float *const to = y + row_of(now.pixel[g] < 0 ? 0 : now.pixel[g], p.channels);
+                        float out[CT];
 #pragma unroll
-                        for (int c = 0; c < CT; ++c) out.x[c] = ADD ? (result[c] + odd[c]) + now.y[g][c] : result[c] + odd[c];
-                        *reinterpret_cast<Floats<CT> *>(y + now.pixel[g] * p.channels) = out;
+                        for (int c = 0; c < CT; ++c) out[c] = ADD ? (result[c] + odd[c]) + now.y[g][c] : result[c] + odd[c];
+#pragma unroll
+                        for (int c = 0; c < CT; c += 2) {
+                            if (CT == 1) store_if(now.pixel[g] >= 0, to, out[0]);
+                            else store_if(now.pixel[g] >= 0, to + c, out[c], out[(c + 1) % CT]);
+                        }
                     }
                 }
             }
@@ -309,20 +339,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const 
     walk.run<false>(blockIdx.y / p.blocks / p.batch);
 }
 
-// blockIdx.y: sample, block of channels.
+// blockIdx.y: path, sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_out(const Params p) {
-    const int block = blockIdx.y % p.blocks, sample = blockIdx.y / p.blocks;
+    const int block = blockIdx.y % p.blocks, sample = blockIdx.y / p.blocks % p.batch;
+    const int path = p.path + blockIdx.y / p.blocks / p.batch, back = p.paths[2 * path + 1];
     Walk<true> walk(p, sample, block);
-    if (p.add) walk.run<true>(p.along);
-    else walk.run<false>(p.along);
-    if (p.back >= 0) walk.run<true>(p.back);
+    walk.y += path * p.part;
+    if (p.add) walk.run<true>(p.paths[2 * path]);
+    else walk.run<false>(p.paths[2 * path]);
+    if (back >= 0) walk.run<true>(back);
 }
 
 // From what chunks add to what enters them, in place. A thread has a segment of the chunks of one state of one channel.
 // blockIdx.y: direction, sample.
-extern "C" __global__ void __launch_bounds__(32 * SEGMENTS) scan_carry(const Params p) {
-    float *sums = reinterpret_cast<float *>(shared), *times = sums + 32 * SEGMENTS;
-    const int column = blockIdx.x * 32 + threadIdx.x % 32, segment = threadIdx.x / 32, width = STATES * p.channels;
+extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(const Params p) {
+    float *sums = reinterpret_cast<float *>(shared), *times = sums + COLUMNS * SEGMENTS;
+    const int place = threadIdx.x, segment = place / COLUMNS, width = STATES * p.channels;
+    const int column = blockIdx.x * COLUMNS + place % COLUMNS;
     const int k = blockIdx.y / p.batch, channel = column % p.channels, n = column / p.channels;
     const bool real = column < width, back = p.ways[k] & 1;
     float rate = 0.0f;
@@ -344,11 +377,20 @@ extern "C" __global__ void __launch_bounds__(32 * SEGMENTS) scan_carry(const Par
         h = fmaf(exp2_(rate * t), h, ends[chunk * width]);
         time += t;
     }
-    sums[threadIdx.x] = h;
-    times[threadIdx.x] = time;
+    // Sums of all segments up to each: of two, four, .. segments at a time.
+    for (int reach = 1; reach < SEGMENTS; reach *= 2) {
+        sums[place] = h;
+        times[place] = time;
+        __syncthreads();
+        if (segment >= reach) {
+            h = fmaf(exp2_(rate * time), sums[place - reach * COLUMNS], h);
+            time += times[place - reach * COLUMNS];
+        }
+        __syncthreads();
+    }
+    sums[place] = h;
     __syncthreads();
-    h = 0.0f;
-    for (int s = 0; s < segment; ++s) h = fmaf(exp2_(rate * times[s * 32 + threadIdx.x % 32]), h, sums[s * 32 + threadIdx.x % 32]);
+    h = segment > 0 ? sums[place - COLUMNS] : 0.0f;
     constexpr int AHEAD = 8;
     for (int j = first; j < end; j += AHEAD) {
         float add[AHEAD], t[AHEAD];
@@ -367,4 +409,4 @@ extern "C" __global__ void __launch_bounds__(32 * SEGMENTS) scan_carry(const Par
     }
 }
 
-constexpr int ENDS_BYTES = Walk<false>::bytes(), OUT_BYTES = Walk<true>::bytes(), CARRY_BYTES = 2 * 4 * 32 * SEGMENTS;
+constexpr int ENDS_BYTES = Walk<false>::bytes(), OUT_BYTES = Walk<true>::bytes(), CARRY_BYTES = 2 * 4 * COLUMNS * SEGMENTS;

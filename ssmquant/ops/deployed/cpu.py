@@ -21,6 +21,7 @@ from ssmquant.ops.deployed.forms import ACTIVATIONS, Codes, Grid, Norm, RowGrid,
 from ssmquant.ops.deployed.memory import new
 
 __all__ = [
+    "BETWEEN",
     "BY_ROW",
     "DYNAMIC",
     "MOST_INPUTS",
@@ -50,6 +51,8 @@ __all__ = [
 
 NAME = "cpu"
 DYNAMIC = BY_ROW = True
+BETWEEN = 0
+"""No codes go from one call to the next: values are in the cache."""
 """Whether ranges may depend on the data: of a sample, or of a row."""
 MOST_STATES = 256
 MOST_RANK = 2**16

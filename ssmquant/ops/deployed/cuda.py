@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ssmquant.errors import InputError
+from ssmquant.ops.deployed import cuda_scan
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.cuda_depthwise import depthwise
 from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, Weights
 from ssmquant.ops.selective_scan import cuda as float_scan
 
 __all__ = [
+    "BETWEEN",
     "BY_ROW",
     "DYNAMIC",
     "MOST_INPUTS",
@@ -31,21 +33,24 @@ __all__ = [
     "by_lanes",
     "convolve",
     "depthwise",
+    "encode",
     "excite",
     "pack",
+    "paths",
     "project",
     "unavailable",
 ]
 
 NAME = "cuda"
 DYNAMIC = BY_ROW = False
+BETWEEN = 128
+"""Levels of codes that may go from one kernel to the next, as int8 from 0, and -1 for NaN."""
 MOST_STATES = 64
 """Each lane of a scan has all states of its channels in registers."""
 MOST_RANK = 64
 MOST_INPUTS = 2**16
 MOST_SPAN = 64
 _MOST = 2**31 - 2**16  # elements of a sample
-_LEVELS = 128  # that codes from 0 may have as int8
 
 
 @functools.cache
@@ -116,7 +121,19 @@ def _samples(*tensors: Tensor | None) -> tuple[int, int]:
 
 def _off(grid: Grid) -> int:
     """What codes of the grid are less when they are int8."""
-    return 128 if grid.qmax - grid.qmin + 1 > _LEVELS else 0
+    return 128 if grid.qmax - grid.qmin + 1 > BETWEEN else 0
+
+
+def _parts(x: Tensor, more: tuple[Tensor, ...]) -> tuple[Tensor, int, int]:
+    """A tensor whose sum with others a kernel makes while it reads: their distance in elements, and how many."""
+    if not more:
+        return x, 0, 1
+    distance = more[0].data_ptr() - x.data_ptr()
+    alike = all(t.stride() == x.stride() and t.dtype == x.dtype for t in more)
+    evenly = all(t.data_ptr() - x.data_ptr() == (i + 1) * distance for i, t in enumerate(more))
+    if alike and evenly and distance % x.element_size() == 0:
+        return x, distance // x.element_size(), 1 + len(more)
+    return x + sum(more), 0, 1
 
 
 def pack(codes: Tensor, scale: Tensor, shift: Tensor, **_options: bool) -> Weights:
@@ -153,29 +170,63 @@ def project(
     z: Tensor | None = None,
     residual: tuple[Tensor, Tensor | None] | None = None,
     act: str | None = None,
-) -> Tensor:
-    """See ``cpu.project``; ``act`` comes before the residual."""
+    more: tuple[Tensor, ...] = (),
+    codes: tuple[Grid, int] | None = None,
+) -> Any:
+    """See ``cpu.project``; ``act`` comes before the residual.
+
+    Args:
+        x: float32, or codes by ``grid``, int8 from 0 and -1 for NaN.
+        more: tensors like x, which are added to it first.
+        codes: a grid of at most ``BETWEEN`` levels, and how many of the first outputs are returned as such codes.
+
+    Returns:
+        (batch, rows, outputs), float32; with ``codes`` a tuple, codes and the other outputs.
+    """
     inputs, outputs = x.shape[2], weights.outputs
-    y = torch.empty(*x.shape[:2], outputs, dtype=torch.float32, device=x.device)
+    coded = x.dtype == torch.int8
+    x, part, parts = _parts(x, more)
+    following, columns = codes if codes is not None else (grid, 0)
+    y = torch.empty(*x.shape[:2], outputs - columns, dtype=torch.float32, device=x.device)
+    made = torch.empty(*x.shape[:2], columns, dtype=torch.int8, device=x.device) if columns else None
     kind = 0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     held, gain = residual if residual is not None else (None, None)
     tensors = (
         x, z, norm_weight, norm_bias, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift,
-        weights.total, bias, held, gain, y,
+        weights.total, bias, held, gain, y, made, following.scale, following.shift,
     )  # fmt: skip
-    samples, rows = _samples(x, z, held, y)
+    samples, rows = _samples(x, z, held, y, made)
     z_strides = (0, 0) if z is None else z.stride()[:2]
     r_strides = (0, 0) if held is None else held.stride()[:2]
-    numbers = rows, *x.stride(), *z_strides, *r_strides, float(eps), grid.qmin, grid.qmax
+    ends = grid.qmin, grid.qmax, following.qmin, following.qmax
+    numbers = rows, part, *x.stride(), *z_strides, *r_strides, float(eps), *ends
     bm, bn, bk, warps = _tile(samples * rows, inputs, outputs)
     constants = (
-        inputs, outputs, _off(grid), kind, norm_weight is not None, norm_bias is not None, z is not None,
-        bias is not None, held is not None, gain is not None, ACTIVATIONS[act], bm, bn, bk,
+        inputs, outputs, _off(grid), coded, parts, kind, norm_weight is not None, norm_bias is not None, z is not None,
+        bias is not None, held is not None, gain is not None, ACTIVATIONS[act], columns, bm, bn, bk,
     )  # fmt: skip
     blocks = -(-rows // bm), 1 if bk >= inputs else -(-outputs // bn), samples
     _launch("project", blocks, tensors, numbers, constants, warps)
-    return y
+    return y if codes is None else (made, y)
+
+
+def encode(x: Tensor, grid: Grid, factors: Tensor | None = None) -> Tensor:
+    """Codes of an image (batch, height, width, channels), any strides: int8 from 0, and -1 for NaN.
+
+    ``grid`` has at most ``BETWEEN`` levels; ``factors``, (channels,), are multiplied with x before.
+    """
+    batch, height, width, columns = x.shape
+    wide = -(-columns // 16) * 16  # so that rows can be read by vectors
+    codes = torch.empty(batch, height, width, wide, dtype=torch.int8, device=x.device)
+    _small_enough(x, codes)
+    bc = min(_power(wide), 64)
+    bm = 2048 // bc
+    numbers = height * width, height, width, *x.stride(), grid.qmin, grid.qmax
+    blocks = -(-height * width // bm), -(-wide // bc), batch
+    constants = columns, wide, factors is not None, bm, bc
+    _launch("encode", blocks, (x, factors, grid.scale, grid.shift, codes), numbers, constants)
+    return codes[..., :columns]
 
 
 def convolve(
@@ -189,13 +240,16 @@ def convolve(
     padding: tuple[int, int],
     norm: Norm | None = None,
 ) -> Tensor:
-    """See ``cpu.convolve``; ``norm`` can only be factors."""
+    """See ``cpu.convolve``; ``norm`` can only be factors. x: float32, or int8 codes as those of ``encode``."""
+    factors = None if norm is None else norm.weight
+    levels = grid.qmax - grid.qmin + 1
+    if x.dtype != torch.int8 and kernel[0] * kernel[1] > 2 and levels <= BETWEEN:
+        x, factors = encode(x, grid, factors), None  # once, and not for every tap
     batch, x_height, x_width, inputs = x.shape
     height, width = conv_size((x_height + 2 * padding[0], x_width + 2 * padding[1]), kernel, dilation, stride)
     outputs, pixels = weights.outputs, height * width
     y = torch.empty(batch, height, width, outputs, dtype=torch.float32, device=x.device)
     _small_enough(x, y)
-    factors = None if norm is None else norm.weight
     tensors = (
         x, factors, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift, weights.total, bias, y
     )  # fmt: skip
@@ -205,7 +259,8 @@ def convolve(
     bm, bn = _rows_at_once(batch * pixels), min(_power(outputs), 64)
     bk = min(_power(inputs, 32), 128)
     constants = (
-        inputs, outputs, _off(grid), *kernel, *dilation, factors is not None, bias is not None, bm, bn, bk
+        inputs, outputs, _off(grid), *kernel, *dilation, x.dtype == torch.int8, factors is not None, bias is not None,
+        bm, bn, bk,
     )  # fmt: skip
     _launch("conv", (-(-pixels // bm), -(-outputs // bn), batch), tensors, numbers, constants)
     return y
@@ -246,8 +301,16 @@ def excite(x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_
     return y
 
 
+def paths(order: Tensor) -> list[tuple[int, int]]:
+    """What a scan in these orders, (K, L), has results of: pairs of directions, -1 for none."""
+    return cuda_scan.paths_of(order)[0]
+
+
 class Core:
-    """``cpu.Core`` on a GPU: codes of an image and of its projection by one kernel, then the scans."""
+    """``cpu.Core`` on a GPU: codes of an image and of its projection by one kernel, then the scans.
+
+    ``apart``: results of each path of its own, see ``cuda_scan.Scan``.
+    """
 
     def __init__(
         self,
@@ -267,14 +330,13 @@ class Core:
         softplus: bool,
         order: Tensor,
         ranks: int,
+        apart: bool = False,
     ) -> None:
-        from ssmquant.ops.deployed.cuda_scan import Scan, arrangement
-
         directions, states = len(order), a.shape[1]
         self.shape = shape
         self.of_u, self.of_x = of_u, of_u if of_x is None else of_x
         # Rows of the projection in the order in which the scan wants their codes; rows that are not there are zeros.
-        rows = arrangement(ranks, states, places)
+        rows = cuda_scan.arrangement(ranks, states, places)
         device = projection.codes.device
         at = torch.tensor(rows, device=device)
         there = (at >= 0).view(1, -1)
@@ -295,12 +357,12 @@ class Core:
             made.append(torch.tensor(ends, dtype=torch.float32, device=device))
         self.made = [t.repeat(directions) for t in made]
         self.grids = [torch.cat((g.scale, g.shift)) for g in (self.of_x, self.of_u)]
-        self.scan = Scan(
-            shape, ranks, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, softplus, order
+        self.scan = cuda_scan.Scan(
+            shape, ranks, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, softplus, order, apart
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: any strides."""
+        """x: any strides, float32, or codes as ``project`` takes them if both quantizers are one."""
         u, codes, bad = self.encode(x)
         return self.scan(u, codes, bad)
 
@@ -309,7 +371,10 @@ class Core:
         batch, pixels, channels = self.shape
         rows, outputs = batch * pixels, self.projection.outputs
         samples, each = _samples(x)
-        columns, width = -(-channels // 16) * 16, -(-outputs // 16) * 16
+        coded = x.dtype == torch.int8
+        if coded:
+            x = x.contiguous()
+        columns, width = 0 if coded else -(-channels // 16) * 16, -(-outputs // 16) * 16
         memory = torch.empty(rows * (columns + width + 1), dtype=torch.uint8, device=x.device)
         u, codes = memory[: rows * columns], memory[rows * columns : rows * (columns + width)]
         bad = memory[rows * (columns + width) :]
@@ -319,6 +384,7 @@ class Core:
         bm, bn, bk, warps = _tile(rows, channels, outputs)
         blocks = -(-each // bm), 1 if bk >= channels else -(-outputs // bn), samples
         same = of_x is of_u
-        constants = channels, outputs, _off(of_x), same, bm, bn, bk
+        constants = channels, outputs, _off(of_x), same, coded, bm, bn, bk
         _launch("core_codes", blocks, tensors, numbers, constants, warps)
-        return u.view(rows, columns), codes.view(rows, width), bad
+        u = x.view(torch.uint8).view(rows, channels) if coded else u.view(rows, columns)
+        return u, codes.view(rows, width), bad

@@ -14,12 +14,13 @@ from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed.forms import Grid, Weights
 
-__all__ = ["Case", "Scan", "Shape", "arrangement", "choose"]
+__all__ = ["Case", "Scan", "Shape", "arrangement", "choose", "paths_of"]
 
 _MOST_LEVELS = 16  # of step sizes that are looked up
-_SEGMENTS = 32  # of chunks, as in the source
 _MOST_LANES = 256
-_FEW_STEPS = 96
+_FEW_STEPS = 48
+_FEW_CHUNKS = 8  # of a segment
+_FEW_STATES = 4  # that need few registers
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
 _MOST = 2**31 - 2**16  # elements of a sample
 _MOST_BLOCKS = 2**16 - 1  # of a grid's second axis
@@ -40,6 +41,8 @@ class Shape:
     """Steps whose memory is asked for together; divides ``stage``."""
     resident: int = 2
     """Blocks of a multiprocessor, what registers are limited for."""
+    segments: int = 32
+    """Of all chunks, in ``scan_carry``: a power of two, at most 64."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Case:
             "STAGE": s.stage,
             "GROUP": s.group,
             "RESIDENT": s.resident,
+            "SEGMENTS": s.segments,
             "QUANT": int(self.quantized),
             "TABLE": self.levels,
             "LADDER": self.ladder,
@@ -81,6 +85,11 @@ class Case:
     def threads(self) -> int:
         """Of a block."""
         return -(-self.shape.lanes * self.shape.chunks // 32) * 32
+
+    @property
+    def columns(self) -> int:
+        """States of channels of a block of ``scan_carry``."""
+        return max(16, 256 // self.shape.segments)
 
     def shared(self, out: bool) -> int:
         """Bytes of shared memory of a block, as the source lays it out."""
@@ -102,10 +111,13 @@ def _processors(device: torch.device) -> int:
     return count
 
 
-def choose(batch: int, pixels: int, channels: int, processors: int) -> Shape:
+def choose(batch: int, pixels: int, channels: int, states: int, walks: int, processors: int) -> Shape:
     """Any shape is right, this one should be fast: whole warps, and one or two blocks for each multiprocessor.
 
     Measured on an H200: two blocks hide more of what they wait for, but chunks of few steps cost more than that.
+
+    Args:
+        walks: Paths that are walked at once.
     """
     columns = 1 if channels % 2 else 2
     lanes = channels // columns
@@ -118,15 +130,18 @@ def choose(batch: int, pixels: int, channels: int, processors: int) -> Shape:
 
     stage = 16
     chunks = max(range(1, max(1, _THREADS // lanes) + 1), key=fill)
-    work = batch * blocks * pixels
+    work = batch * blocks * pixels * walks
     steps = work // (2 * processors * chunks)
     if steps < _FEW_STEPS:
         steps = work // (processors * chunks)
     steps = max(1, min(-(-steps // stage), -(-pixels // stage))) * stage
     parts = -(-pixels // steps)
-    return Shape(
-        columns, lanes, max(1, min(chunks, -(-batch * blocks * parts // processors), parts)), steps, stage
-    )
+    chunks = max(1, min(chunks, -(-batch * blocks * walks * parts // processors), parts))
+    segments = 1
+    while segments < min(64, parts / _FEW_CHUNKS):
+        segments *= 2
+    resident = 2 if states > _FEW_STATES else 4
+    return Shape(columns, lanes, chunks, steps, stage, resident=resident, segments=segments)
 
 
 class _Params(ctypes.Structure):
@@ -139,11 +154,13 @@ class _Params(ctypes.Structure):
         ),
         *((n, ctypes.c_void_p) for n in "ends totals y".split()),
         *((n, ctypes.c_int) for n in "u_row row batch pixels channels chunks chunk blocks".split()),
-        *((n, ctypes.c_int) for n in "qmin qmax along back add".split()),
+        ("paths", ctypes.c_void_p),
+        ("part", ctypes.c_longlong),
+        *((n, ctypes.c_int) for n in "qmin qmax path add".split()),
     )
 
 
-def _paths(order: Tensor) -> tuple[list[tuple[int, int]], list[int]]:
+def paths_of(order: Tensor) -> tuple[list[tuple[int, int]], list[int]]:
     """Directions along the same path, (forward, back) with -1 for none; of each one 2 * its row of order + back."""
     rows = order.cpu()
     found: list[tuple[int, int]] = []
@@ -190,6 +207,8 @@ class Scan:
     """Selective scans over an image in K orders, added up at their pixels, of codes that ``cuda.Core.encode`` makes.
 
     Arguments are those of ``cuda.Core``. Codes are as ``arrangement`` says.
+
+    ``apart``: results of each path of its own, in front of all axes: more is done at once.
     """
 
     def __init__(
@@ -207,6 +226,7 @@ class Scan:
         bias: Tensor | None,
         softplus: bool,
         order: Tensor,
+        apart: bool = False,
         shape: Shape | None = None,
     ) -> None:
         batch, pixels, channels = size
@@ -219,15 +239,17 @@ class Scan:
             raise InputError(
                 f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
             )
-        self.size, self.device = size, device
-        shape = choose(batch, pixels, channels, _processors(device)) if shape is None else shape
+        self.size, self.device, self.apart = size, device, apart
+        self.paths, ways = paths_of(order)
+        if shape is None:
+            walks = len(self.paths) if apart else 1
+            shape = choose(batch, pixels, channels, a.shape[1], walks, _processors(device))
         ladder, rates = _rates(a, directions)
         levels = 0 if of_delta is None else of_delta.qmax - of_delta.qmin + 1
         levels = -(-levels // 2) * 2 if levels <= _MOST_LEVELS else 0
         self.case = Case(shape, a.shape[1], ranks, of_delta is not None, levels, ladder, softplus)
         self.chunks = -(-pixels // shape.steps)
         self.blocks = -(-channels // (shape.lanes * shape.columns))
-        self.paths, ways = _paths(order)
 
         d = torch.float64
         k, c = (directions, channels)
@@ -261,6 +283,7 @@ class Scan:
         tensors = {
             "order": order.contiguous(),
             "ways": torch.tensor(ways, dtype=torch.int32, device=device),
+            "paths": torch.tensor(self.paths, dtype=torch.int32, device=device),
             "scales": torch.cat((*(t.to(d) for t in of_codes), of_steps)),
             "table": table,
             "words": packed.squeeze(3).transpose(1, 2),
@@ -281,9 +304,9 @@ class Scan:
         )  # fmt: skip
 
     def __call__(self, u: Tensor, codes: Tensor, bad: Tensor) -> Tensor:
-        """(B, L, D), float32, of (B * L, columns), (B * L, width) and (B * L,), all uint8."""
-        batch, pixels, channels = self.size
-        y = torch.empty(batch, pixels, channels, dtype=torch.float32, device=self.device)
+        """(B, L, D), float32, of (B * L, columns), (B * L, width) and (B * L,), all uint8; ``apart``: (P, B, L, D)."""
+        size = (len(self.paths), *self.size) if self.apart else self.size
+        y = torch.empty(size, dtype=torch.float32, device=self.device)
         params = _Params.from_buffer_copy(self._params)
         params.u, params.codes, params.bad, params.y = (t.data_ptr() for t in (u, codes, bad, y))
         params.u_row, params.row = u.shape[1], codes.shape[1] // 4
@@ -292,7 +315,7 @@ class Scan:
         return y
 
     def _run(self, params: _Params) -> None:
-        batch, _, channels = self.size
+        batch, pixels, channels = self.size
         case, directions, device = self.case, len(self._kept["order"]), self.device
         across, chunks = -(-self.chunks // case.shape.chunks), self.chunks
         launch = nvrtc.load(_source(case), device).launch
@@ -302,9 +325,18 @@ class Scan:
             params.ends, params.totals = ends.data_ptr(), ends[states:].data_ptr()
             grid = across, directions * batch * self.blocks
             launch("scan_ends", grid, case.threads, case.shared(False), params, device)
-            grid = -(-case.states * channels // 32), directions * batch
-            launch("scan_carry", grid, 32 * _SEGMENTS, 8 * 32 * _SEGMENTS, params, device)
-        grid = across, batch * self.blocks
-        for i, (along, back) in enumerate(self.paths):
-            params.along, params.back, params.add = along, back, int(i > 0)
-            launch("scan_out", grid, case.threads, case.shared(True), params, device)
+            threads = case.columns * case.shape.segments
+            grid = -(-case.states * channels // case.columns), directions * batch
+            launch("scan_carry", grid, threads, 8 * threads, params, device)
+        at_once = len(self.paths) if self.apart else 1
+        params.part = batch * pixels * channels if self.apart else 0
+        for first in range(0, len(self.paths), at_once):
+            params.path, params.add = first, int(first > 0)
+            launch(
+                "scan_out",
+                (across, at_once * batch * self.blocks),
+                case.threads,
+                case.shared(True),
+                params,
+                device,
+            )

@@ -3,6 +3,9 @@
 Codes are held as int8, from 0 or, of more than 128 levels, from -128 (``OFF``): products with weights are then exact
 integers of the tensor cores, from which scales, shifts and zero points are taken out afterwards. Codes are those
 of plain PyTorch but for ties, since there are no divisions. Places within a sample have 32 bits.
+
+Between kernels codes of up to 128 levels go as int8 from 0, and -1 for NaN (``CODED``: what is read is such; ``CODES``:
+so many of the first outputs are written so, apart from the others, by the quantizer of who reads them).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["blend", "conv", "core_codes", "excite", "pool", "project"]
+__all__ = ["blend", "conv", "core_codes", "encode", "excite", "pool", "project"]
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no fraction, rounding to even
 
@@ -49,14 +52,16 @@ def _act(x, ACT: tl.constexpr):
 @triton.jit
 def project(
     x, z, norm_weight, norm_bias, scale, shift, weights, of_scale, of_shift, of_total, bias, residual, gain, y,
-    rows, x_batch, x_row, x_column, z_batch, z_row, r_batch, r_row, eps, qmin, qmax,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, NORM: tl.constexpr, HAS_W: tl.constexpr,
-    HAS_B: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    codes, next_scale, next_shift,
+    rows, x_part, x_batch, x_row, x_column, z_batch, z_row, r_batch, r_row, eps, qmin, qmax, next_min, next_max,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, CODED: tl.constexpr, PARTS: tl.constexpr,
+    NORM: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr, ACT: tl.constexpr, CODES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A block of a sample's rows by a block of outputs: norm, gate, codes, product, bias, activation, residual.
 
-    NORM: 1 layer norm, 2 RMS norm, 3 factors alone.
+    NORM: 1 layer norm, 2 RMS norm, 3 factors alone. PARTS: tensors whose sum x is.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     here = m < rows
@@ -70,12 +75,13 @@ def project(
     mean = tl.zeros([BM], tl.float32)
     factor = tl.zeros([BM], tl.float32) + 1.0
     r_at = residual + sample * r_batch + m * r_row
-    y += sample * rows * OUTPUTS
+    y += sample * rows * (OUTPUTS - CODES)
+    codes += sample * rows * CODES
     if BK >= INPUTS:  # codes are made once, for all outputs
         k = tl.arange(0, BK)
         inside = (k < INPUTS)[None, :]
         mask = here[:, None] & inside
-        v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
+        v = _read(x_at, k, x_column, x_part, mask, PARTS)
         if NORM == 1:
             mean = tl.sum(v, 1) / INPUTS
         if NORM % 3 != 0:
@@ -83,43 +89,29 @@ def project(
             factor = 1.0 / tl.sqrt_rn(tl.sum(off * off, 1) / INPUTS + eps)
             v = (v - mean[:, None]) * factor[:, None]
         code, sums, odd = _encoded(
-            v,
-            z_at,
-            k,
-            mask,
-            norm_weight,
-            norm_bias,
-            inverse,
-            moved,
-            lower,
-            upper,
-            qmin,
-            INPUTS,
-            OFF,
-            HAS_W,
-            HAS_B,
-            GATE,
-        )
+            v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin, INPUTS, OFF, CODED, HAS_W,
+            HAS_B, GATE,
+        )  # fmt: skip
         for n0 in range(0, OUTPUTS, BN):
             n = n0 + tl.arange(0, BN)
             acc = tl.dot(code, _weights_at(weights, n, k, INPUTS, OUTPUTS), out_dtype=tl.int32)
             _finish(
-                acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, m, n, here,
-                OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
+                acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, codes, next_scale,
+                next_shift, next_min, next_max, m, n, here, OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT, CODES,
             )  # fmt: skip
     else:
         if NORM == 1:
             for k0 in range(0, INPUTS, BK):
                 k = k0 + tl.arange(0, BK)
                 mask = here[:, None] & (k < INPUTS)[None, :]
-                mean += tl.sum(tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0), 1)
+                mean += tl.sum(_read(x_at, k, x_column, x_part, mask, PARTS), 1)
             mean = mean / INPUTS
         if NORM % 3 != 0:
             squares = tl.zeros([BM], tl.float32)
             for k0 in range(0, INPUTS, BK):
                 k = k0 + tl.arange(0, BK)
                 mask = here[:, None] & (k < INPUTS)[None, :]
-                v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0) - mean[:, None]
+                v = _read(x_at, k, x_column, x_part, mask, PARTS) - mean[:, None]
                 squares += tl.sum(tl.where((k < INPUTS)[None, :], v * v, 0.0), 1)
             factor = 1.0 / tl.sqrt_rn(squares / INPUTS + eps)
         n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -129,45 +121,69 @@ def project(
         for k0 in range(0, INPUTS, BK):
             k = k0 + tl.arange(0, BK)
             mask = here[:, None] & (k < INPUTS)[None, :]
-            v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
+            v = _read(x_at, k, x_column, x_part, mask, PARTS)
             if NORM % 3 != 0:
                 v = (v - mean[:, None]) * factor[:, None]
             code, more, nans = _encoded(
-                v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin, INPUTS, OFF, HAS_W, HAS_B,
-                GATE,
+                v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin, INPUTS, OFF, CODED, HAS_W,
+                HAS_B, GATE,
             )  # fmt: skip
             sums += more
             odd += nans
             acc = tl.dot(code, _weights_at(weights, n, k, INPUTS, OUTPUTS), acc, out_dtype=tl.int32)
         _finish(
-            acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, m, n, here,
-            OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
+            acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, codes, next_scale,
+            next_shift, next_min, next_max, m, n, here, OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT, CODES,
         )  # fmt: skip
+
+
+@triton.jit
+def _read(x_at, k, x_column, x_part, mask, PARTS: tl.constexpr):
+    """(rows, inputs) of what is the sum of PARTS tensors; codes as they are."""
+    at = x_at[:, None] + k[None, :] * x_column
+    v = tl.load(at, mask=mask, other=0)
+    for part in tl.static_range(1, PARTS):
+        v += tl.load(at + part * x_part, mask=mask, other=0)
+    return v
+
+
+@triton.jit
+def _held(v):
+    """What is read as codes from 0: int8 without what stands for NaN, sums of rows, and how many are NaN."""
+    code = tl.maximum(v, 0).to(tl.int8)
+    return code, tl.sum(code.to(tl.int32), 1), tl.sum((v < 0).to(tl.int32), 1)
 
 
 @triton.jit
 def _encoded(
     v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin,
-    INPUTS: tl.constexpr, OFF: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, GATE: tl.constexpr,
+    INPUTS: tl.constexpr, OFF: tl.constexpr, CODED: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
     """Codes of normalised values, (rows, inputs) int8, zeros where there are none; their sums, and how many are NaN."""
-    if HAS_W:
-        v = v * tl.load(norm_weight + k, mask=k < INPUTS, other=0.0)[None, :]
-    if HAS_B:
-        v = v + tl.load(norm_bias + k, mask=k < INPUTS, other=0.0)[None, :]
-    if GATE:
-        v = v * _silu(tl.load(z_at[:, None] + k[None, :], mask=mask, other=0.0))
-    u = _index(v, inverse, moved, lower, upper)
-    odd = tl.sum((u != u).to(tl.int32), 1)
-    code = tl.where((k < INPUTS)[None, :], u.to(tl.int32) - (qmin + OFF), 0)
-    return code.to(tl.int8), tl.sum(code, 1), odd
+    if CODED:
+        code, sums, odd = _held(v)
+    else:
+        if HAS_W:
+            v = v * tl.load(norm_weight + k, mask=k < INPUTS, other=0.0)[None, :]
+        if HAS_B:
+            v = v + tl.load(norm_bias + k, mask=k < INPUTS, other=0.0)[None, :]
+        if GATE:
+            v = v * _silu(tl.load(z_at[:, None] + k[None, :], mask=mask, other=0.0))
+        u = _index(v, inverse, moved, lower, upper)
+        odd = tl.sum((u != u).to(tl.int32), 1)
+        wide = tl.where((k < INPUTS)[None, :], u.to(tl.int32) - (qmin + OFF), 0)
+        sums = tl.sum(wide, 1)
+        code = wide.to(tl.int8)
+    return code, sums, odd
 
 
 @triton.jit
 def _finish(
-    acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, m, n, here,
+    acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, codes, next_scale, next_shift,
+    next_min, next_max, m, n, here,
     OUTPUTS: tl.constexpr, OFF: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr,
-    ACT: tl.constexpr,
+    ACT: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """Values of products of codes, and what comes after them."""
     out = n < OUTPUTS
@@ -182,19 +198,52 @@ def _finish(
             held = held * tl.load(gain + n, mask=out, other=0.0)[None, :]
         value = value + held
     value = tl.where((odd > 0)[:, None], float("nan"), value)
-    tl.store(y + m[:, None] * OUTPUTS + n[None, :], value, mask=mask)
+    if CODES > 0:
+        code = _codes_of(value, next_scale, next_shift, next_min, next_max)
+        tl.store(codes + m[:, None] * CODES + n[None, :], code, mask=mask & (n < CODES)[None, :])
+    if CODES < OUTPUTS:
+        to = y + m[:, None] * (OUTPUTS - CODES) + (n - CODES)[None, :]
+        tl.store(to, value, mask=mask & (n >= CODES)[None, :])
+
+
+@triton.jit
+def _codes_of(v, scale, shift, qmin, qmax):
+    """int8 from 0, and -1 for NaN."""
+    inverse = tl.div_rn(1.0, tl.load(scale))
+    u = _index(v, inverse, tl.load(shift) * inverse, qmin + 0.0, qmax + 0.0)
+    return tl.where(u != u, -1, u.to(tl.int32) - qmin).to(tl.int8)
+
+
+@triton.jit
+def encode(
+    x, factors, scale, shift, codes, rows, height, width, x_batch, x_down, x_right, x_column, qmin, qmax,
+    COLUMNS: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Codes of an image as other kernels read them: (samples, height * width, WIDE), zeros behind COLUMNS."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    sample = tl.program_id(2).to(tl.int64)
+    mask = (m < rows)[:, None] & (c < COLUMNS)[None, :]
+    at = x + sample * x_batch + (m // width * x_down + m % width * x_right)[:, None] + c[None, :] * x_column
+    v = tl.load(at, mask=mask, other=0.0)
+    if FACTORS:
+        v = v * tl.load(factors + c, mask=c < COLUMNS, other=0.0)[None, :]
+    code = tl.where(mask, _codes_of(v, scale, shift, qmin, qmax), 0)
+    to = codes + sample * rows * WIDE + m[:, None] * WIDE + c[None, :]
+    tl.store(to, code, mask=(m < rows)[:, None] & (c < WIDE)[None, :])
 
 
 @triton.jit
 def core_codes(
     x, of_x, of_u, weights, of_scale, of_shift, of_total, out_inverse, out_moved, out_least, out_most, u, codes, bad,
     rows, x_batch, x_row, x_column, u_row, code_row, qmin, qmax, u_least, u_most,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, SAME: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, SAME: tl.constexpr, CODED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The codes of an image, of its projection to low rank, B and C of all directions, and where a NaN was.
 
     of_x, of_u: scale and shift, SAME if they are one. Results are uint8 from 0; out_*: the quantizer of each output.
+    Of an image that is CODED there is no ``u``: it is what its scans want.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     here = m < rows
@@ -210,7 +259,7 @@ def core_codes(
     if BK >= INPUTS:  # codes are made once, for all outputs
         code, sums, odd = _image_codes(
             x_at, u, m, here, 0, first, inverse, moved, u_inverse, u_moved, x_column, u_row, qmin, qmax, u_least,
-            u_most, INPUTS, OFF, SAME, BK,
+            u_most, INPUTS, OFF, SAME, CODED, BK,
         )  # fmt: skip
         for n0 in range(0, OUTPUTS, BN):
             n = n0 + tl.arange(0, BN)
@@ -227,7 +276,7 @@ def core_codes(
         for k0 in range(0, INPUTS, BK):
             code, more, nans = _image_codes(
                 x_at, u, m, here, k0, first, inverse, moved, u_inverse, u_moved, x_column, u_row, qmin, qmax, u_least,
-                u_most, INPUTS, OFF, SAME, BK,
+                u_most, INPUTS, OFF, SAME, CODED, BK,
             )  # fmt: skip
             sums += more
             odd += nans
@@ -250,20 +299,25 @@ def _weights_at(weights, n, k, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr):
 @triton.jit
 def _image_codes(
     x_at, u, m, here, k0, first, inverse, moved, u_inverse, u_moved, x_column, u_row, qmin, qmax, u_least, u_most,
-    INPUTS: tl.constexpr, OFF: tl.constexpr, SAME: tl.constexpr, BK: tl.constexpr,
+    INPUTS: tl.constexpr, OFF: tl.constexpr, SAME: tl.constexpr, CODED: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Codes of a block of the image: stored for the scan; as int8; sums of these, and how many are NaN."""
     k = k0 + tl.arange(0, BK)
     inside = (k < INPUTS)[None, :]
     mask = here[:, None] & inside
-    v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
-    code = _index(v, inverse, moved, qmin + 0.0, qmax + 0.0)
-    own = code if SAME else _index(v, u_inverse, u_moved, u_least + 0.0, u_most + 0.0)
-    odd = tl.sum((code != code).to(tl.int32), 1)
-    kept = (own.to(tl.int32) - u_least).to(tl.uint8)
-    tl.store(u + m[:, None] * u_row + k[None, :], kept, mask=mask & first)
-    code = tl.where(inside, code.to(tl.int32) - (qmin + OFF), 0)
-    return code.to(tl.int8), tl.sum(code, 1), odd
+    v = tl.load(x_at[:, None] + k[None, :] * x_column, mask=mask, other=0)
+    if CODED:
+        made, sums, odd = _held(v)
+    else:
+        code = _index(v, inverse, moved, qmin + 0.0, qmax + 0.0)
+        own = code if SAME else _index(v, u_inverse, u_moved, u_least + 0.0, u_most + 0.0)
+        odd = tl.sum((code != code).to(tl.int32), 1)
+        kept = (own.to(tl.int32) - u_least).to(tl.uint8)
+        tl.store(u + m[:, None] * u_row + k[None, :], kept, mask=mask & first)
+        wide = tl.where(inside, code.to(tl.int32) - (qmin + OFF), 0)
+        sums = tl.sum(wide, 1)
+        made = wide.to(tl.int8)
+    return made, sums, odd
 
 
 @triton.jit
@@ -302,8 +356,8 @@ def conv(
     pixels, height, width, x_height, x_width, x_batch, x_down, x_right, x_column, qmin, qmax, above, before,
     step_down, step_right,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    DOWN: tl.constexpr, RIGHT: tl.constexpr, FACTORS: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    DOWN: tl.constexpr, RIGHT: tl.constexpr, CODED: tl.constexpr, FACTORS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A dense convolution: a block of a sample's output pixels by a block of outputs.
 
@@ -333,18 +387,24 @@ def conv(
         for k0 in range(0, INPUTS, BK):
             k = k0 + tl.arange(0, BK)
             mask = inside[:, None] & (k < INPUTS)[None, :]
-            v = tl.load(at[:, None] + k[None, :] * x_column, mask=mask, other=0.0)
-            if FACTORS:
-                v = v * tl.load(factors + k, mask=k < INPUTS, other=0.0)[None, :]
-            u = _index(v, inverse, moved, lower, upper)
-            odd += tl.sum((u != u).to(tl.int32), 1)
-            code = tl.where(mask, u.to(tl.int32) - (qmin + OFF), 0)
-            sums += tl.sum(code, 1)
+            v = tl.load(at[:, None] + k[None, :] * x_column, mask=mask, other=0)
+            if CODED:
+                code, more, nans = _held(v)
+            else:
+                if FACTORS:
+                    v = v * tl.load(factors + k, mask=k < INPUTS, other=0.0)[None, :]
+                u = _index(v, inverse, moved, lower, upper)
+                nans = tl.sum((u != u).to(tl.int32), 1)
+                of_x = tl.where(mask, u.to(tl.int32) - (qmin + OFF), 0)
+                more = tl.sum(of_x, 1)
+                code = of_x.to(tl.int8)
+            sums += more
+            odd += nans
             w = tl.load(
                 weights + tap * (OUTPUTS * INPUTS) + n[None, :] * INPUTS + k[:, None],
                 mask=out[None, :] & (k < INPUTS)[:, None], other=0,
             )  # fmt: skip
-            acc = tl.dot(code.to(tl.int8), w, acc, out_dtype=tl.int32)
+            acc = tl.dot(code, w, acc, out_dtype=tl.int32)
         total = tl.load(of_total + tap * OUTPUTS + n, mask=out, other=0.0)
         offset += tl.where(inside[:, None], origin * total[None, :], 0.0)
     ws = tl.load(of_scale + n, mask=out, other=0.0)

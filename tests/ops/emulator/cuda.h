@@ -57,6 +57,7 @@ inline void (*body)();
 
 // The first of `count` threads from `base` on that can run, or -1.
 inline int first_ready(int base, int count) {
+    if (base + count > threads) count = threads - base;  // the last warp need not be whole
     for (int i = 0; i < count; ++i) {
         int thread = base + (late ? count - 1 - i : i);
         const Fiber &f = fibers[thread];
@@ -183,6 +184,14 @@ inline float exp2_(float x) { return exp2f(x); }
 inline float recip(float x) { return 1.0f / x; }
 inline float as_float(int x) { return bits_to_float(uint32_t(x)); }
 inline int as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
+extern char shared[];
+inline unsigned place_of(const float *p) { return unsigned(reinterpret_cast<const char *>(p) - shared); }
+inline void load_pair(unsigned at, float &x, float &y) {
+    const float *p = reinterpret_cast<const float *>(shared + at);
+    x = p[0], y = p[1];
+}
+inline void store_if(bool there, float *to, float x) { if (there) *to = x; }
+inline void store_if(bool there, float *to, float x, float y) { if (there) to[0] = x, to[1] = y; }
 inline int dot4(unsigned x, int w, int sum) {
     for (int i = 0; i < 4; ++i) sum += int(x >> 8 * i & 255) * int(int8_t(uint32_t(w) >> 8 * i & 255));
     return sum;

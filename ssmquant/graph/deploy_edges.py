@@ -1,0 +1,167 @@
+"""What goes from one call of a deployed graph to the next, where kernels can hand on less than floats.
+
+- Codes: what only one quantizer reads is written as its codes, a byte instead of four.
+- Parts: what a scan computes along paths of pixels at once is added up by the layer that reads the sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from ssmquant.graph.deploy_layers import conv2d_call, gated_linear_call, is_core, linear_call
+from ssmquant.graph.deploy_scans import order_at_trace
+from ssmquant.graph.moves import is_cast
+from ssmquant.graph.orders import PathsOf, shape_of
+from ssmquant.graph.sites import op_name
+from ssmquant.modules import deployed
+
+__all__ = ["deploy_edges"]
+
+_MOVES = {
+    "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "unsqueeze", "squeeze", "swapaxes",
+    "movedim", "moveaxis", "t",
+}  # fmt: skip
+_MOST_PARTS = 4
+
+
+def _reads_shape(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node wants nothing but the shape of ``source``."""
+    if node.op == "call_method" and node.target == "size":
+        return True
+    return isinstance(node.target, PathsOf) and node.args[:1] == (source,)
+
+
+class _Edges:
+    def __init__(self, graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> None:
+        self.graph, self.model, self.engine = graph, model, engine
+        self.written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.users if not _reads_shape(n, node)]
+
+    def _way(self, reader: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+        """Where what ``reader`` reads first comes from, and the moves from there, which nothing else reads."""
+        moves: list[fx.Node] = []
+        node: Any = reader.args[0]
+        while isinstance(node, fx.Node):
+            last = moves[-1] if moves else reader
+            if self._readers(node) != [last] or node.meta.get("storage") in self.written:
+                return None
+            if node.op not in ("call_method", "call_function"):
+                return None
+            if not is_cast(node) and op_name(node) not in _MOVES:
+                return node, moves[::-1]
+            moves.append(node)
+            node = node.args[0]
+        return None
+
+    def _quantizer(self, reader: fx.Node) -> fx.Node | None:
+        """The node of the quantizer that is all that ``reader`` does with its input, if kernels take its codes."""
+        if is_core(reader):
+            modules: Any = reader.args[3]
+            found = modules[0] if modules[0] is modules[4] or modules[0].target == modules[4].target else None
+        elif reader.target is linear_call:
+            found = reader.args[1] if reader.args[4] is None else None
+        elif reader.target is conv2d_call:
+            found = reader.args[1] if reader.args[7] is None else None
+        else:
+            return None
+        if not isinstance(found, fx.Node) or list(reader.args).count(reader.args[0]) > 1:
+            return None
+        module = self.model.get_submodule(str(found.target))
+        return found if deployed.goes_between(module, self.engine) else None
+
+    def codes(self, reader: fx.Node) -> None:
+        """Has what ``reader`` quantizes written as codes by the call that makes it."""
+        quantizer = self._quantizer(reader)
+        way = None if quantizer is None else self._way(reader)
+        if quantizer is None or way is None:
+            return
+        source, moves = way
+        half = self._first_half(source)
+        made = source if half is None else half[0]
+        if made.kwargs.get("codes") is not None:
+            return
+        if made.target is conv2d_call:
+            args: Any = made.args
+            if not deployed.writes_codes(self.model.get_submodule(str(args[2].target)), args[4]):
+                return
+        elif made.target not in (linear_call, gated_linear_call):
+            return
+        with self.graph.inserting_before(made):
+            again = self.graph.get_attr(str(quantizer.target))
+        columns = None
+        if half is not None:
+            _, chunk, columns = half
+            for part in list(chunk.users):
+                part.args = (made, *part.args[1:])
+            self.graph.erase_node(chunk)
+        made.kwargs = {**made.kwargs, "codes": (again, columns)}
+        for node in moves:
+            if is_cast(node):
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                self.graph.erase_node(node)
+
+    def _first_half(self, node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+        """(layer, chunk, columns) if ``node`` is the first of two halves of a linear layer's outputs."""
+        if op_name(node) != "getitem" or node.args[1] != 0:
+            return None
+        chunk: Any = node.args[0]
+        if not isinstance(chunk, fx.Node) or op_name(chunk) != "chunk" or len(chunk.args) > 3:
+            return None
+        made: Any = chunk.args[0]
+        shape, half = shape_of(made), shape_of(node)
+        dim = chunk.args[2] if len(chunk.args) == 3 else chunk.kwargs.get("dim", 0)
+        if made.target is not linear_call or shape is None or half is None:
+            return None
+        last = dim in (-1, len(shape) - 1) and chunk.args[1:2] == (2,) and 2 * half[-1] == shape[-1]
+        if not last or list(made.users) != [chunk] or made.meta.get("storage") in self.written:
+            return None
+        read = all(op_name(n) == "getitem" and n.args[1] in (0, 1) for n in chunk.users)
+        return (made, chunk, half[-1]) if read else None
+
+    def parts(self, reader: fx.Node) -> None:
+        """Leaves it to ``reader`` to add up what a scan computes along paths at once."""
+        way = self._way(reader)
+        if way is None or not is_core(way[0]):
+            return
+        core, moves = way
+        of_x: Any = reader.args[1 if reader.target is linear_call else 3]
+        module = self.model.get_submodule(str(of_x.target))
+        order = order_at_trace(core.args[1])
+        if order is None or not deployed.static(module):
+            return
+        count = len(self.engine.paths(order))
+        if not 1 < count <= _MOST_PARTS:
+            return
+        core.kwargs = {"apart": count}
+        ends: list[Any] = []
+        with self.graph.inserting_before(reader):
+            for i in range(count):
+                end: Any = self.graph.call_function(_part, (core, i))
+                for node in moves:
+                    known = {node.args[0]: end}
+                    end = self.graph.node_copy(node, lambda n, known=known: known.get(n, n))  # type: ignore[misc]
+                ends.append(end)
+        reader.args = (ends[0], *reader.args[1:])
+        reader.kwargs = {**reader.kwargs, "more": tuple(ends[1:])}
+        for node in reversed(moves):
+            self.graph.erase_node(node)
+
+
+def _part(parts: Any, i: int) -> Any:
+    return parts[i]
+
+
+def deploy_edges(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> None:
+    """Changes ``graph``, which ``deploy_layers`` has been through, in place."""
+    if not engine.BETWEEN:
+        return
+    edges = _Edges(graph, model, engine)
+    for node in list(graph.nodes):
+        edges.codes(node)
+    for node in list(graph.nodes):
+        if node.target in (linear_call, gated_linear_call):
+            edges.parts(node)
