@@ -134,7 +134,7 @@ class _Core:
                 self.known.clear()
             self.known[key] = paths
         pixels = x.flatten(2).transpose(1, 2)
-        options = {"apart": apart} if apart else {}
+        options: Any = {"apart": apart} if apart else {}
         made = deployed.scan_core(
             pixels, paths.order, self.ranks, self.places, *modules, softplus=self.softplus, **options
         )
