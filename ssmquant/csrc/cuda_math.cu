@@ -15,3 +15,14 @@ __device__ __forceinline__ float softplus(float x) {
     return fmaf(2.0f * s, q, fmaxf(x, 0.0f));
 }
 
+
+__device__ __forceinline__ float silu(float x) { return x * recip(1.0f + exp2_(-x * LOG2E)); }
+
+// By the error function of Abramowitz and Stegun 7.1.26, to 1.5e-7.
+__device__ __forceinline__ float gelu(float x) {
+    const float near = fminf(fmaxf(x, -16.0f), 16.0f), size = fmaxf(near, -near) * 0.70710678f;
+    const float t = recip(fmaf(0.3275911f, size, 1.0f));
+    const float p = t * fmaf(t, fmaf(t, fmaf(t, fmaf(t, 1.061405429f, -1.453152027f), 1.421413741f), -0.284496736f), 0.254829592f);
+    const float outside = near * (0.5f * p * exp2_(-size * size * LOG2E));
+    return x != x ? x : fmaxf(x, 0.0f) - fmaxf(outside, -outside);
+}

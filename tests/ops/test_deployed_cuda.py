@@ -25,7 +25,7 @@ from ssmquant.errors import InputError
 from ssmquant.graph import runtime
 from ssmquant.modules import deployed
 from ssmquant.ops import nvrtc, use_backend
-from ssmquant.ops.deployed import Codes, Grid, Norm, cpu, cuda, cuda_depthwise
+from ssmquant.ops.deployed import Codes, Grid, Norm, cpu, cuda, cuda_depthwise, cuda_thin
 from ssmquant.ops.deployed.cuda_scan import Case, Scan, Shape, arrangement, choose
 from tests.ops import emulator
 from tests.ops.interpreted import in_process, make_interpreter_work
@@ -39,7 +39,8 @@ SMALL = Shape(columns=2, lanes=3, chunks=3, steps=16, group=2)
 
 
 def emulated(source: str, late: bool = False) -> emulator.Emulated:
-    return emulator.load(source, late, "deployed_scan" if "scan_ends" in source else "deployed_depthwise")
+    kinds = {"scan_ends": "deployed_scan", "depthwise(": "deployed_depthwise", "thin(": "deployed_thin"}
+    return emulator.load(source, late, next(kind for name, kind in kinds.items() if name in source))
 
 
 @pytest.fixture(params=[False, True], ids=["", "late"])
@@ -337,38 +338,73 @@ def check_projection(
         close(got, want.double(), 2e-6 if norm is None and not gate else 2e-3)
 
 
-def check_codes_between(device: str) -> None:
+def check_codes_between(device: str, inputs: int, outputs: int, columns: int) -> None:
     """Codes for floats, of what is read and of what is written; sums of several tensors."""
-    for inputs, outputs, columns in ((60, 30, 30), (20, 44, 22), (300, 70, 1)):
-        grid, following = make_grid(4, 1), make_grid(5, 1)
-        weights = cuda.pack(*(t.to(device) for t in Operands.weight((outputs, inputs), 4, 1.0)))
-        grids = there_is(grid, device), there_is(following, device)
-        parts = torch.randn(3, 2, 17, inputs)
-        x = off_ties(parts.sum(0).unsqueeze(2), grid).squeeze(2)
-        parts[0] += x - parts.sum(0)
-        x[1, 3, 4] = parts[1, 1, 3, 4] = math.nan
-        whole = cuda.project(x.to(device), grids[0], weights)
-        there = parts.to(device)
-        summed = cuda.project(there[0], grids[0], weights, more=(there[1], there[2]))
-        close(summed.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
-        apart = there[1].clone().transpose(0, 1).contiguous().transpose(0, 1)
-        other = cuda.project(there[0], grids[0], weights, more=(apart, there[2]))
-        close(other.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
-        coded = cuda.project(as_codes(x, grid).to(device), grids[0], weights)
-        assert torch.equal(coded.nan_to_num(), whole.nan_to_num())
-        assert torch.equal(coded.isnan(), whole.isnan())
-        codes, rest = cuda.project(x.to(device), grids[0], weights, codes=(grids[1], columns))
-        same_codes(codes, as_codes(whole[..., :columns].cpu(), following))
-        assert torch.equal(rest.nan_to_num(), whole[..., columns:].nan_to_num())
+    grid, following = make_grid(4, 1), make_grid(5, 1)
+    weights = cuda.pack(*(t.to(device) for t in Operands.weight((outputs, inputs), 4, 1.0)))
+    grids = there_is(grid, device), there_is(following, device)
+    parts = torch.randn(3, 2, 17, inputs)
+    x = off_ties(parts.sum(0).unsqueeze(2), grid).squeeze(2)
+    parts[0] += x - parts.sum(0)
+    x[1, 3, 4] = parts[1, 1, 3, 4] = math.nan
+    whole = cuda.project(x.to(device), grids[0], weights)
+    there = parts.to(device)
+    summed = cuda.project(there[0], grids[0], weights, more=(there[1], there[2]))
+    close(summed.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
+    apart = there[1].clone().transpose(0, 1).contiguous().transpose(0, 1)
+    other = cuda.project(there[0], grids[0], weights, more=(apart, there[2]))
+    close(other.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
+    coded = cuda.project(as_codes(x, grid).to(device), grids[0], weights)
+    close(coded.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
+    assert torch.equal(coded.isnan(), whole.isnan())
+    codes, rest = cuda.project(x.to(device), grids[0], weights, codes=(grids[1], columns))
+    same_codes(codes, as_codes(whole[..., :columns].cpu(), following))
+    close(rest.cpu().nan_to_num(), whole[..., columns:].cpu().nan_to_num().double())
+
+
+def check_codes_by_triton(device: str) -> None:
+    without_thin(check_codes_between, device, 20, 44, 22)
+    check_codes_between(device, 300, 70, 1)
+    grid = make_grid(4, 1)
     image, factors = torch.randn(2, 12, 5, 7).permute(0, 2, 3, 1), torch.rand(12) + 0.5
     image[1, 2, 3, 4] = math.nan
-    same_codes(cuda.encode(image.to(device), grids[0]), as_codes(image, grid))
-    same_codes(cuda.encode(image.to(device), grids[0], factors.to(device)), as_codes(image * factors, grid))
+    made = cuda.encode(image.to(device), there_is(grid, device))
+    same_codes(made, as_codes(image, grid))
+    assert made.shape == image.shape
+    assert not made.as_strided((2, 5, 7, 4), made.stride(), 12).any()  # behind the codes
+    made = cuda.encode(image.to(device), there_is(grid, device), factors.to(device))
+    same_codes(made, as_codes(image * factors, grid))
+
+
+def without_thin(check: Any, *args: Any) -> None:
+    """By Triton what CUDA C++ is for otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_thin, "takes", lambda *_: False)
+        check(*args)
 
 
 def check_projections(device: str) -> None:
     for sizes in ((2, 1, 50, 60, 144), (4, 2, 17, 72, 60), (8, 1, 33, 300, 20)):
-        check_projection(device, *sizes, every=device == "cpu")
+        without_thin(check_projection, device, *sizes, device == "cpu")
+
+
+def check_thin(device: str) -> None:
+    for sizes in (
+        (2, 1, 50, 60, 144),
+        (4, 2, 17, 72, 60),
+        (8, 1, 33, 30, 7),
+        (4, 1, 5, 9, 22),
+        (8, 3, 40, 192, 40),
+    ):
+        check_projection(device, *sizes, sizes[3] in (9, 60))
+    for columns in ((60, 30, 30), (20, 44, 22), (18, 9, 7)):
+        check_codes_between(device, *columns)
+    check_cores(device, dense=True)
+
+
+def test_thin_projections(by_cpu: None) -> None:
+    torch.manual_seed(0)
+    check_thin("cpu")
 
 
 def check_convolutions(device: str) -> None:
@@ -407,10 +443,12 @@ def check_attention(device: str) -> None:
     )
 
 
-def check_cores(device: str) -> None:
+def check_cores(device: str, dense: bool = False) -> None:
+    """``dense``: channels are next to each other."""
     for bits, states in ((2, 5), (4, 1), (8, 4)):
         operands = Operands(2, 40, 12, states, 3, bits=bits, device=device)
         x = off_ties(torch.randn(2, 12, 40)[..., None], operands.of_u)[..., 0].transpose(1, 2)
+        x = x.contiguous() if dense else x
         ours, theirs = operands.core(cuda), operands.core(cpu)
         close(
             ours(x.to(device)).cpu(), theirs(x).double(), 2e-2
@@ -422,11 +460,16 @@ def check_cores(device: str) -> None:
         if bits < 8:
             ours, codes = operands.core(cuda, one=True), as_codes(x, operands.of_u)
             want = ours(x.to(device)).cpu()
-            for given in (codes, codes.transpose(1, 2).contiguous().transpose(1, 2)):
+            for given in (codes, *(() if dense else (codes.transpose(1, 2).contiguous().transpose(1, 2),))):
                 got = ours(given.to(device)).cpu()
                 assert torch.equal(got.isnan(), want.isnan())
                 assert torch.equal(got.nan_to_num(), want.nan_to_num())
         close(operands.core(cuda, one=bits < 8, apart=True)(x.to(device)).cpu().sum(0)[1], got[1].double())
+
+
+def check_cores_by_triton(device: str) -> None:
+    check_cores(device)
+    without_thin(check_cores, device, True)
 
 
 def models() -> Iterator[tuple[str, Any, Tensor]]:
@@ -480,7 +523,7 @@ def interpret_models() -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "check", ["check_convolutions", "check_attention", "check_cores", "check_codes_between"]
+    "check", ["check_convolutions", "check_attention", "check_cores_by_triton", "check_codes_by_triton"]
 )
 def test_interpreted(check: str) -> None:
     in_process("test_deployed_cuda", f"interpret({check!r})", TRITON_INTERPRET="1")
@@ -595,7 +638,15 @@ def test_what_there_is_no_kernel_for() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "check",
-    [check_projections, check_codes_between, check_convolutions, check_attention, check_cores, check_models],
+    [
+        check_projections,
+        check_thin,
+        check_codes_by_triton,
+        check_cores_by_triton,
+        check_convolutions,
+        check_attention,
+        check_models,
+    ],
 )
 def test_on_a_gpu(check: Any) -> None:
     check("cuda")

@@ -56,6 +56,7 @@ constexpr int ITEMS = (PLACES * EACH + THREADS - 1) / THREADS;     // words of t
 constexpr int META = (WORDS + 1 + 3) / 4 * 4;                      // words of the low rank, the pixel
 constexpr int RATES = LADDER ? 2 : STATES;
 constexpr int COLUMNS = SEGMENTS < 16 ? 256 / SEGMENTS : 16;       // states of channels of a block, in scan_carry
+constexpr int LEVEL = (CT * LANES * 2 + 31) / 32 * 32;  // values of a level: so that banks do not depend on the level
 constexpr int up4(int n) { return (n + 3) / 4 * 4; }
 template <int N> struct alignas(4 * N) Floats { float x[N]; };
 
@@ -64,7 +65,7 @@ struct Params {
     const unsigned *codes;                 // (B * L, row): of each direction WORDS of the low rank, and B and C in turn
     const int *order, *ways;               // (K, L): the pixel of each step; (K): its row of order, twice, and 1 if back
     const float *scales;                   // scale and offset of u, B, C, and of step sizes
-    const float *table;                    // (K, blocks, TABLE, CT, LANES, 2): step sizes and decays, TABLE even
+    const float *table;                    // (K, blocks, TABLE, LEVEL): of CT, LANES, step size and decay; TABLE even
     const int *words;                      // (K, WORDS, D): weights of the step sizes, four a word
     const float *affine;                   // (K, 3, D): factors of their products and of sums of codes, and an offset
     const float *rates;                    // / ln 2; LADDER: (K, 2, D), of the first state and between states, else (K, N, D)
@@ -93,7 +94,7 @@ struct Walk {
     static constexpr int VALUES = up4(OUT ? 2 * STATES : STATES);  // of a step: of B, or of B and C in turn
     float *values;                                                 // [PLACES][VALUES]
     int *meta;                                                     // [PLACES][META]
-    float *table;                                                  // [TABLE][CT][LANES][2], of channel lane * CT + ct
+    float *table;                                                  // [TABLE][LEVEL], of channel lane * CT + ct at (ct, lane)
     const Params &p;
     const unsigned char *u, *bad;                                  // the sample's
     const unsigned *codes;
@@ -101,7 +102,7 @@ struct Walk {
     int sample, block, chunk, in_chunk, lane, channel;
     bool real;
 
-    static constexpr int bytes() { return 4 * (PLACES * (VALUES + META) + TABLE * CT * LANES * 2); }
+    static constexpr int bytes() { return 4 * (PLACES * (VALUES + META) + TABLE * LEVEL); }
 
     __device__ __forceinline__ Walk(const Params &params, int sample, int block) : p(params), sample(sample), block(block) {
         values = reinterpret_cast<float *>(shared);
@@ -118,7 +119,7 @@ struct Walk {
     }
 
     __device__ __forceinline__ void read_table(int k) {
-        constexpr int FOURS = TABLE * CT * LANES / 2, EVERY = (FOURS + THREADS - 1) / THREADS;
+        constexpr int FOURS = TABLE * LEVEL / 4, EVERY = (FOURS + THREADS - 1) / THREADS;
         const Floats<4> *from = reinterpret_cast<const Floats<4> *>(p.table) + ((long long)k * p.blocks + block) * FOURS;
         Floats<4> held[EVERY > 0 ? EVERY : 1];
 #pragma unroll
@@ -232,8 +233,8 @@ struct Walk {
                 h[c][n] = OUT && real && p.chunks > 1 ? p.ends[(mine * STATES + n) * p.channels + d] : 0.0f;
         }
         const float su = p.scales[0], ou = p.scales[1], sd = p.scales[6], least = float(p.qmin), most = float(p.qmax);
-        constexpr unsigned LEVEL = CT * LANES * 8;  // bytes of the table; what follows wraps round and back
-        const unsigned of_table = TABLE ? place_of(table) + lane * 8 - unsigned(as_int(MAGIC) + p.qmin) * LEVEL : 0;
+        // In bytes; it wraps round, and back again.
+        const unsigned of_table = TABLE ? place_of(table) + lane * 8 - unsigned(as_int(MAGIC) + p.qmin) * (LEVEL * 4u) : 0;
         const float of_codes[4] = {p.scales[2], p.scales[3], p.scales[4], p.scales[5]};
         Fetch f;
         begin(f, back);
@@ -276,7 +277,7 @@ struct Walk {
                         float x = fmaf(affine[c][0], float(dot), fmaf(affine[c][1], float(sum), affine[c][2]));
                         if (QUANT) x = fminf(fmaxf(x, least), most);
                         if (TABLE) {
-                            load_pair(unsigned(as_int(x + MAGIC)) * LEVEL + of_table + c * LANES * 8, dt[c], decay[0][c]);
+                            load_pair(unsigned(as_int(x + MAGIC)) * (LEVEL * 4u) + of_table + c * LANES * 8, dt[c], decay[0][c]);
                         } else {
                             if (QUANT) x = fmaf((x + MAGIC) - MAGIC, sd, offset[c]);
                             dt[c] = step_size(x);

@@ -10,10 +10,11 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.errors import InputError
-from ssmquant.ops.deployed import cuda_scan
+from ssmquant.ops.deployed import cuda_scan, cuda_thin
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.cuda_depthwise import depthwise
 from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, Weights
@@ -51,6 +52,7 @@ MOST_RANK = 64
 MOST_INPUTS = 2**16
 MOST_SPAN = 64
 _MOST = 2**31 - 2**16  # elements of a sample
+_VECTOR = 16  # codes that are read at once
 
 
 @functools.cache
@@ -140,7 +142,9 @@ def pack(codes: Tensor, scale: Tensor, shift: Tensor, **_options: bool) -> Weigh
     """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs)."""
     total = scale.double() * codes.sum(-1, dtype=torch.int64) - codes.shape[-1] * shift.double()
     scale, shift, total = (t.float().contiguous() for t in (scale, shift, total))
-    return Weights(codes.contiguous(), scale, shift, total, codes.shape[-2])
+    codes = codes.contiguous()
+    tiles = cuda_thin.tiles(codes) if codes.dim() == 2 else F.pad(codes, (0, -codes.shape[-1] % _VECTOR))
+    return Weights(codes, scale, shift, total, codes.shape[-2], tiles=tiles)
 
 
 def by_lanes(x: Tensor) -> Tensor:
@@ -189,14 +193,20 @@ def project(
     following, columns = codes if codes is not None else (grid, 0)
     y = torch.empty(*x.shape[:2], outputs - columns, dtype=torch.float32, device=x.device)
     made = torch.empty(*x.shape[:2], columns, dtype=torch.int8, device=x.device) if columns else None
+    held, gain = residual if residual is not None else (None, None)
+    samples, rows = _samples(x, z, held, y, made)
+    if cuda_thin.takes(weights, x, z, held):
+        cuda_thin.project(
+            x, part, parts, (samples, rows), grid, _off(grid), weights, bias, norm, z, held, gain, act, y, made,
+            following,
+        )  # fmt: skip
+        return y if codes is None else (made, y)
     kind = 0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    held, gain = residual if residual is not None else (None, None)
     tensors = (
         x, z, norm_weight, norm_bias, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift,
         weights.total, bias, held, gain, y, made, following.scale, following.shift,
     )  # fmt: skip
-    samples, rows = _samples(x, z, held, y, made)
     z_strides = (0, 0) if z is None else z.stride()[:2]
     r_strides = (0, 0) if held is None else held.stride()[:2]
     ends = grid.qmin, grid.qmax, following.qmin, following.qmax
@@ -214,10 +224,11 @@ def project(
 def encode(x: Tensor, grid: Grid, factors: Tensor | None = None) -> Tensor:
     """Codes of an image (batch, height, width, channels), any strides: int8 from 0, and -1 for NaN.
 
-    ``grid`` has at most ``BETWEEN`` levels; ``factors``, (channels,), are multiplied with x before.
+    ``grid`` has at most ``BETWEEN`` levels; ``factors``, (channels,), are multiplied with x before. Behind the codes of a
+    pixel there are zeros in memory, up to the next multiple of 16.
     """
     batch, height, width, columns = x.shape
-    wide = -(-columns // 16) * 16  # so that rows can be read by vectors
+    wide = -(-columns // _VECTOR) * _VECTOR
     codes = torch.empty(batch, height, width, wide, dtype=torch.int8, device=x.device)
     _small_enough(x, codes)
     bc = min(_power(wide), 64)
@@ -243,15 +254,18 @@ def convolve(
     """See ``cpu.convolve``; ``norm`` can only be factors. x: float32, or int8 codes as those of ``encode``."""
     factors = None if norm is None else norm.weight
     levels = grid.qmax - grid.qmin + 1
+    of_weights, inputs = weights.codes, x.shape[3]
     if x.dtype != torch.int8 and kernel[0] * kernel[1] > 2 and levels <= BETWEEN:
         x, factors = encode(x, grid, factors), None  # once, and not for every tap
-    batch, x_height, x_width, inputs = x.shape
+        if weights.tiles is not None:  # with the zeros behind both, which make vectors whole
+            of_weights, inputs = weights.tiles, weights.tiles.shape[-1]
+    batch, x_height, x_width, _ = x.shape
     height, width = conv_size((x_height + 2 * padding[0], x_width + 2 * padding[1]), kernel, dilation, stride)
     outputs, pixels = weights.outputs, height * width
     y = torch.empty(batch, height, width, outputs, dtype=torch.float32, device=x.device)
     _small_enough(x, y)
     tensors = (
-        x, factors, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift, weights.total, bias, y
+        x, factors, grid.scale, grid.shift, of_weights, weights.scale, weights.shift, weights.total, bias, y
     )  # fmt: skip
     numbers = (
         pixels, height, width, x_height, x_width, *x.stride(), grid.qmin, grid.qmax, *padding, *stride
@@ -348,7 +362,8 @@ class Core:
         codes, scale, shift, total = map(
             arranged, (projection.codes, projection.scale, projection.shift, projection.total)
         )
-        self.projection = Weights(codes, scale, shift, total, directions * len(rows))
+        tiles = cuda_thin.tiles(codes)
+        self.projection = Weights(codes, scale, shift, total, directions * len(rows), tiles=tiles)
         quantizers = [of_rank] * (-(-ranks // 4) * 4) + [of_b, of_c] * (-(-states // 2) * 2)
         inverse = 1.0 / torch.cat([g.scale for g in quantizers])
         made = [inverse, torch.cat([g.shift for g in quantizers]) * inverse]
@@ -379,6 +394,12 @@ class Core:
         u, codes = memory[: rows * columns], memory[rows * columns : rows * (columns + width)]
         bad = memory[rows * (columns + width) :]
         p, of_x, of_u = self.projection, self.of_x, self.of_u
+        if cuda_thin.takes(p, x):
+            cuda_thin.codes_of_core(
+                x, (samples, each), of_x, of_u, _off(of_x), p, self.made, u, columns, codes, width, bad
+            )
+            u = x.view(torch.uint8).view(rows, channels) if coded else u.view(rows, columns)
+            return u, codes.view(rows, width), bad
         tensors = x, *self.grids, p.codes, p.scale, p.shift, p.total, *self.made, u, codes, bad
         numbers = each, *x.stride(), columns, width, of_x.qmin, of_x.qmax, of_u.qmin, of_u.qmax
         bm, bn, bk, warps = _tile(rows, channels, outputs)

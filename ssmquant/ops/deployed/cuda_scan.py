@@ -44,6 +44,11 @@ class Shape:
     segments: int = 32
     """Of all chunks, in ``scan_carry``: a power of two, at most 64."""
 
+    @property
+    def level(self) -> int:
+        """Values of a level of the step sizes' table, as in the source."""
+        return -(-self.columns * self.lanes * 2 // 32) * 32
+
 
 @dataclass(frozen=True)
 class Case:
@@ -96,7 +101,7 @@ class Case:
         s = self.shape
         values = -(-(2 * self.states if out else self.states) // 4) * 4
         meta = -(-(-(-self.rank // 4) + 1) // 4) * 4
-        table = self.levels * s.columns * s.lanes * 2
+        table = self.levels * s.level
         return 4 * (s.chunks * s.stage * (values + meta) + table)
 
 
@@ -276,7 +281,8 @@ class Scan:
                 table = F.pad(table, (0, 0, 0, whole - c)).view(
                     k, levels, self.blocks, shape.lanes, shape.columns, 2
                 )
-                table = table.permute(0, 2, 1, 4, 3, 5)
+                table = table.permute(0, 2, 1, 4, 3, 5).flatten(3)
+                table = F.pad(table, (0, shape.level - table.shape[3]))
         of_codes = [t for g in (of_u, of_b, of_c) for t in (g.scale, g.qmin * g.scale - g.shift)]
         words = -(-ranks // 4)
         packed = F.pad(weights.codes, (0, 4 * words - ranks)).view(k, c, words, 4).view(torch.int32)

@@ -25,6 +25,7 @@ float fmaf(float, float, float) noexcept;
 float fmaxf(float, float) noexcept;
 float fminf(float, float) noexcept;
 float fabsf(float) noexcept;
+float sqrtf(float) noexcept;
 float exp2f(float) noexcept;
 }
 
@@ -184,6 +185,21 @@ inline float exp2_(float x) { return exp2f(x); }
 inline float recip(float x) { return 1.0f / x; }
 inline float as_float(int x) { return bits_to_float(uint32_t(x)); }
 inline int as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
+inline void multiply(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {  // m16n8k32 of int8
+    const int g = (emulated::current & 31) / 4, t = emulated::current & 3;
+    for (int q = 0; q < 4; ++q) {
+        int words[4], of_column[2][2];
+        for (int i = 0; i < 4; ++i) words[i] = as_int(emulated::swap(as_float(int(a[i])), 4 * g + q));
+        for (int c = 0; c < 2; ++c) {
+            of_column[c][0] = as_int(emulated::swap(as_float(int(b0)), 4 * (2 * t + c) + q));
+            of_column[c][1] = as_int(emulated::swap(as_float(int(b1)), 4 * (2 * t + c) + q));
+        }
+        for (int i = 0; i < 4; ++i)
+            for (int half = 0; half < 2; ++half)
+                for (int byte = 0; byte < 32; byte += 8)
+                    sum[i] += int(int8_t(words[half * 2 + i / 2] >> byte)) * int(int8_t(of_column[i % 2][half] >> byte));
+    }
+}
 extern char shared[];
 inline unsigned place_of(const float *p) { return unsigned(reinterpret_cast<const char *>(p) - shared); }
 inline void load_pair(unsigned at, float &x, float &y) {

@@ -1,0 +1,266 @@
+// A linear layer of few inputs on codes: sum of parts, norm, gate, codes, products, bias, activation, residual, and codes
+// for who reads the result. ssmquant/ops/deployed/cuda_thin.py compiles it for one case and launches it.
+//
+// A warp has 16 rows. Lane (g, t) of it, of 8 times 4, has four neighbouring inputs of every 16 of rows g and g + 8: what
+// the tensor cores want of it as codes (mma.m16n8k32), so that values are encoded in registers where they have been read,
+// and a norm's sums are over four lanes. SPLIT warps share the outputs of the same rows, where there are few.
+//
+// After cuda_math.cu and definitions of: INPUTS, OUTPUTS; OFF: what codes of the input are less when they are int8; CODED: the
+// input is codes, int8 from 0 and -1 for NaN; PARTS: tensors whose sum it is; NORM: 1 layer norm, 2 RMS norm, 3 factors alone;
+// HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL; HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so many of the first outputs
+// are written as codes, apart from the others; CORE: 1 all outputs are, each by a quantizer of its own, and the input's codes
+// and NaN too, 2: its codes are those of a single quantizer, which are multiplied; VEC: inputs that are read at once;
+// PAIRS: whether all that belongs to outputs can be read two at once; WARPS, SPLIT.
+
+#ifndef EMULATED
+__device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
+__device__ __forceinline__ int as_int(float x) { return __float_as_int(x); }
+// sum += a @ b, 16 x 32 by 32 x 8 of int8.
+__device__ __forceinline__ void multiply(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
+constexpr unsigned ALL = 0xffffffff;
+constexpr int KT = (INPUTS + 31) / 32, NT = (OUTPUTS + 7) / 8, THREADS = 32 * WARPS, REST = OUTPUTS - CODES;
+template <int N> struct alignas(4 * N) Floats { float x[N]; };
+template <int N> struct alignas(N) Bytes { signed char x[N]; };
+struct alignas(8) Words { unsigned x[2]; };
+
+struct Params {
+    const void *x;
+    const float *z, *norm_weight, *norm_bias, *scale, *shift;
+    const Words *tiles;                                  // weights: [NT][KT][32], of lane (g, t) output g and its inputs
+    const float *of_scale, *of_shift, *of_total, *bias, *residual, *gain;
+    float *y;                                            // (samples, rows, REST)
+    signed char *codes;                                  // (samples, rows, CODES); CORE: uint8, rows of code_row
+    const float *next_scale, *next_shift;                // of codes; CORE: of u
+    const float *inverse, *moved, *least, *most;         // CORE: of each output
+    unsigned char *u, *bad;                              // CORE: the input's codes, rows of u_row, and rows with a NaN
+    long long part, x_batch, x_row, z_batch, z_row, r_batch, r_row;
+    int rows, u_row, code_row, qmin, qmax, next_min, next_max;
+    float eps;
+};
+
+__device__ __forceinline__ float of_four(float x) {
+    x += __shfl_xor_sync(ALL, x, 1);
+    return x + __shfl_xor_sync(ALL, x, 2);
+}
+
+// The integer that a value is rounded to, and whether it is NaN.
+__device__ __forceinline__ int code_of(float x, float inverse, float moved, float least, float most, bool &odd) {
+    const float u = fmaf(x, inverse, moved);
+    odd = u != u;
+    return as_int(fminf(fmaxf(u, least), most) + MAGIC) - as_int(MAGIC);
+}
+
+// Outputs n and n + 1 of what every output has; n is even.
+__device__ __forceinline__ Floats<2> pair(const float *p, int n) {
+    if (PAIRS) return n < OUTPUTS ? *reinterpret_cast<const Floats<2> *>(p + n) : Floats<2>{};
+    return {n < OUTPUTS ? p[n] : 0.0f, n + 1 < OUTPUTS ? p[n + 1] : 0.0f};
+}
+
+// Four neighbouring inputs of each of the 2 * KT times that a lane has some, zeros where there are none.
+template <int STEP> __device__ __forceinline__ void read(const float *x, int t, bool here, float (&v)[8 * KT]) {
+#pragma unroll
+    for (int i = 0; i < 8 * KT; i += STEP) {
+        const int k = i / 4 * 16 + 4 * t + i % 4;
+        Floats<STEP> four{};
+        if (here && k < INPUTS) four = *reinterpret_cast<const Floats<STEP> *>(x + k);
+#pragma unroll
+        for (int j = 0; j < STEP; ++j) v[i + j] = four.x[j];
+    }
+}
+
+// Eight outputs of 16 rows; of these some are written as codes, some as values.
+struct Rows {
+    const Params &p;
+    const unsigned (&code)[KT][4];
+    float sum[2], a, origin, next_inverse, next_moved;
+    int lane, first, odd;
+    long long sample;
+
+    template <bool AS_CODES, bool AS_VALUES> __device__ __forceinline__ void finish(int j) const {
+        const int g = lane / 4, t = lane % 4;
+        int acc[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int kt = 0; kt < KT; ++kt) {
+            const Words w = p.tiles[(j * KT + kt) * 32 + lane];
+            multiply(acc, code[kt], w.x[0], w.x[1]);
+        }
+        const int n = j * 8 + 2 * t;
+        const Floats<2> ws = pair(p.of_scale, n), wt = pair(p.of_shift, n), total = pair(p.of_total, n);
+        const Floats<2> bias = HAS_BIAS ? pair(p.bias, n) : Floats<2>{}, gain = HAS_GAIN ? pair(p.gain, n) : Floats<2>{1.0f, 1.0f};
+        Floats<2> of_inverse{}, of_moved{}, of_least{}, of_most{};
+        if (CORE) of_inverse = pair(p.inverse, n), of_moved = pair(p.moved, n), of_least = pair(p.least, n), of_most = pair(p.most, n);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = first + g + 8 * r;
+            if (row >= p.rows) continue;
+            const long long at = sample * p.rows + row;
+            float value[2];
+            signed char made[2];
+            Floats<2> held{};
+            if (RESIDUAL) held = pair(p.residual + sample * p.r_batch + row * p.r_row, n);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                float x = a * (ws.x[c] * float(acc[2 * r + c]) - wt.x[c] * sum[r]) + origin * total.x[c];
+                if (HAS_BIAS) x += bias.x[c];
+                x = ACT == 1 ? silu(x) : ACT == 2 ? gelu(x) : x;
+                if (RESIDUAL) x += HAS_GAIN ? held.x[c] * gain.x[c] : held.x[c];
+                value[c] = odd >> r & 1 ? as_float(0x7fffffff) : x;
+                bool nan = false;
+                if (CORE) {
+                    made[c] = (signed char)(code_of(value[c], of_inverse.x[c], of_moved.x[c], of_least.x[c], of_most.x[c], nan) - int(of_least.x[c]));
+                } else if (AS_CODES) {
+                    const int next = code_of(value[c], next_inverse, next_moved, float(p.next_min), float(p.next_max), nan);
+                    made[c] = nan ? (signed char)-1 : (signed char)(next - p.next_min);
+                }
+            }
+            if (AS_CODES && n < CODES) {
+                signed char *to = p.codes + at * (CORE ? p.code_row : CODES) + n;
+                if (CODES % 2 == 0) *reinterpret_cast<Bytes<2> *>(to) = {made[0], made[1]};
+                else for (int c = 0; c < 2 && n + c < CODES; ++c) to[c] = made[c];
+            }
+            if (AS_VALUES) {
+                float *to = p.y + at * REST + (n - CODES);
+                if (CODES % 2 == 0 && OUTPUTS % 2 == 0) {
+                    if (n >= CODES && n < OUTPUTS) *reinterpret_cast<Floats<2> *>(to) = {value[0], value[1]};
+                } else {
+                    for (int c = 0; c < 2; ++c) if (n + c >= CODES && n + c < OUTPUTS) to[c] = value[c];
+                }
+            }
+        }
+    }
+
+    template <bool AS_CODES, bool AS_VALUES> __device__ __forceinline__ void range(int begin, int end) const {
+#pragma unroll 2
+        for (int j = begin; j < end; ++j) finish<AS_CODES, AS_VALUES>(j);
+    }
+};
+
+// blockIdx.x: rows; blockIdx.y: sample.
+extern "C" __global__ void __launch_bounds__(THREADS) thin(const Params p) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, split = warp % SPLIT;
+    const int first = (blockIdx.x * (WARPS / SPLIT) + warp / SPLIT) * 16;
+    if (first >= p.rows) return;
+    const long long sample = blockIdx.y;
+    const float a = p.scale[0], b = p.shift[0], inverse = 1.0f / a, moved = b * inverse;
+    const float least = float(p.qmin), most = float(p.qmax);
+    unsigned code[KT][4];
+    int sums[2] = {0, 0}, odd = 0;  // bits of odd: rows that have a NaN
+    float v[2][8 * KT];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = first + g + 8 * r;
+        const bool here = row < p.rows;
+        if (CODED) {
+            const signed char *x = static_cast<const signed char *>(p.x) + sample * p.x_batch + row * p.x_row;
+#pragma unroll
+            for (int i = 0; i < 8 * KT; i += 4) {
+                unsigned word = 0;
+#pragma unroll
+                for (int j = 0; j < 4; j += VEC) {
+                    const int k = i / 4 * 16 + 4 * t + j;
+                    Bytes<VEC> some{};
+                    if (here && k < INPUTS) some = *reinterpret_cast<const Bytes<VEC> *>(x + k);
+#pragma unroll
+                    for (int l = 0; l < VEC; ++l) word |= unsigned(some.x[l] & 255) << 8 * (j + l);
+                }
+                const unsigned nan = word & 0x80808080u;
+                odd |= nan ? 1 << r : 0;
+                word &= ~((nan >> 7) * 255u);
+                code[i / 8][i / 4 % 2 * 2 + r] = word;
+                for (int j = 0; j < 4; ++j) sums[r] += int(word >> 8 * j & 255);
+            }
+            continue;
+        }
+        const float *x = static_cast<const float *>(p.x) + sample * p.x_batch + row * p.x_row;
+        read<VEC>(x, t, here, v[r]);
+        for (int part = 1; part < PARTS; ++part) {
+            float more[8 * KT];
+            read<VEC>(x + part * p.part, t, here, more);
+#pragma unroll
+            for (int i = 0; i < 8 * KT; ++i) v[r][i] += more[i];
+        }
+        float mean = 0.0f, factor = 1.0f;
+        if (NORM == 1) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8 * KT; ++i) sum += v[r][i];
+            mean = of_four(sum) * (1.0f / INPUTS);
+        }
+        if (NORM == 1 || NORM == 2) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8 * KT; ++i) {
+                const float off = i / 4 * 16 + 4 * t + i % 4 < INPUTS ? v[r][i] - mean : 0.0f;
+                sum = fmaf(off, off, sum);
+            }
+            factor = 1.0f / sqrtf(of_four(sum) * (1.0f / INPUTS) + p.eps);
+#pragma unroll
+            for (int i = 0; i < 8 * KT; ++i) v[r][i] = (v[r][i] - mean) * factor;
+        }
+    }
+    if (!CODED) {
+        float of_k[8 * KT];
+        if (HAS_W) {
+            read<VEC>(p.norm_weight, t, true, of_k);
+#pragma unroll
+            for (int i = 0; i < 8 * KT; ++i) v[0][i] *= of_k[i], v[1][i] *= of_k[i];
+        }
+        if (HAS_B) {
+            read<VEC>(p.norm_bias, t, true, of_k);
+#pragma unroll
+            for (int i = 0; i < 8 * KT; ++i) v[0][i] += of_k[i], v[1][i] += of_k[i];
+        }
+        const float u_inverse = CORE == 1 ? 1.0f / p.next_scale[0] : 1.0f, u_moved = CORE == 1 ? p.next_shift[0] * u_inverse : 0.0f;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = first + g + 8 * r;
+            if (GATE) {
+                read<VEC>(p.z + sample * p.z_batch + row * p.z_row, t, row < p.rows, of_k);
+#pragma unroll
+                for (int i = 0; i < 8 * KT; ++i) v[r][i] *= silu(of_k[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < 8 * KT; i += 4) {
+                unsigned word = 0, own = 0;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    bool nan, other;
+                    const bool inside = i / 4 * 16 + 4 * t + j < INPUTS;
+                    const int c = code_of(v[r][i + j], inverse, moved, least, most, nan);
+                    const int held = inside ? c - p.qmin - OFF : 0;
+                    odd |= nan && inside ? 1 << r : 0;
+                    sums[r] += held;
+                    word |= unsigned(held & 255) << 8 * j;
+                    const int mine = CORE == 1 ? code_of(v[r][i + j], u_inverse, u_moved, float(p.next_min), float(p.next_max), other) - p.next_min : c - p.qmin;
+                    own |= unsigned(mine & 255) << 8 * j;
+                }
+                code[i / 8][i / 4 % 2 * 2 + r] = word;
+                const int k = i / 4 * 16 + 4 * t;  // u_row is a multiple of 16, which k does not reach beyond
+                if (CORE && split == 0 && row < p.rows && k < INPUTS)
+                    *reinterpret_cast<unsigned *>(p.u + (sample * p.rows + row) * p.u_row + k) = own;
+            }
+        }
+    }
+    float sum[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] = of_four(float(sums[r]));
+    odd |= int(__shfl_xor_sync(ALL, odd, 1));
+    odd |= int(__shfl_xor_sync(ALL, odd, 2));
+    const float origin = float(p.qmin + OFF) * a - b;  // the value of what is held as 0
+    const float next_inverse = CODES && !CORE ? 1.0f / p.next_scale[0] : 1.0f, next_moved = CODES && !CORE ? p.next_shift[0] * next_inverse : 0.0f;
+    const Rows rows{p, code, {sum[0], sum[1]}, a, origin, next_inverse, next_moved, lane, first, odd, sample};
+    const int begin = NT * split / SPLIT, end = NT * (split + 1) / SPLIT;
+    constexpr int LAST = CODES / 8, NEXT = (CODES + 7) / 8;  // up to there all are codes; from there on none
+    if (LAST > 0) rows.range<true, false>(begin, end < LAST ? end : LAST);
+    if (LAST < NEXT && begin <= LAST && LAST < end) rows.finish<true, true>(LAST);
+    if (NEXT < NT) rows.range<false, true>(begin > NEXT ? begin : NEXT, end);
+    if (CORE && split == 0 && t < 2 && first + g + 8 * t < p.rows)
+        p.bad[sample * p.rows + first + g + 8 * t] = odd >> t & 1;
+}
