@@ -20,7 +20,7 @@ from ssmquant.graph.orders import Unfit
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.modules import deployed
 from ssmquant.ops import selective_scan, use_backend
-from ssmquant.ops.deployed import cpu, cuda
+from ssmquant.ops.deployed import Norm, cpu, cuda
 from tests.graph.test_fuse import Scan2d
 
 _reason = cpu.unavailable(torch.device("cpu"))
@@ -101,6 +101,54 @@ def test_channel_attention_on_a_gpu() -> None:
     target: Any = calls[0].target
     assert torch.equal(target(x, *modules), plain(x))
     assert not torch.equal(plain(x), before)
+
+
+def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that no layer takes in are one call each, which hooks turn into a call of the module."""
+    model, _ = make("mambair", QConfig.recommended(4, 4))
+    assert "normalize" not in names(model)
+    graph = deploy(record(model).graph, model, cuda)
+    calls = [n for n in graph.nodes if n.target is deployed.normalize]
+    modules = [model.get_submodule(str(n.args[1][0].target)) for n in calls]
+    assert modules == [model.patch_embed.norm, model.norm]
+    assert not any(n.op == "call_module" and n.target in ("patch_embed.norm", "norm") for n in graph.nodes)
+    norm = modules[0]
+    launched: list[Any] = []
+
+    def kernel(x: Tensor, norm: Norm) -> Tensor:
+        launched.append(norm)
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps).contiguous()
+
+    monkeypatch.setattr(cuda, "normalize", kernel)
+    monkeypatch.setattr(deployed, "engine_of", lambda _: cuda)
+    image = torch.randn(2, 20, 35).transpose(1, 2)
+    before = deployed.normalize(image, (norm,))
+    assert torch.equal(before, norm(image))
+    assert len(launched) == 1
+    handle = norm.register_forward_hook(lambda module, args, out: out + 1)
+    assert torch.equal(deployed.normalize(image, (norm,)), before + 1)
+    handle.remove()
+    assert len(launched) == 1
+
+
+def test_norms_that_are_functions_on_a_gpu() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 5)
+            self.both = nn.LayerNorm((3, 6))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = self.first(x)
+            a, b = F.layer_norm(y, (6,), eps=1e-3), F.rms_norm(y, (6,), eps=1e-4)
+            return self.last(F.layer_norm(y, (6,))), a + a, b, self.both(y), F.layer_norm(y, (3, 6))
+
+    torch.manual_seed(0)
+    model = converted(Normed(), QConfig.recommended(8, 8, keep_first_last=False), torch.randn(2, 3, 6))
+    graph = deploy(record(model).graph, model, cuda)
+    calls = [n.args[1] for n in graph.nodes if n.target is deployed.normalize]
+    assert calls == [(False, None, None, 1e-3), (True, None, None, 1e-4)]
+    assert [n.args[1] for n in graph.nodes if n.target is F.layer_norm] == [(3, 6)]
 
 
 # ---- what it is made of ----------------------------------------------------------------------------------------------
