@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ssmquant.graph.deploy_edges import deploy_edges
 from ssmquant.graph.deploy_layers import deploy_layers
+from ssmquant.graph.deploy_norms import deploy_norms
 from ssmquant.graph.deploy_scans import SCAN, Deployer, NoMatch
 from ssmquant.graph.deploy_sequences import deploy_sequences
 from ssmquant.graph.fuse import fuse
@@ -44,6 +45,7 @@ def deploy(graph: fx.Graph, model: nn.Module, engine: Engine) -> fx.Graph:
         n.meta.pop("region", None)  # without gradients there is nothing to compute again
     if not deploy_layers(d.graph, model, engine) and not d.changed:
         return graph
+    deploy_norms(d.graph, model, engine)
     deploy_edges(d.graph, model, engine)
     d.graph.lint()
     return d.graph

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ssmquant.graph.deploy_norms import is_norm, norm_of
 from ssmquant.graph.gains import times
 from ssmquant.graph.moves import is_cast, is_move, is_number
 from ssmquant.graph.orders import Unfit, shape_of
@@ -307,17 +308,8 @@ class _Layers:
         """``node`` if it is a layer or RMS norm over the last axis that one node alone reads."""
         if not isinstance(node, fx.Node) or len(node.users) != 1 or not self.is_fixed(node, *node.args[:1]):
             return None
-        if node.target in deployed.NORM_FUNCTIONS:
-            known = len(node.args) == 2 and not set(node.kwargs) - {"weight", "bias", "eps"}
-            shape: Any = node.args[1] if known else ()
-            return node if known and isinstance(shape, (tuple, list)) and len(shape) == 1 else None
-        if node.target is times:
-            return node if node.args[2] == 0 else None
-        if node.op != "call_module" or len(node.args) != 1:
-            return None
-        module: Any = self.model.get_submodule(str(node.target))
-        known = type(module) in deployed.NORMS
-        return node if known and len(module.normalized_shape) == 1 else None
+        known = node.args[2] == 0 if node.target is times else is_norm(node, self.model)
+        return node if known else None
 
     def _norm_of(self, node: fx.Node | None) -> tuple[Any, ...] | None:
         """What ``modules.deployed`` takes for it."""
@@ -326,11 +318,7 @@ class _Layers:
         if node.target is times:
             norm = self._with_factors(node)
             return (node.args[1],) if norm is None else self._times(norm, node.args[1])
-        if node.op == "call_module":
-            return (self._owner(node),)
-        rms = node.target is not F.layer_norm
-        usual = None if rms else 1e-5
-        return rms, node.kwargs.get("weight"), node.kwargs.get("bias"), node.kwargs.get("eps", usual)
+        return norm_of(node)
 
     def _with_factors(self, node: fx.Node) -> fx.Node | None:
         """The norm whose result has factors, if these are in no module's weights since it is a function."""

@@ -39,6 +39,7 @@ __all__ = [
     "gated_linear",
     "goes_between",
     "linear",
+    "normalize",
     "plain",
     "scan_core",
     "sequence_core",
@@ -397,6 +398,41 @@ def _norm_of(norm: LastNorm, dtype: torch.dtype) -> tuple[bool, Any, Any, Any] |
     return (rms, weight, bias, eps) if fits else None
 
 
+def _as_kernels_take(found: tuple[bool, Any, Any, Any], dtype: torch.dtype) -> Norm:
+    rms, weight, bias, eps = found
+    weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
+    return Norm(weight, bias, torch.finfo(dtype).eps if eps is None else eps, rms)
+
+
+def _plainly(norm: tuple[Any, ...], x: Tensor) -> Tensor:
+    """By PyTorch."""
+    if len(norm) == 1:
+        y: Tensor = norm[0](x)
+        return y
+    rms, weight, bias, eps = norm
+    shape = x.shape[-1:]
+    return F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
+
+
+def normalize(x: Tensor, norm: tuple[Any, ...]) -> Tensor:
+    """A norm over the last axis (a ``LastNorm``), and nothing else, of x with any strides: contiguous.
+
+    What is watched by hooks, or not what kernels take, is called as ever.
+    """
+    engine = engine_of(x.device)
+    found = _norm_of(norm, torch.float32) if hasattr(engine, "normalize") and x.dim() else None
+    if found is None:
+        return _plainly(norm, x)
+    fits = all(t is None or t.shape == x.shape[-1:] for t in found[1:3])
+    if len(norm) == 1:
+        fits = fits and tuple(norm[0].normalized_shape) == x.shape[-1:]
+    rows = x[(None,) * (3 - x.dim())] if x.dim() < 3 else x.flatten(1, -2)
+    if not fits or not engine.normalizes(rows):
+        return _plainly(norm, x)
+    made: Tensor = engine.normalize(rows, _as_kernels_take(found, x.dtype))
+    return made.view(x.shape)
+
+
 def _fused_norm(
     norm: LastNorm, x: Tensor, more: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, Norm | None, tuple[Tensor, ...]]:
@@ -411,17 +447,8 @@ def _fused_norm(
         return _dense(x), factors, tuple(map(_dense, more))
     found = _norm_of(norm, x.dtype)
     if found is None:
-        x = sum(more, x)
-        if len(norm) == 1:
-            return norm[0](x), None, ()
-        rms, weight, bias, eps = norm
-        shape = x.shape[-1:]
-        plainly = F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
-        return plainly, None, ()
-    rms, weight, bias, eps = found
-    weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
-    fused = Norm(weight, bias, torch.finfo(x.dtype).eps if eps is None else eps, rms)
-    return _dense(x), fused, tuple(map(_dense, more))
+        return _plainly(norm, sum(more, x)), None, ()
+    return _dense(x), _as_kernels_take(found, x.dtype), tuple(map(_dense, more))
 
 
 def _own(act: Act) -> str | None:

@@ -20,7 +20,7 @@ from ssmquant.graph.orders import Unfit
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.modules import deployed
 from ssmquant.ops import selective_scan, use_backend
-from ssmquant.ops.deployed import cpu, cuda
+from ssmquant.ops.deployed import Norm, cpu, cuda
 from tests.graph.test_fuse import Scan2d
 
 _reason = cpu.unavailable(torch.device("cpu"))
@@ -101,6 +101,54 @@ def test_channel_attention_on_a_gpu() -> None:
     target: Any = calls[0].target
     assert torch.equal(target(x, *modules), plain(x))
     assert not torch.equal(plain(x), before)
+
+
+def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that no layer takes in are one call each, which hooks turn into a call of the module."""
+    model, _ = make("mambair", QConfig.recommended(4, 4))
+    assert "normalize" not in names(model)
+    graph = deploy(record(model).graph, model, cuda)
+    calls = [n for n in graph.nodes if n.target is deployed.normalize]
+    modules = [model.get_submodule(str(n.args[1][0].target)) for n in calls]
+    assert modules == [model.patch_embed.norm, model.norm]
+    assert not any(n.op == "call_module" and n.target in ("patch_embed.norm", "norm") for n in graph.nodes)
+    norm = modules[0]
+    launched: list[Any] = []
+
+    def kernel(x: Tensor, norm: Norm) -> Tensor:
+        launched.append(norm)
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps).contiguous()
+
+    monkeypatch.setattr(cuda, "normalize", kernel)
+    monkeypatch.setattr(deployed, "engine_of", lambda _: cuda)
+    image = torch.randn(2, 20, 35).transpose(1, 2)
+    before = deployed.normalize(image, (norm,))
+    assert torch.equal(before, norm(image))
+    assert len(launched) == 1
+    handle = norm.register_forward_hook(lambda module, args, out: out + 1)
+    assert torch.equal(deployed.normalize(image, (norm,)), before + 1)
+    handle.remove()
+    assert len(launched) == 1
+
+
+def test_norms_that_are_functions_on_a_gpu() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 5)
+            self.both = nn.LayerNorm((3, 6))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = self.first(x)
+            a, b = F.layer_norm(y, (6,), eps=1e-3), F.rms_norm(y, (6,), eps=1e-4)
+            return self.last(F.layer_norm(y, (6,))), a + a, b, self.both(y), F.layer_norm(y, (3, 6))
+
+    torch.manual_seed(0)
+    model = converted(Normed(), QConfig.recommended(8, 8, keep_first_last=False), torch.randn(2, 3, 6))
+    graph = deploy(record(model).graph, model, cuda)
+    calls = [n.args[1] for n in graph.nodes if n.target is deployed.normalize]
+    assert calls == [(False, None, None, 1e-3), (True, None, None, 1e-4)]
+    assert [n.args[1] for n in graph.nodes if n.target is F.layer_norm] == [(3, 6)]
 
 
 # ---- what it is made of ----------------------------------------------------------------------------------------------
@@ -382,7 +430,7 @@ def test_parts_in_float() -> None:
     rules = (Rule("*.self_attention.scan", a_bits=None), Rule("*.conv2d", keep_float=True))
     model, x = make("mambair", dynamic(4, rules=rules))
     assert "scan_core" not in names(model)
-    assert "_linear" in names(model)
+    assert "linear_call" in names(model)
     a, b = fused(model, x), unfused(model, x)
     assert float((a - b).norm() / b.norm()) < 0.1
 
@@ -391,7 +439,7 @@ def test_a_quantizer_that_kernels_do_not_know_stays() -> None:
     model, x = make("mambair", QConfig(w_bits=4, a_bits=4, activation="n2uq"))
     found = names(model)
     assert "scan_core" not in found  # its low rank is N2UQ's
-    assert "_gated_linear" in found  # DLS
+    assert "gated_linear_call" in found  # DLS
     a, b = fused(model, x), unfused(model, x)
     assert float((a - b).norm() / b.norm()) < 0.1
 
@@ -492,7 +540,7 @@ def test_rms_norms_are_part_of_what_reads_them(eps: float | None, as_module: boo
     a, b = fused(model, x), unfused(model, x)
     assert float((a - b).norm() / b.norm()) < 1e-5
     # A module's weights have the factors of the channels; a function's get them at the call.
-    assert [name for name in names(model) if name != "mul"] == ["_linear"]
+    assert [name for name in names(model) if name != "mul"] == ["linear_call"]
     assert ("mul" in names(model)) is not as_module
     handle = model.norm.register_forward_hook(lambda module, args, out: out * 0)
     still = fused(model, x)
@@ -521,7 +569,7 @@ def test_factors_behind_a_function_that_norms(weighted: bool) -> None:
     model = ssmquant.convert(prepared)
     a, b = fused(model, x), unfused(model, x)
     assert float((a - b).norm() / b.norm()) < 1e-5
-    assert [name for name in names(model) if name != "mul"] == ["_linear"]
+    assert [name for name in names(model) if name != "mul"] == ["linear_call"]
 
 
 class Mlp(nn.Module):
@@ -649,11 +697,11 @@ class Around(nn.Module):
 @pytest.mark.parametrize(
     ("form", "left", "smooth", "found"),
     [
-        ("read twice", 1, 0.5, {"_linear": 2}),
-        ("added before", 1, 0.5, {"_linear": 2}),
-        ("added behind", 0, 0.5, {"_linear": 1}),
-        ("gate", 0, 0.0, {"_linear": 2, "_gated_linear": 1}),
-        ("gate", 0, 0.5, {"_linear": 3}),  # factors of channels are between
+        ("read twice", 1, 0.5, {"linear_call": 2}),
+        ("added before", 1, 0.5, {"linear_call": 2}),
+        ("added behind", 0, 0.5, {"linear_call": 1}),
+        ("gate", 0, 0.0, {"linear_call": 2, "gated_linear_call": 1}),
+        ("gate", 0, 0.5, {"linear_call": 3}),  # factors of channels are between
     ],
 )
 def test_activations_and_what_is_around_them(
@@ -799,8 +847,8 @@ def test_layers_of_other_shapes() -> None:
     model = ssmquant.convert(prepared)
     with torch.no_grad():
         got = model(x, image)
-    assert names(model).count("_linear") == 2
-    assert names(model).count("_conv2d") == 2
+    assert names(model).count("linear_call") == 2
+    assert names(model).count("conv2d_call") == 2
     with use_backend("chunked", op="fuse"), torch.no_grad():
         want = model(x, image)
     for a, b in zip(got, want, strict=True):
@@ -812,7 +860,7 @@ def test_factors_of_channels_take_any_layout() -> None:
     """A convolution whose result has factors, which the next one takes, need not copy it to another layout."""
     model, _ = make("mambair", QConfig.recommended(4, 4))
     graph = deploy(record(model).graph, model, cpu)
-    convs = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "_conv2d"]
+    convs = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "conv2d_call"]
     assert any(n.args[7] is not None for n in convs)  # factors
     assert all(n.args[6] for n in convs)  # may be channels last
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import QConfig, zoo
@@ -443,6 +443,91 @@ def check_attention(device: str) -> None:
     )
 
 
+def check_norms(device: str) -> None:
+    def checked(x: Tensor, there: Tensor, norm: Norm) -> None:
+        columns = x.shape[2]
+        of_it = [None if t is None else t.double() for t in (norm.weight, norm.bias)]
+        if norm.rms:
+            want = F.rms_norm(x.double(), (columns,), of_it[0], norm.eps)
+        else:
+            want = F.layer_norm(x.double(), (columns,), of_it[0], of_it[1], norm.eps)
+        weight, bias = (None if t is None else t.to(device) for t in (norm.weight, norm.bias))
+        assert cuda.normalizes(there)
+        got = cuda.normalize(there, Norm(weight, bias, norm.eps, norm.rms))
+        assert got.is_contiguous()
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=2e-5, equal_nan=True)
+
+    for rows, columns in ((1, 7), (49, 60), (197, 96), (49, 180), (197, 7), (3, 1000), (1, 1)):
+        x = torch.randn(2, rows, columns) * 3 + 1
+        x[0, rows // 2] *= 1e-3  # where eps matters
+        if rows > 1:
+            x[1, rows // 2, columns // 2] = math.nan
+        weight, bias = torch.randn(columns), torch.randn(columns)
+        there = x.to(device)
+        image = there.transpose(1, 2).contiguous().transpose(1, 2)
+        wide = torch.full((2, rows + 3, 2 * columns + 1), 5.0, device=device)
+        sliced, apart = wide[:, 1 : rows + 1, 1 : columns + 1], wide[:, 2 : rows + 2, 1::2]
+        norms = (
+            Norm(weight, bias, 1e-5), Norm(weight, None, 1e-3), Norm(None, None, 1e-5), Norm(weight, None, 1e-6, True),
+            Norm(None, None, 1e-3, True),
+        )  # fmt: skip
+        for i, layout in enumerate((there, image, sliced, apart)):
+            layout.copy_(there)
+            for norm in norms if columns == 60 else (norms[i], norms[-2]):
+                checked(x, layout, norm)
+    same = torch.randn(1, 5, 1, device=device).expand(3, 5, 12)
+    checked(same.cpu(), same, norms[2])
+
+
+def check_called_norms(device: str) -> None:
+    """What graphs call: tensors of any number of axes, and norms that have to be called themselves."""
+    launched: list[str] = []
+    plain = cuda._launch
+
+    def launch(name: str, *args: Any) -> None:
+        launched.append(name)
+        plain(name, *args)
+
+    def agree(x: Tensor, kernels: int, *norms: tuple[tuple[Any, ...], Any]) -> None:
+        for norm, function in norms:
+            launched.clear()
+            got, want = deployed.normalize(x, norm), function(x)
+            assert launched == ["normalize"] * kernels
+            assert got.dtype == want.dtype
+            assert got.is_contiguous() or not kernels
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+    weight, bias = torch.randn(12, device=device), torch.randn(12, device=device)
+    layer, rms = nn.LayerNorm(12).to(device), nn.RMSNorm(12).to(device)
+    for module in (layer, rms):
+        nn.init.normal_(module.weight)
+    every: Any = (
+        ((layer,), layer),
+        ((rms,), rms),
+        ((False, weight, bias, 1e-3), lambda x: F.layer_norm(x, (12,), weight, bias, 1e-3)),
+        ((True, weight, None, None), lambda x: F.rms_norm(x, (12,), weight)),
+    )
+    image, rows = torch.randn(2, 12, 6, 8, device=device), torch.randn(3, 12, device=device)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(cuda, "_launch", launch)
+        patch.setattr(deployed, "engine_of", lambda _: cuda)
+        for x in (
+            image.permute(0, 2, 3, 1), image[:, :, 1:5, 2:7].permute(0, 2, 3, 1), image.flatten(2).transpose(1, 2),
+            image.view(2, 12, 3, 2, 4, 2).permute(0, 2, 4, 3, 5, 1), image[0, :, 0].T, image[0, :, 0, 0],
+        ):  # fmt: skip
+            agree(x, 1, *every)
+        agree(image[:0].permute(0, 2, 3, 1), 0, *every)
+        wide = nn.LayerNorm(1200).to(device)
+        agree(torch.randn(3, 1200, device=device), 0, ((wide,), wide))
+        for norm in ((layer,), (rms,), every[2][0]):
+            with pytest.raises(RuntimeError):  # as ever
+                deployed.normalize(rows[:, :4], norm)
+        agree(rows.double(), 0, ((layer.double(),), layer))
+        agree(rows, 1, ((layer.float(),), layer))
+        layer.register_forward_hook(lambda module, args, out: out + 1)
+        agree(rows, 0, ((layer,), layer))
+
+
 def check_cores(device: str, dense: bool = False) -> None:
     """``dense``: channels are next to each other."""
     for bits, states in ((2, 5), (4, 1), (8, 4)):
@@ -523,7 +608,15 @@ def interpret_models() -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "check", ["check_convolutions", "check_attention", "check_cores_by_triton", "check_codes_by_triton"]
+    "check",
+    [
+        "check_convolutions",
+        "check_attention",
+        "check_norms",
+        "check_called_norms",
+        "check_cores_by_triton",
+        "check_codes_by_triton",
+    ],
 )
 def test_interpreted(check: str) -> None:
     in_process("test_deployed_cuda", f"interpret({check!r})", TRITON_INTERPRET="1")
@@ -593,6 +686,9 @@ def compile_for_h100() -> None:
     )
     cuda.blend(x, None, x, ones(1, 72))
     cuda.excite(x, ones(5, 72), ones(5), ones(72, 5), ones(72))
+    cuda.normalize(x, norm)
+    cuda.normalize(torch.randn(2, 60, 64).transpose(1, 2), Norm(ones(60), None, 1e-5, rms=True))
+    cuda.normalize(torch.randn(1, 1000, 64).transpose(1, 2), Norm(None, None, 1e-5))
     Operands(1, 64, 72, 10, 4).core(cuda).encode(x)
     assert built == set(triton_kernels.__all__)
 
@@ -633,6 +729,10 @@ def test_what_there_is_no_kernel_for() -> None:
     huge = torch.empty(1, device="meta").as_strided((1, 2**20, 2**12), (2**32, 2**12, 1))
     with pytest.raises(InputError, match="use tiles"):
         cuda.blend(huge, None, huge, torch.empty(1, 2**12, device="meta"))
+    small = torch.empty(2, 49, 60)
+    assert cuda.normalizes(small)
+    for x in (huge[..., :1000], small[:0], small.half(), torch.empty(1, 2, cuda.MOST_COLUMNS + 1)):
+        assert not cuda.normalizes(x)
 
 
 @pytest.mark.gpu
@@ -645,6 +745,8 @@ def test_what_there_is_no_kernel_for() -> None:
         check_cores_by_triton,
         check_convolutions,
         check_attention,
+        check_norms,
+        check_called_norms,
         check_models,
     ],
 )

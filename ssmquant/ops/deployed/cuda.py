@@ -24,6 +24,7 @@ __all__ = [
     "BETWEEN",
     "BY_ROW",
     "DYNAMIC",
+    "MOST_COLUMNS",
     "MOST_INPUTS",
     "MOST_RANK",
     "MOST_SPAN",
@@ -36,6 +37,8 @@ __all__ = [
     "depthwise",
     "encode",
     "excite",
+    "normalize",
+    "normalizes",
     "pack",
     "paths",
     "project",
@@ -51,6 +54,8 @@ MOST_STATES = 64
 MOST_RANK = 64
 MOST_INPUTS = 2**16
 MOST_SPAN = 64
+MOST_COLUMNS = 1024
+"""Of a norm: a block has them all."""
 _MOST = 2**31 - 2**16  # elements of a sample
 _VECTOR = 16  # codes that are read at once
 
@@ -312,6 +317,31 @@ def excite(x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_
     tensors = parts, first, first_bias, second, second_bias, y
     constants = columns, hidden, min(_power(blocks), 64), bc, _power(hidden, 1)
     _launch("excite", (batch,), tensors, (blocks, rows), constants)
+    return y
+
+
+def normalizes(x: Tensor) -> bool:
+    """Whether ``normalize`` takes x, (batch, rows, columns)."""
+    batch, rows, columns = x.shape
+    plain = x.dtype == torch.float32 and x.numel() > 0 and columns <= MOST_COLUMNS
+    return plain and batch < 2**16 and max(_extent(x), rows * columns) < _MOST
+
+
+def normalize(x: Tensor, norm: Norm) -> Tensor:
+    """A norm over the columns of x, (batch, rows, columns), any strides, which ``normalizes`` takes: contiguous."""
+    columns = x.shape[2]
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    samples, rows = _samples(x, y)
+    bc = _power(columns)
+    # What is next to each other in memory are columns or, as in an image with channels first, rows: then at least so
+    # many of them as one access to memory brings.
+    bm = 2048 // bc if x.stride(2) <= x.stride(1) else max(4096 // bc, 8)
+    dense = x.stride()[1:] == (columns, 1)
+    constants = columns, dense, norm.rms, norm.weight is not None, norm.bias is not None, bm, bc
+    numbers = rows, *x.stride(), float(norm.eps)
+    tensors = x, norm.weight, norm.bias, y
+    warps = 8 if bm * bc > 4096 else 4
+    _launch("normalize", (-(-rows // bm), 1, samples), tensors, numbers, constants, warps)
     return y
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["blend", "conv", "core_codes", "encode", "excite", "pool", "project"]
+__all__ = ["blend", "conv", "core_codes", "encode", "excite", "normalize", "pool", "project"]
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no fraction, rounding to even
 
@@ -475,3 +475,31 @@ def blend(
     factor = tl.load(scale + sample * COLUMNS + c, mask=c < COLUMNS, other=0.0)[None, :]
     y += sample * rows * COLUMNS
     tl.store(y + m[:, None] * COLUMNS + c[None, :], value + other * factor, mask=mask)
+
+
+@triton.jit
+def normalize(
+    x, weight, bias, y, rows, x_batch, x_row, x_column, eps,
+    COLUMNS: tl.constexpr, DENSE: tl.constexpr, RMS: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A layer or RMS norm of a block of a sample's rows.
+
+    A stride that is 1 is a constant, which reads follow; so is that of DENSE rows, which shows how they are aligned.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, BC)
+    inside = (c < COLUMNS)[None, :]
+    mask = (m < rows)[:, None] & inside
+    sample = tl.program_id(2).to(tl.int64)
+    step = COLUMNS if DENSE else x_row
+    v = tl.load(x + sample * x_batch + m[:, None] * step + c[None, :] * x_column, mask=mask, other=0.0)
+    if not RMS:
+        v = tl.where(inside, v - (tl.sum(v, 1) / COLUMNS)[:, None], 0.0)
+    v = v * (1.0 / tl.sqrt_rn(tl.sum(v * v, 1) / COLUMNS + eps))[:, None]
+    if HAS_W:
+        v = v * tl.load(weight + c, mask=c < COLUMNS, other=0.0)[None, :]
+    if HAS_B:
+        v = v + tl.load(bias + c, mask=c < COLUMNS, other=0.0)[None, :]
+    y += sample * rows * COLUMNS
+    tl.store(y + m[:, None] * COLUMNS + c[None, :], v, mask=mask)
