@@ -183,7 +183,7 @@ class Operands:
         ({"bits": 2, "ladder": 1}, SMALL),
         ({"bits": 8}, Shape(1, 6, 2, 32, segments=1)),
         ({"quantized": False, "paths": 1, "turned": False}, Shape(2, 3, 1, 64)),
-        ({"ladder": 0, "paths": 3, "turned": False}, Shape(2, 2, 4, 16, segments=4)),
+        ({"ladder": 0, "paths": 3, "turned": False}, Shape(2, 2, 4, 16, segments=4, held=4)),
         ({"bits": 8, "ladder": 0}, None),
     ],
 )

@@ -17,7 +17,8 @@
 //
 // After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT, LANES, CHUNKS, STAGE; QUANT: step sizes are
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
-// memory is asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the chunks, in scan_carry, a power of two.
+// memory is asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the chunks, in scan_carry, a
+// power of two; HELD: as many as a segment has, which fit into registers, or 0.
 
 #ifndef EMULATED
 __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
@@ -370,13 +371,24 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(cons
     const int end = !real ? first : first + per < p.chunks ? first + per : p.chunks;
     float *ends = p.ends + (long long)blockIdx.y * p.chunks * width + column;
     const float *totals = p.totals + (long long)blockIdx.y * p.chunks * p.channels + channel;
-    float h = 0.0f, time = 0.0f;
-#pragma unroll 8
-    for (int j = first; j < end; ++j) {
-        const long long chunk = back ? p.chunks - 1 - j : j;
-        const float t = totals[chunk * p.channels];
-        h = fmaf(exp2_(rate * t), h, ends[chunk * width]);
-        time += t;
+    constexpr int AHEAD = HELD ? HELD : 8;  // chunks that are read at once: all of a segment, or some of them, and twice
+    float add[AHEAD], t[AHEAD], h = 0.0f, time = 0.0f;
+    const auto at = [&](int j) { return (long long)(back ? p.chunks - 1 - j : j); };
+    const auto read = [&](int j) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const bool there = j + i < end;
+            add[i] = there ? ends[at(j + i) * width] : 0.0f;
+            t[i] = there ? totals[at(j + i) * p.channels] : 0.0f;
+        }
+    };
+    for (int j = first; j < end; j += AHEAD) {
+        read(j);
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            h = fmaf(exp2_(rate * t[i]), h, add[i]);
+            time += t[i];
+        }
     }
     // Sums of all segments up to each: of two, four, .. segments at a time.
     for (int reach = 1; reach < SEGMENTS; reach *= 2) {
@@ -392,19 +404,11 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(cons
     sums[place] = h;
     __syncthreads();
     h = segment > 0 ? sums[place - COLUMNS] : 0.0f;
-    constexpr int AHEAD = 8;
     for (int j = first; j < end; j += AHEAD) {
-        float add[AHEAD], t[AHEAD];
+        if (!HELD) read(j);
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            const long long chunk = j + i >= end ? 0 : back ? p.chunks - 1 - j - i : j + i;
-            add[i] = ends[chunk * width];
-            t[i] = totals[chunk * p.channels];
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (j + i >= end) break;
-            ends[(long long)(back ? p.chunks - 1 - j - i : j + i) * width] = h;
+            if (j + i < end) ends[at(j + i) * width] = h;
             h = fmaf(exp2_(rate * t[i]), h, add[i]);
         }
     }

@@ -5,7 +5,7 @@
 // the tensor cores want of it as codes (mma.m16n8k32), so that values are encoded in registers where they have been read,
 // and a norm's sums are over four lanes. SPLIT warps share the outputs of the same rows, where there are few.
 //
-// After cuda_math.cu and definitions of: INPUTS, OUTPUTS; OFF: what codes of the input are less when they are int8; CODED: the
+// After cuda_math.cu and definitions of: INPUTS, OUTPUTS; CODED: the
 // input is codes, int8 from 0 and -1 for NaN; PARTS: tensors whose sum it is; NORM: 1 layer norm, 2 RMS norm, 3 factors alone;
 // HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL; HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so many of the first outputs
 // are written as codes, apart from the others; CORE: 1 all outputs are, each by a quantizer of its own, and the input's codes
@@ -13,6 +13,11 @@
 // PAIRS: whether all that belongs to outputs can be read two at once; WARPS, SPLIT.
 
 #ifndef EMULATED
+__device__ __forceinline__ int total_of(unsigned x, int sum) {  // of four bytes, with signs
+    int y;
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(0x01010101), "r"(sum));
+    return y;
+}
 __device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
 __device__ __forceinline__ int as_int(float x) { return __float_as_int(x); }
 // sum += a @ b, 16 x 32 by 32 x 8 of int8.
@@ -34,7 +39,8 @@ struct Params {
     const void *x;
     const float *z, *norm_weight, *norm_bias, *scale, *shift;
     const Words *tiles;                                  // weights: [NT][KT][32], of lane (g, t) output g and its inputs
-    const float *of_scale, *of_shift, *of_total, *bias, *residual, *gain;
+    const Floats<4> *of_outputs;                         // of each, up to a multiple of 8: scale, shift and total
+    const float *bias, *residual, *gain;
     float *y;                                            // (samples, rows, REST)
     signed char *codes;                                  // (samples, rows, CODES); CORE: uint8, rows of code_row
     const float *next_scale, *next_shift;                // of codes; CORE: of u
@@ -50,11 +56,23 @@ __device__ __forceinline__ float of_four(float x) {
     return x + __shfl_xor_sync(ALL, x, 2);
 }
 
-// The integer that a value is rounded to, and whether it is NaN.
-__device__ __forceinline__ int code_of(float x, float inverse, float moved, float least, float most, bool &odd) {
+// Bits whose lowest byte is that of the integer that a value is rounded to; notes NaN.
+__device__ __forceinline__ int bits_of(float x, float inverse, float moved, float least, float most, bool &odd) {
     const float u = fmaf(x, inverse, moved);
-    odd = u != u;
-    return as_int(fminf(fmaxf(u, least), most) + MAGIC) - as_int(MAGIC);
+    odd = odd || u != u;
+    return as_int(fminf(fmaxf(u, least), most) + MAGIC);
+}
+
+// The lowest bytes of four integers as one, and one number less in each.
+__device__ __forceinline__ unsigned joined(int a, int b, int c, int d) {
+#ifdef EMULATED
+    return unsigned(a & 255) | unsigned(b & 255) << 8 | unsigned(c & 255) << 16 | unsigned(d & 255) << 24;
+#else
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+#endif
+}
+__device__ __forceinline__ unsigned less(unsigned x, unsigned y) {
+    return ((x | 0x80808080u) - (y & 0x7f7f7f7fu)) ^ ((x ^ ~y) & 0x80808080u);
 }
 
 // Outputs n and n + 1 of what every output has; n is even.
@@ -92,7 +110,7 @@ struct Rows {
             multiply(acc, code[kt], w.x[0], w.x[1]);
         }
         const int n = j * 8 + 2 * t;
-        const Floats<2> ws = pair(p.of_scale, n), wt = pair(p.of_shift, n), total = pair(p.of_total, n);
+        const Floats<4> of[2] = {p.of_outputs[n], p.of_outputs[n + 1]};
         const Floats<2> bias = HAS_BIAS ? pair(p.bias, n) : Floats<2>{}, gain = HAS_GAIN ? pair(p.gain, n) : Floats<2>{1.0f, 1.0f};
         Floats<2> of_inverse{}, of_moved{}, of_least{}, of_most{};
         if (CORE) of_inverse = pair(p.inverse, n), of_moved = pair(p.moved, n), of_least = pair(p.least, n), of_most = pair(p.most, n);
@@ -107,17 +125,16 @@ struct Rows {
             if (RESIDUAL) held = pair(p.residual + sample * p.r_batch + row * p.r_row, n);
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                float x = a * (ws.x[c] * float(acc[2 * r + c]) - wt.x[c] * sum[r]) + origin * total.x[c];
-                if (HAS_BIAS) x += bias.x[c];
+                float x = fmaf(a, of[c].x[0] * float(acc[2 * r + c]) - of[c].x[1] * sum[r], fmaf(origin, of[c].x[2], bias.x[c]));
                 x = ACT == 1 ? silu(x) : ACT == 2 ? gelu(x) : x;
                 if (RESIDUAL) x += HAS_GAIN ? held.x[c] * gain.x[c] : held.x[c];
                 value[c] = odd >> r & 1 ? as_float(0x7fffffff) : x;
-                bool nan = false;
+                bool none = false;
                 if (CORE) {
-                    made[c] = (signed char)(code_of(value[c], of_inverse.x[c], of_moved.x[c], of_least.x[c], of_most.x[c], nan) - int(of_least.x[c]));
+                    made[c] = (signed char)(bits_of(value[c], of_inverse.x[c], of_moved.x[c], of_least.x[c], of_most.x[c], none) - as_int(of_least.x[c] + MAGIC));
                 } else if (AS_CODES) {
-                    const int next = code_of(value[c], next_inverse, next_moved, float(p.next_min), float(p.next_max), nan);
-                    made[c] = nan ? (signed char)-1 : (signed char)(next - p.next_min);
+                    const int next = bits_of(value[c], next_inverse, next_moved, float(p.next_min), float(p.next_max), none);
+                    made[c] = none ? (signed char)-1 : (signed char)(next - p.next_min);
                 }
             }
             if (AS_CODES && n < CODES) {
@@ -151,8 +168,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) thin(const Params p) {
     const float a = p.scale[0], b = p.shift[0], inverse = 1.0f / a, moved = b * inverse;
     const float least = float(p.qmin), most = float(p.qmax);
     unsigned code[KT][4];
-    int sums[2] = {0, 0}, odd = 0;  // bits of odd: rows that have a NaN
-    float v[2][8 * KT];
+    int sums[2] = {0, 0};
+    bool nan[2] = {false, false};
+    // What codes are less by when they are multiplied: nothing where they fit as they are.
+    const int base = CODED || p.qmin < -128 || p.qmax > 127 ? p.qmin + (p.qmax - p.qmin > 127 ? 128 : 0) : 0;
+    float v[2][8 * KT], factor[2] = {1.0f, 1.0f};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = first + g + 8 * r;
@@ -170,11 +190,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) thin(const Params p) {
 #pragma unroll
                     for (int l = 0; l < VEC; ++l) word |= unsigned(some.x[l] & 255) << 8 * (j + l);
                 }
-                const unsigned nan = word & 0x80808080u;
-                odd |= nan ? 1 << r : 0;
-                word &= ~((nan >> 7) * 255u);
+                const unsigned none = word & 0x80808080u;
+                nan[r] = nan[r] || none;
+                word &= ~((none >> 7) * 255u);
                 code[i / 8][i / 4 % 2 * 2 + r] = word;
-                for (int j = 0; j < 4; ++j) sums[r] += int(word >> 8 * j & 255);
+                sums[r] = total_of(word, sums[r]);
             }
             continue;
         }
@@ -186,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) thin(const Params p) {
 #pragma unroll
             for (int i = 0; i < 8 * KT; ++i) v[r][i] += more[i];
         }
-        float mean = 0.0f, factor = 1.0f;
+        float mean = 0.0f;
         if (NORM == 1) {
             float sum = 0.0f;
 #pragma unroll
@@ -197,12 +217,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) thin(const Params p) {
             float sum = 0.0f;
 #pragma unroll
             for (int i = 0; i < 8 * KT; ++i) {
-                const float off = i / 4 * 16 + 4 * t + i % 4 < INPUTS ? v[r][i] - mean : 0.0f;
-                sum = fmaf(off, off, sum);
+                const float off = v[r][i] - mean;
+                v[r][i] = off;
+                if (i / 4 * 16 + 4 * t + i % 4 < INPUTS) sum = fmaf(off, off, sum);
             }
-            factor = 1.0f / sqrtf(of_four(sum) * (1.0f / INPUTS) + p.eps);
-#pragma unroll
-            for (int i = 0; i < 8 * KT; ++i) v[r][i] = (v[r][i] - mean) * factor;
+            factor[r] = 1.0f / sqrtf(of_four(sum) * (1.0f / INPUTS) + p.eps);
         }
     }
     if (!CODED) {
@@ -210,7 +229,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) thin(const Params p) {
         if (HAS_W) {
             read<VEC>(p.norm_weight, t, true, of_k);
 #pragma unroll
-            for (int i = 0; i < 8 * KT; ++i) v[0][i] *= of_k[i], v[1][i] *= of_k[i];
+            for (int i = 0; i < 8 * KT; ++i) v[0][i] *= factor[0] * of_k[i], v[1][i] *= factor[1] * of_k[i];
+        } else if (NORM) {
+#pragma unroll
+            for (int i = 0; i < 8 * KT; ++i) v[0][i] *= factor[0], v[1][i] *= factor[1];
         }
         if (HAS_B) {
             read<VEC>(p.norm_bias, t, true, of_k);
@@ -228,32 +250,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) thin(const Params p) {
             }
 #pragma unroll
             for (int i = 0; i < 8 * KT; i += 4) {
-                unsigned word = 0, own = 0;
+                const int k = i / 4 * 16 + 4 * t;
+                int bits[4], others[4];
+                bool other = false;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    bool nan, other;
-                    const bool inside = i / 4 * 16 + 4 * t + j < INPUTS;
-                    const int c = code_of(v[r][i + j], inverse, moved, least, most, nan);
-                    const int held = inside ? c - p.qmin - OFF : 0;
-                    odd |= nan && inside ? 1 << r : 0;
-                    sums[r] += held;
-                    word |= unsigned(held & 255) << 8 * j;
-                    const int mine = CORE == 1 ? code_of(v[r][i + j], u_inverse, u_moved, float(p.next_min), float(p.next_max), other) - p.next_min : c - p.qmin;
-                    own |= unsigned(mine & 255) << 8 * j;
+                    bits[j] = bits_of(v[r][i + j], inverse, moved, least, most, nan[r]);
+                    others[j] = CORE == 1 ? bits_of(v[r][i + j], u_inverse, u_moved, float(p.next_min), float(p.next_max), other) : bits[j];
                 }
+                const unsigned whole = joined(bits[0], bits[1], bits[2], bits[3]);
+                unsigned word = base ? less(whole, unsigned(base & 255) * 0x01010101u) : whole;
+                if (k + 3 >= INPUTS) word = k >= INPUTS ? 0 : word & 0xffffffffu >> 8 * (k + 4 - INPUTS);
+                sums[r] = total_of(word, sums[r]);
                 code[i / 8][i / 4 % 2 * 2 + r] = word;
-                const int k = i / 4 * 16 + 4 * t;  // u_row is a multiple of 16, which k does not reach beyond
-                if (CORE && split == 0 && row < p.rows && k < INPUTS)
-                    *reinterpret_cast<unsigned *>(p.u + (sample * p.rows + row) * p.u_row + k) = own;
+                if (CORE && split == 0 && row < p.rows && k < INPUTS)  // u_row is a multiple of 16, which k does not reach beyond
+                    *reinterpret_cast<unsigned *>(p.u + (sample * p.rows + row) * p.u_row + k) =
+                        less(joined(others[0], others[1], others[2], others[3]), unsigned((CORE == 1 ? p.next_min : p.qmin) & 255) * 0x01010101u);
             }
         }
     }
     float sum[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) sum[r] = of_four(float(sums[r]));
+    int odd = nan[0] + 2 * nan[1];  // bits: rows that have a NaN
     odd |= int(__shfl_xor_sync(ALL, odd, 1));
     odd |= int(__shfl_xor_sync(ALL, odd, 2));
-    const float origin = float(p.qmin + OFF) * a - b;  // the value of what is held as 0
+    const float origin = float(base) * a - b;  // the value of what is held as 0
     const float next_inverse = CODES && !CORE ? 1.0f / p.next_scale[0] : 1.0f, next_moved = CODES && !CORE ? p.next_shift[0] * next_inverse : 0.0f;
     const Rows rows{p, code, {sum[0], sum[1]}, a, origin, next_inverse, next_moved, lane, first, odd, sample};
     const int begin = NT * split / SPLIT, end = NT * (split + 1) / SPLIT;

@@ -7,6 +7,7 @@ modules there. Results do not depend on how blocks are scheduled.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -148,8 +149,18 @@ def pack(codes: Tensor, scale: Tensor, shift: Tensor, **_options: bool) -> Weigh
     total = scale.double() * codes.sum(-1, dtype=torch.int64) - codes.shape[-1] * shift.double()
     scale, shift, total = (t.float().contiguous() for t in (scale, shift, total))
     codes = codes.contiguous()
-    tiles = cuda_thin.tiles(codes) if codes.dim() == 2 else F.pad(codes, (0, -codes.shape[-1] % _VECTOR))
+    if codes.dim() == 2:
+        return _thin(Weights(codes, scale, shift, total, codes.shape[-2]))
+    tiles = F.pad(codes, (0, -codes.shape[-1] % _VECTOR))
     return Weights(codes, scale, shift, total, codes.shape[-2], tiles=tiles)
+
+
+def _thin(weights: Weights) -> Weights:
+    """With what kernels for few inputs need."""
+    tiles = cuda_thin.tiles(weights.codes)
+    if tiles is None:
+        return weights
+    return replace(weights, tiles=tiles, affine=cuda_thin.affine(weights.scale, weights.shift, weights.total))
 
 
 def by_lanes(x: Tensor) -> Tensor:
@@ -202,7 +213,7 @@ def project(
     samples, rows = _samples(x, z, held, y, made)
     if cuda_thin.takes(weights, x, z, held):
         cuda_thin.project(
-            x, part, parts, (samples, rows), grid, _off(grid), weights, bias, norm, z, held, gain, act, y, made,
+            x, part, parts, (samples, rows), grid, weights, bias, norm, z, held, gain, act, y, made,
             following,
         )  # fmt: skip
         return y if codes is None else (made, y)
@@ -229,8 +240,8 @@ def project(
 def encode(x: Tensor, grid: Grid, factors: Tensor | None = None) -> Tensor:
     """Codes of an image (batch, height, width, channels), any strides: int8 from 0, and -1 for NaN.
 
-    ``grid`` has at most ``BETWEEN`` levels; ``factors``, (channels,), are multiplied with x before. Behind the codes of a
-    pixel there are zeros in memory, up to the next multiple of 16.
+    ``grid`` has at most ``BETWEEN`` levels; ``factors``, (channels,), are multiplied with x before. Behind the codes
+    of a pixel there are zeros in memory, up to the next multiple of 16.
     """
     batch, height, width, columns = x.shape
     wide = -(-columns // _VECTOR) * _VECTOR
@@ -392,8 +403,7 @@ class Core:
         codes, scale, shift, total = map(
             arranged, (projection.codes, projection.scale, projection.shift, projection.total)
         )
-        tiles = cuda_thin.tiles(codes)
-        self.projection = Weights(codes, scale, shift, total, directions * len(rows), tiles=tiles)
+        self.projection = _thin(Weights(codes, scale, shift, total, directions * len(rows)))
         quantizers = [of_rank] * (-(-ranks // 4) * 4) + [of_b, of_c] * (-(-states // 2) * 2)
         inverse = 1.0 / torch.cat([g.scale for g in quantizers])
         made = [inverse, torch.cat([g.shift for g in quantizers]) * inverse]
@@ -426,7 +436,7 @@ class Core:
         p, of_x, of_u = self.projection, self.of_x, self.of_u
         if cuda_thin.takes(p, x):
             cuda_thin.codes_of_core(
-                x, (samples, each), of_x, of_u, _off(of_x), p, self.made, u, columns, codes, width, bad
+                x, (samples, each), of_x, of_u, p, self.made, u, columns, codes, width, bad
             )
             u = x.view(torch.uint8).view(rows, channels) if coded else u.view(rows, columns)
             return u, codes.view(rows, width), bad

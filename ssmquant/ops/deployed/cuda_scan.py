@@ -19,7 +19,10 @@ __all__ = ["Case", "Scan", "Shape", "arrangement", "choose", "paths_of"]
 _MOST_LEVELS = 16  # of step sizes that are looked up
 _MOST_LANES = 256
 _FEW_STEPS = 48
+_FEW_WARPS = 2.5  # of a multiprocessor
+_SHORT = 256  # steps
 _FEW_CHUNKS = 8  # of a segment
+_HELD = 4, 8, 16
 _FEW_STATES = 4  # that need few registers
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
 _MOST = 2**31 - 2**16  # elements of a sample
@@ -43,6 +46,8 @@ class Shape:
     """Blocks of a multiprocessor, what registers are limited for."""
     segments: int = 32
     """Of all chunks, in ``scan_carry``: a power of two, at most 64."""
+    held: int = 0
+    """So many chunks of a segment are kept in registers, if none has more; 0: all are read twice."""
 
     @property
     def level(self) -> int:
@@ -77,6 +82,7 @@ class Case:
             "GROUP": s.group,
             "RESIDENT": s.resident,
             "SEGMENTS": s.segments,
+            "HELD": s.held,
             "QUANT": int(self.quantized),
             "TABLE": self.levels,
             "LADDER": self.ladder,
@@ -117,36 +123,42 @@ def _processors(device: torch.device) -> int:
 
 
 def choose(batch: int, pixels: int, channels: int, states: int, walks: int, processors: int) -> Shape:
-    """Any shape is right, this one should be fast: whole warps, and one or two blocks for each multiprocessor.
+    """Any shape is right, this one should be fast: whole warps, and enough blocks for each multiprocessor.
 
-    Measured on an H200: two blocks hide more of what they wait for, but chunks of few steps cost more than that.
+    Measured on an H200: more blocks hide more of what they wait for, but chunks of few steps cost more than that; of
+    short paths of many samples chunks cost more than they gain.
 
     Args:
         walks: Paths that are walked at once.
     """
     columns = 1 if channels % 2 else 2
-    lanes = channels // columns
-    blocks = -(-lanes // _MOST_LANES)
-    lanes = -(-lanes // blocks)
+    every = channels // columns
+    few = states <= _FEW_STATES
+    resident, stage = 4 if few else 2, 16
+    whole = pixels <= _SHORT and batch * walks * every >= 32 * _FEW_WARPS * processors
+    blocks = -(-every // (_MOST_LANES // 2 if whole else _MOST_LANES))
+    lanes = -(-every // blocks)
+    if whole:
+        return Shape(columns, lanes, 1, -(-pixels // stage) * stage, stage, resident=resident, segments=1)
 
     def fill(count: int) -> tuple[float, int]:
         used = lanes * count
         return used / (-(-used // 32) * 32), used
 
-    stage = 16
     chunks = max(range(1, max(1, _THREADS // lanes) + 1), key=fill)
     work = batch * blocks * pixels * walks
-    steps = work // (2 * processors * chunks)
-    if steps < _FEW_STEPS:
-        steps = work // (processors * chunks)
+    wanted = 2 * resident if few else resident  # blocks of a multiprocessor
+    while wanted > 1 and work // (wanted * processors * chunks) < _FEW_STEPS:
+        wanted //= 2
+    steps = work // (wanted * processors * chunks)
     steps = max(1, min(-(-steps // stage), -(-pixels // stage))) * stage
     parts = -(-pixels // steps)
     chunks = max(1, min(chunks, -(-batch * blocks * walks * parts // processors), parts))
     segments = 1
     while segments < min(64, parts / _FEW_CHUNKS):
         segments *= 2
-    resident = 2 if states > _FEW_STATES else 4
-    return Shape(columns, lanes, chunks, steps, stage, resident=resident, segments=segments)
+    held = next((n for n in _HELD if n * segments >= parts), 0)
+    return Shape(columns, lanes, chunks, steps, stage, resident=resident, segments=segments, held=held)
 
 
 class _Params(ctypes.Structure):

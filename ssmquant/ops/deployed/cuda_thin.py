@@ -12,7 +12,7 @@ from torch import Tensor
 from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, Weights
 
-__all__ = ["codes_of_core", "project", "takes", "tiles"]
+__all__ = ["affine", "codes_of_core", "project", "takes", "tiles"]
 
 _MOST_INPUTS = 192  # that a lane has its share of in registers, of two rows
 _MOST_WEIGHTS = 2**15  # bytes, which each multiprocessor should keep in its cache
@@ -24,8 +24,8 @@ class _Params(ctypes.Structure):
     """``Params`` of the source."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in "x z norm_weight norm_bias scale shift tiles of_scale of_shift".split()),
-        *((n, ctypes.c_void_p) for n in "of_total bias residual gain y codes next_scale next_shift".split()),
+        *((n, ctypes.c_void_p) for n in "x z norm_weight norm_bias scale shift tiles of_outputs".split()),
+        *((n, ctypes.c_void_p) for n in "bias residual gain y codes next_scale next_shift".split()),
         *((n, ctypes.c_void_p) for n in "inverse moved least most u bad".split()),
         *((n, ctypes.c_longlong) for n in "part x_batch x_row z_batch z_row r_batch r_row".split()),
         *((n, ctypes.c_int) for n in "rows u_row code_row qmin qmax next_min next_max".split()),
@@ -44,6 +44,12 @@ def tiles(codes: Tensor) -> Tensor | None:
     whole = F.pad(codes, (0, -inputs % 32, 0, -outputs % 8))
     split = whole.view(whole.shape[0] // 8, 8, whole.shape[1] // 32, 2, 4, 4)
     return split.permute(0, 2, 1, 4, 3, 5).contiguous()
+
+
+def affine(scale: Tensor, shift: Tensor, total: Tensor) -> Tensor:
+    """What these have for each output, and a zero, up to a multiple of 8 outputs."""
+    made = torch.stack((scale, shift, total, torch.zeros_like(scale)), 1)
+    return F.pad(made, (0, 0, 0, -len(made) % 8)).contiguous()
 
 
 def takes(weights: Weights, *tensors: Tensor | None) -> bool:
@@ -90,7 +96,6 @@ def project(
     parts: int,
     samples: tuple[int, int],
     grid: Grid,
-    off: int,
     weights: Weights,
     bias: Tensor | None,
     norm: Norm | None,
@@ -107,17 +112,15 @@ def project(
     Args:
         part, parts: what x is the sum of: elements between tensors, and their number.
         samples: (samples, rows), as which all tensors are read.
-        off: what codes of x are less as int8.
     """
     inputs, outputs = x.shape[2], weights.outputs
     norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
     of_inputs = x, z, norm_weight, norm_bias
     vector = next(n for n in (4, 2, 1) if part % n == 0 and _fits(n, *of_inputs))
-    of_outputs = weights.scale, weights.shift, weights.total, bias, residual, gain
     params = _Params(
         **_pointers(
             x=x, z=z, norm_weight=norm_weight, norm_bias=norm_bias, scale=grid.scale, shift=grid.shift,
-            tiles=weights.tiles, of_scale=weights.scale, of_shift=weights.shift, of_total=weights.total, bias=bias,
+            tiles=weights.tiles, of_outputs=weights.affine, bias=bias,
             residual=residual, gain=gain, y=y, codes=codes, next_scale=following.scale, next_shift=following.shift,
         ),
         part=part, x_batch=x.stride(0), x_row=x.stride(1), rows=samples[1],
@@ -127,12 +130,12 @@ def project(
         eps=0.0 if norm is None else norm.eps,
     )  # fmt: skip
     _launch(
-        samples[1], samples[0], params, x.device, INPUTS=inputs, OUTPUTS=outputs, OFF=off,
+        samples[1], samples[0], params, x.device, INPUTS=inputs, OUTPUTS=outputs,
         CODED=int(x.dtype == torch.int8), PARTS=parts,
         NORM=0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1, HAS_W=int(norm_weight is not None),
         HAS_B=int(norm_bias is not None), GATE=int(z is not None), HAS_BIAS=int(bias is not None),
         RESIDUAL=int(residual is not None), HAS_GAIN=int(gain is not None), ACT=ACTIVATIONS[act],
-        CODES=0 if codes is None else codes.shape[2], CORE=0, VEC=vector, PAIRS=int(_fits(2, *of_outputs)),
+        CODES=0 if codes is None else codes.shape[2], CORE=0, VEC=vector, PAIRS=int(_fits(2, bias, residual, gain)),
     )  # fmt: skip
 
 
@@ -141,7 +144,6 @@ def codes_of_core(
     samples: tuple[int, int],
     of_x: Grid,
     of_u: Grid,
-    off: int,
     weights: Weights,
     made: list[Tensor],
     u: Tensor,
@@ -159,16 +161,16 @@ def codes_of_core(
     outputs = weights.outputs
     params = _Params(
         **_pointers(
-            x=x, scale=of_x.scale, shift=of_x.shift, tiles=weights.tiles, of_scale=weights.scale,
-            of_shift=weights.shift, of_total=weights.total, codes=codes, next_scale=of_u.scale, next_shift=of_u.shift,
+            x=x, scale=of_x.scale, shift=of_x.shift, tiles=weights.tiles, of_outputs=weights.affine,
+            codes=codes, next_scale=of_u.scale, next_shift=of_u.shift,
             inverse=inverse, moved=moved, least=least, most=most, u=u, bad=bad,
         ),
         x_batch=x.stride(0), x_row=x.stride(1), rows=samples[1], u_row=columns, code_row=width, qmin=of_x.qmin,
         qmax=of_x.qmax, next_min=of_u.qmin, next_max=of_u.qmax,
     )  # fmt: skip
-    pairs = _fits(2, weights.scale, weights.shift, weights.total, *made)
+    pairs = _fits(2, *made)
     _launch(
-        samples[1], samples[0], params, x.device, INPUTS=x.shape[2], OUTPUTS=outputs, OFF=off,
+        samples[1], samples[0], params, x.device, INPUTS=x.shape[2], OUTPUTS=outputs,
         CODED=int(x.dtype == torch.int8), PARTS=1, NORM=0, HAS_W=0, HAS_B=0, GATE=0, HAS_BIAS=0, RESIDUAL=0,
         HAS_GAIN=0, ACT=0, CODES=outputs, CORE=2 if of_u is of_x else 1, VEC=vector, PAIRS=int(pairs),
     )  # fmt: skip

@@ -72,7 +72,8 @@ class Weights:
 
     ``value = scale * code - shift``, one of each an output; ``total``: the sum of an output's values. All of them
     (..., tiles, lanes), zeros behind the outputs. ``narrow``: 0, or the largest magnitude of codes that are int8 where
-    the path's own form is int16. ``tiles``: the codes once more, as tensor cores or vectors take them.
+    the path's own form is int16. ``tiles``: the codes once more, as tensor cores or vectors take them, and
+    ``affine`` the others, for kernels that do.
     """
 
     codes: Tensor
@@ -82,6 +83,7 @@ class Weights:
     outputs: int
     narrow: int = 0
     tiles: Tensor | None = None
+    affine: Tensor | None = None
 
 
 def signed_codes(

@@ -185,6 +185,10 @@ inline float exp2_(float x) { return exp2f(x); }
 inline float recip(float x) { return 1.0f / x; }
 inline float as_float(int x) { return bits_to_float(uint32_t(x)); }
 inline int as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
+inline int total_of(unsigned x, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += int8_t(x >> i);
+    return sum;
+}
 inline void multiply(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {  // m16n8k32 of int8
     const int g = (emulated::current & 31) / 4, t = emulated::current & 3;
     for (int q = 0; q < 4; ++q) {
