@@ -184,6 +184,16 @@ inline float exp2_(float x) { return exp2f(x); }
 inline float recip(float x) { return 1.0f / x; }
 inline float as_float(int x) { return bits_to_float(uint32_t(x)); }
 inline int as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
+inline float max_nan(float x, float y) { return x != x || y != y ? as_float(0x7fffffff) : fmaxf(x, y); }
+inline float min_nan(float x, float y) { return x != x || y != y ? as_float(0x7fffffff) : fminf(x, y); }
+inline int bytes_of(unsigned x, unsigned y, unsigned which) {
+    unsigned z = 0;
+    for (int i = 0; i < 4; ++i) {
+        unsigned from = which >> 4 * i & 15, byte = (from & 4 ? y : x) >> 8 * (from & 3) & 255;
+        z |= (from & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+    }
+    return int(z);
+}
 extern char shared[];
 inline unsigned place_of(const float *p) { return unsigned(reinterpret_cast<const char *>(p) - shared); }
 inline void load_pair(unsigned at, float &x, float &y) {
