@@ -3,8 +3,28 @@
 #ifndef EMULATED
 __device__ __forceinline__ float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float recip(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
+__device__ __forceinline__ int as_int(float x) { return __float_as_int(x); }
+// Four of eight bytes, as prmt counts them.
+__device__ __forceinline__ int bytes_of(int x, int y, int which) {
+    int z;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(which));
+    return z;
+}
+// NaN if x is, and then with all bits of the lowest byte set.
+__device__ __forceinline__ float max_nan(float x, float y) {
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+__device__ __forceinline__ float min_nan(float x, float y) {
+    float z;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
 #endif
 
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
 constexpr float LOG2E = 1.44269504088896341f;
 
 // log(1 + exp(x)) to a few ulp: log1p by atanh(s) = s q(s * s), s <= 1/3, where q errs by 4e-9.
@@ -20,9 +40,8 @@ __device__ __forceinline__ float silu(float x) { return x * recip(1.0f + exp2_(-
 
 // By the error function of Abramowitz and Stegun 7.1.26, to 1.5e-7.
 __device__ __forceinline__ float gelu(float x) {
-    const float near = fminf(fmaxf(x, -16.0f), 16.0f), size = fmaxf(near, -near) * 0.70710678f;
-    const float t = recip(fmaf(0.3275911f, size, 1.0f));
-    const float p = t * fmaf(t, fmaf(t, fmaf(t, fmaf(t, 1.061405429f, -1.453152027f), 1.421413741f), -0.284496736f), 0.254829592f);
-    const float outside = near * (0.5f * p * exp2_(-size * size * LOG2E));
-    return x != x ? x : fmaxf(x, 0.0f) - fmaxf(outside, -outside);
+    const float size = min_nan(fabsf(x), 16.0f), t = recip(fmaf(0.3275911f * 0.70710678f, size, 1.0f));
+    float p = fmaf(t, fmaf(t, 0.5307027145f, -0.7265760135f), 0.7107068705f);
+    p = fmaf(t, fmaf(t, p, -0.142248368f), 0.127414796f);
+    return fmaf(size * exp2_(size * (size * (-0.5f * LOG2E))), -t * p, fmaxf(x, 0.0f));
 }

@@ -272,9 +272,12 @@ def check_depthwise(device: str, sizes: tuple[int, ...], kernel: Any, dilation: 
         got = cuda_depthwise.depthwise(*operands).cpu()
         assert torch.equal(got.isnan(), want.isnan())
         close(got.nan_to_num(), want.nan_to_num().double())
-        same_codes(cuda_depthwise.depthwise(*operands, there_is(following, device)), as_codes(got, following))
+        written = cuda_depthwise.depthwise(*operands, there_is(following, device)).cpu()
+        same_codes(written, as_codes(got, following))
+        assert written.min() == -1  # and nothing else for NaN
 
 
+@pytest.mark.parametrize("units", [132, 1])  # small tiles, and large ones
 @pytest.mark.parametrize(
     ("sizes", "kernel", "dilation", "act"),
     [
@@ -283,9 +286,28 @@ def check_depthwise(device: str, sizes: tuple[int, ...], kernel: Any, dilation: 
         ((1, 17, 5, 3), (5, 3), (1, 2), "gelu"),
         ((2, 1, 70, 33), (1, 7), (1, 1), None),
         ((1, 1, 1, 1), (3, 3), (2, 2), None),
+        ((1, 18, 21, 60), (3, 3), (2, 2), "gelu"),
+        ((1, 40, 33, 72), (3, 3), (1, 1), "silu"),
+        ((3, 5, 18, 7), (3, 3), (1, 1), "silu"),
+        ((2, 20, 3, 6), (3, 5), (3, 1), "gelu"),
+        ((1, 12, 11, 4), (7, 7), (1, 1), None),
+        ((1, 1, 40, 8), (3, 3), (1, 2), None),
+        ((1, 50, 1, 12), (3, 3), (1, 1), "silu"),
+        ((2, 1, 300, 64), (1, 7), (1, 2), "silu"),
+        ((1, 9, 8, 20), (3, 3), (5, 6), None),
     ],
 )
-def test_depthwise(by_cpu: None, sizes: Any, kernel: Any, dilation: Any, act: str | None) -> None:
+def test_depthwise(
+    by_cpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: Any,
+    kernel: Any,
+    dilation: Any,
+    act: str | None,
+    units: int,
+) -> None:
+    monkeypatch.setattr(cuda_depthwise, "_tile", cuda_depthwise._tile.__wrapped__)
+    monkeypatch.setattr(cuda_depthwise, "_UNITS", units)
     torch.manual_seed(0)
     check_depthwise("cpu", sizes, kernel, dilation, act)
 
@@ -665,6 +687,7 @@ def compile_for_h100() -> None:
             built.add(self.name)
 
     cuda._kernel = Compiled  # type: ignore[assignment]
+    cuda_thin.takes = lambda *_: False  # type: ignore[assignment]
     nvrtc.load = lambda source, _: emulated(source)  # type: ignore[assignment]
     grid, ones = make_grid(2, 1), torch.ones
     x = torch.randn(1, 64, 72)
@@ -708,20 +731,26 @@ def test_cuda_compiles_for_an_h100() -> None:
         Case(choose(64, 197, 383, 16, 1, 132), 16, 48, False, 0, 0, False),
     ):
         assert nvrtc.compile_source(case.source(), 90)
-    definitions = {
-        "KH": 3,
-        "KW": 3,
-        "DOWN": 1,
-        "RIGHT": 1,
-        "ACT": 2,
-        "LANES": 24,
-        "ROWS": 8,
-        "HIGH": 8,
-        "WIDE": 16,
-    }
-    for coded, vec in ((0, 1), (1, 1), (1, 4)):
-        every = {**definitions, "CODED": coded, "CODES": coded, "VEC": vec}
-        assert nvrtc.compile_source(cuda_depthwise._source(*every.items()), 90)
+    for channels, dilation, coded, codes, read in (
+        (60, 2, 1, 1, 4),
+        (30, 1, 1, 1, 2),
+        (72, 1, 0, 0, 4),
+        (33, 1, 1, 0, 1),
+    ):
+        for size in (16, 64, 320):
+            tile, _, _ = cuda_depthwise._tile(
+                (1, size, size, channels), (3, 3), (dilation,) * 2, bool(coded), read, read
+            )
+            own = {
+                "KH": 3,
+                "KW": 3,
+                "DOWN": dilation,
+                "RIGHT": dilation,
+                "ACT": 2,
+                "CODED": coded,
+                "CODES": codes,
+            }
+            assert nvrtc.compile_source(cuda_depthwise._source(*tile.items(), *own.items()), 90)
 
 
 def test_what_there_is_no_kernel_for() -> None:

@@ -2,133 +2,187 @@
 // one case and launches it.
 //
 // A block has a tile of HIGH * WIDE pixels of LANES channels: each value of it, and of its rim, is quantized once on its way
-// to shared memory; a thread then slides along lines of the tile with the values of its taps in registers. What is read and
-// written may be codes, int8 from 0 and -1 for NaN.
+// to shared memory. A thread has PER neighbouring channels of a column: it goes down RUN lines that are DOWN apart, so that
+// each finds what its taps need in registers but for one line, and threads next to each other read places next to each
+// other. What is read and written may be codes, int8 from 0 and -1 for NaN.
 //
-// After cuda_math.cu and definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES, ROWS (threads of a channel), HIGH (a multiple of ROWS),
-// WIDE; ACT (1: SiLU, 2: GELU); CODED: x is codes, VEC of which are read at once; CODES: y is, by a quantizer of its own.
+// After cuda_math.cu and definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES (a multiple of PER and VEC), PER; HIGH,
+// WIDE, RUN (HIGH is a multiple of RUN * DOWN, or RUN is 1); ACT (1: SiLU, 2: GELU); CODED: x is codes; CODES: y is, by a
+// quantizer of its own; VEC: channels that are read at once. TEAM threads read a line of the tile, and then one further
+// down; before a thread looks at any of it, it has asked for VEC channels at ROUNDS places of each of LINES lines.
 
-constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
-constexpr int THREADS = LANES * ROWS;
-constexpr int GROUPS = LANES / VEC, EACH = THREADS / GROUPS;  // of channels that are read at once; threads for each
-template <int N> struct alignas(N) Codes { signed char x[N]; };
+constexpr int COLUMN = LANES / PER;   // threads of one
+constexpr int THREADS = COLUMN * WIDE * (HIGH / RUN), UNROLLED = RUN < 4 ? RUN : 4;
 template <int N> struct alignas(4 * N) Floats { float x[N]; };
+template <int N> struct Word { typedef unsigned type; };  // of N codes
+template <> struct Word<2> { typedef unsigned short type; };
+template <> struct Word<1> { typedef unsigned char type; };
 #if CODED
-typedef Codes<VEC> Input;
+typedef Word<VEC>::type Input;
 typedef signed char Value;
 #else
 typedef Floats<VEC> Input;
 typedef float Value;
 #endif
 #if CODES
-typedef signed char Output;
+typedef Word<PER>::type Output;
+typedef signed char Result;
 #else
-typedef float Output;
+typedef Floats<PER> Output;
+typedef float Result;
 #endif
 constexpr int REACH_DOWN = (KH - 1) * DOWN, REACH_RIGHT = (KW - 1) * RIGHT;
 constexpr int TALL = HIGH + REACH_DOWN, BROAD = WIDE + REACH_RIGHT;  // with the rim
-constexpr int BYTES = 4 * TALL * BROAD * LANES;
+static_assert((RUN == 1 || HIGH % (RUN * DOWN) == 0) && HIGH % RUN == 0 && LANES % PER == 0 && LANES % VEC == 0, "");
+
+// What is read: ITEMS a line. Threads that have nothing left read the last item once more, or lines below the tile.
+constexpr int GROUPS = LANES / VEC, ITEMS = BROAD * GROUPS, TEAMS = THREADS / TEAM;
+constexpr int ROUNDS_IN_ALL = (ITEMS + TEAM - 1) / TEAM;
+constexpr int LINES_IN_ALL = (TALL + TEAMS * LINES - 1) / (TEAMS * LINES) * LINES;
+constexpr int BYTES = 4 * TEAMS * LINES_IN_ALL * BROAD * LANES;
+
+struct Divisor { unsigned factor; int shift, count; };  // exact below 2^31
 
 struct Params {
     const void *x;
     const float *scale, *shift, *weights, *bias, *next_scale, *next_shift;  // weights: (taps, channels); next: of y
     void *y;                                                                // (B, H, W, channels)
-    long long x_batch, x_down, x_right, x_channel;
-    int height, width, channels, across, qmin, qmax, next_min, next_max;    // across: tiles of a line
+    long long x_batch;
+    int x_down, x_right, x_channel, height, width, channels, qmin, qmax, next_min, next_max;
+    Divisor across, blocks;                                                 // tiles of a line, blocks of channels
 };
 
 extern __shared__ char shared[];
 
-#ifndef EMULATED
-__device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
-#endif
+__device__ __forceinline__ int quotient(unsigned x, Divisor by) { return int((unsigned long long)x * by.factor >> by.shift); }
 
-__device__ __forceinline__ float activated(float x) {
-#if ACT == 1
-    return x * recip(1.0f + exp2_(-x * LOG2E));
-#elif ACT == 2                                         // erf by Abramowitz and Stegun 7.1.26, to 1.5e-7
-    const float near = fminf(fmaxf(x, -16.0f), 16.0f), size = fmaxf(near, -near) * 0.70710678f;
-    const float t = recip(fmaf(0.3275911f, size, 1.0f));
-    const float p = t * fmaf(t, fmaf(t, fmaf(t, fmaf(t, 1.061405429f, -1.453152027f), 1.421413741f), -0.284496736f), 0.254829592f);
-    const float outside = near * (0.5f * p * exp2_(-size * size * LOG2E));
-    return x != x ? x : fmaxf(x, 0.0f) - fmaxf(outside, -outside);
+__device__ __forceinline__ float activated(float x) { return ACT == 1 ? silu(x) : ACT == 2 ? gelu(x) : x; }
+
+// INNER: all that is read is there.
+template <bool INNER>
+__device__ __forceinline__ void read_tile(const Params &p, float *values, int sample, int first_channel, int top, int left) {
+    const int team = threadIdx.x / TEAM, member = threadIdx.x % TEAM;
+    if (team >= TEAMS) return;
+    const float scale = p.scale[0], shift = p.shift[0], inverse = 1.0f / scale, moved = shift * inverse;
+    const float least = float(p.qmin), most = float(p.qmax);
+    const int first_y = top + team - REACH_DOWN / 2, first_x = left - REACH_RIGHT / 2;
+    const auto *x = static_cast<const Value *>(p.x) + sample * p.x_batch + (long long)first_y * p.x_down +
+                    (long long)first_x * p.x_right + (long long)first_channel * p.x_channel;
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS_IN_ALL; round += ROUNDS) {
+        int item[ROUNDS];
+        bool in_image[ROUNDS];
+        const Value *from[ROUNDS];
+#pragma unroll
+        for (int r = 0; r < ROUNDS; ++r) {
+            const int wanted = member + (round + r) * TEAM, i = wanted < ITEMS ? wanted : ITEMS - 1;
+            const int group = i % GROUPS * VEC, at_x = i / GROUPS;
+            item[r] = i;
+            in_image[r] = first_channel + group < p.channels && unsigned(first_x + at_x) < unsigned(p.width);
+            from[r] = x + (long long)at_x * p.x_right + (long long)group * p.x_channel;
+        }
+#pragma unroll 1
+        for (int line = 0; line < LINES_IN_ALL; line += LINES) {
+            Input held[ROUNDS][LINES];
+#pragma unroll
+            for (int l = 0; l < LINES; ++l)
+#pragma unroll
+                for (int r = 0; r < ROUNDS; ++r) {
+                    const bool inside = in_image[r] && unsigned(first_y + (line + l) * TEAMS) < unsigned(p.height);
+                    held[r][l] = INNER || inside ? *reinterpret_cast<const Input *>(from[r]) : Input{};
+                    from[r] += (long long)TEAMS * p.x_down;
+                }
+#pragma unroll
+            for (int l = 0; l < LINES; ++l)
+#pragma unroll
+                for (int r = 0; r < ROUNDS; ++r) {
+                    const bool inside = INNER || in_image[r] && unsigned(first_y + (line + l) * TEAMS) < unsigned(p.height);
+                    Floats<VEC> value;
+#pragma unroll
+                    for (int c = 0; c < VEC; ++c) {
+#if CODED  // -1 has the bits of a NaN, a code those of code * 2^-149: to 2^-23, and to values
+                        const float code = as_float(bytes_of(held[r][l], 0, (8 + c) * 0x1110 + c));
+                        const float v = fmaf(fmaf(code, 8.5070592e37f, least * 1.1920929e-7f), scale * 8388608.0f, -shift);
 #else
-    return x;
+                        const float u = fmaf(held[r][l].x[c], inverse, moved);
+                        const float v = fmaf((min_nan(max_nan(u, least), most) + MAGIC) - MAGIC, scale, -shift);
 #endif
+                        value.x[c] = inside ? v : 0.0f;
+                    }
+                    *reinterpret_cast<Floats<VEC> *>(values + ((team + (line + l) * TEAMS) * ITEMS + item[r]) * VEC) = value;
+                }
+        }
+    }
 }
 
 // blockIdx.x: tile; blockIdx.y: sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) {
     float *values = reinterpret_cast<float *>(shared);  // [TALL][BROAD][LANES]
-    const int blocks = (p.channels + LANES - 1) / LANES, sample = blockIdx.y / blocks;
-    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, channel = blockIdx.y % blocks * LANES + lane;
-    const int top = blockIdx.x / p.across * HIGH, left = blockIdx.x % p.across * WIDE;
-    const bool real = channel < p.channels;
-    const float scale = p.scale[0], shift = p.shift[0], inverse = 1.0f / scale, moved = shift * inverse;
-    const float least = float(p.qmin), most = float(p.qmax);
-    const int group = threadIdx.x % GROUPS * VEC, begin = threadIdx.x / GROUPS, first_channel = blockIdx.y % blocks * LANES + group;
-    const auto *x = static_cast<const Value *>(p.x) + sample * p.x_batch + first_channel * p.x_channel;
-    constexpr int COUNT = (TALL * BROAD + EACH - 1) / EACH, AT_ONCE = 8;
-    for (int first = 0; first < COUNT; first += AT_ONCE) {
-        Input held[AT_ONCE];
-        bool inside[AT_ONCE];
+    const int sample = quotient(blockIdx.y, p.blocks), tile_y = quotient(blockIdx.x, p.across);
+    const int first_channel = (blockIdx.y - sample * p.blocks.count) * LANES;
+    const int top = tile_y * HIGH, left = (blockIdx.x - tile_y * p.across.count) * WIDE;
+    const int lane = threadIdx.x % COLUMN * PER, column = threadIdx.x / COLUMN % WIDE, part = threadIdx.x / (COLUMN * WIDE);
+    const int line = part / DOWN * (RUN * DOWN) + part % DOWN;
+    const bool real = first_channel + lane < p.channels && left + column < p.width && top + line < p.height;
+    const int channel = real ? first_channel + lane : 0;
+    Floats<PER> weight[KH * KW];  // asked for first: they are here when values are
+    const float *of_weight = p.weights + channel;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int place = begin + (first + i) * EACH;
-            const int at_y = top + place / BROAD - REACH_DOWN / 2, at_x = left + place % BROAD - REACH_RIGHT / 2;
-            inside[i] = first_channel < p.channels && place < TALL * BROAD && at_y >= 0 && at_y < p.height && at_x >= 0 && at_x < p.width;
-            held[i] = inside[i] ? *reinterpret_cast<const Input *>(x + at_y * p.x_down + at_x * p.x_right) : Input{};
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int place = begin + (first + i) * EACH;
-            Floats<VEC> value;
-#pragma unroll
-            for (int c = 0; c < VEC; ++c) {
-                float v;
-                if (CODED) {
-                    v = held[i].x[c] < 0 ? as_float(0x7fffffff) : fmaf(float(held[i].x[c] + p.qmin), scale, -shift);
-                } else {
-                    const float u = fmaf(float(held[i].x[c]), inverse, moved);
-                    v = u != u ? u : fmaf((fminf(fmaxf(u, least), most) + MAGIC) - MAGIC, scale, -shift);
-                }
-                value.x[c] = inside[i] ? v : 0.0f;
-            }
-            if (place < TALL * BROAD) *reinterpret_cast<Floats<VEC> *>(values + place * LANES + group) = value;
-        }
-    }
-    float weight[KH * KW];
-#pragma unroll
-    for (int i = 0; i < KH * KW; ++i) weight[i] = real ? p.weights[i * p.channels + channel] : 0.0f;
-    const float bias = real ? p.bias[channel] : 0.0f;
+    for (int i = 0; i < KH * KW; ++i, of_weight += p.channels)
+        weight[i] = *reinterpret_cast<const Floats<PER> *>(of_weight);
+    const Floats<PER> bias = *reinterpret_cast<const Floats<PER> *>(p.bias + channel);
+    const float next_scale = CODES ? p.next_scale[0] : 1.0f, next_shift = CODES ? p.next_shift[0] : 0.0f;
+    const int up = top - REACH_DOWN / 2, before = left - REACH_RIGHT / 2;
+    if (up >= 0 && up + TEAMS * LINES_IN_ALL <= p.height && before >= 0 && before + BROAD <= p.width &&
+        first_channel + LANES <= p.channels)
+        read_tile<true>(p, values, sample, first_channel, top, left);
+    else
+        read_tile<false>(p, values, sample, first_channel, top, left);
     __syncthreads();
     if (!real) return;
-    const float next_scale = CODES ? p.next_scale[0] : 1.0f, next_inverse = 1.0f / next_scale;
-    const float next_moved = CODES ? p.next_shift[0] * next_inverse : 0.0f;
-    Output *y = static_cast<Output *>(p.y) + (long long)sample * p.height * p.width * p.channels + channel;
-    for (int line = row; line < HIGH; line += ROWS) {
-        if (top + line >= p.height) break;
-        const float *from = values + line * BROAD * LANES + lane;
-        float window[KH][REACH_RIGHT + 1];
+    const float next_inverse = 1.0f / next_scale, next_moved = next_shift * next_inverse;
+    const float least = float(p.next_min), most = float(p.next_max);
+    const float *from = values + (line * BROAD + column) * LANES + lane;
+    Result *y = static_cast<Result *>(p.y) + (long long)sample * (p.height * p.width * p.channels) +
+                (((top + line) * p.width + left + column) * p.channels + channel);
+    const int below = (p.height - top - line + DOWN - 1) / DOWN, lines = below < RUN ? below : RUN;
+    Floats<PER> window[KH][KW];
 #pragma unroll
-        for (int j = 0; j < REACH_RIGHT; ++j)
+    for (int i = 0; i < KH - 1; ++i)
 #pragma unroll
-            for (int i = 0; i < KH; ++i) window[i][j + 1] = from[(i * DOWN * BROAD + j) * LANES];
-#pragma unroll 4
-        for (int at = 0; at < WIDE && left + at < p.width; ++at) {
-            float sum = bias;
+        for (int j = 0; j < KW; ++j)
+            window[i + 1][j] = *reinterpret_cast<const Floats<PER> *>(from + (i * DOWN * BROAD + j * RIGHT) * LANES);
+    from += (KH - 1) * DOWN * BROAD * LANES;
+#pragma unroll UNROLLED
+    for (int at = 0; at < lines; ++at) {
+        Floats<PER> sum = bias;
 #pragma unroll
-            for (int i = 0; i < KH; ++i) {
+        for (int i = 0; i < KH; ++i)
 #pragma unroll
-                for (int j = 0; j < REACH_RIGHT; ++j) window[i][j] = window[i][j + 1];
-                window[i][REACH_RIGHT] = from[(i * DOWN * BROAD + at + REACH_RIGHT) * LANES];
+            for (int j = 0; j < KW; ++j) {
+                const auto *next = reinterpret_cast<const Floats<PER> *>(from + j * RIGHT * LANES);
+                window[i][j] = i < KH - 1 ? window[i + 1][j] : *next;
 #pragma unroll
-                for (int j = 0; j < KW; ++j) sum = fmaf(window[i][j * RIGHT], weight[i * KW + j], sum);
+                for (int c = 0; c < PER; ++c) sum.x[c] = fmaf(window[i][j].x[c], weight[i * KW + j].x[c], sum.x[c]);
             }
-            const float result = activated(sum), u = fmaf(result, next_inverse, next_moved);
-            const float code = (fminf(fmaxf(u, float(p.next_min)), float(p.next_max)) + MAGIC) - MAGIC;
-            y[((long long)(top + line) * p.width + left + at) * p.channels] =
-                Output(!CODES ? result : u != u ? -1.0f : code - float(p.next_min));
+#if CODES
+        int code[PER];  // in the lowest byte
+#pragma unroll
+        for (int c = 0; c < PER; ++c) {
+            const float u = fmaf(activated(sum.x[c]), next_inverse, next_moved);
+            code[c] = as_int((min_nan(max_nan(u, least), most) + MAGIC) - least);
         }
+        int word = code[0];
+        if (PER > 1) word = bytes_of(code[0], code[PER > 1], 0x0040);
+        if (PER > 2) word = bytes_of(word, bytes_of(code[PER / 2], code[PER - 1], 0x0040), 0x5410);
+        *reinterpret_cast<Output *>(y) = Output(word);
+#else
+        Output result;
+#pragma unroll
+        for (int c = 0; c < PER; ++c) result.x[c] = activated(sum.x[c]);
+        *reinterpret_cast<Output *>(y) = result;
+#endif
+        from += DOWN * BROAD * LANES;
+        y += DOWN * p.width * p.channels;
     }
 }

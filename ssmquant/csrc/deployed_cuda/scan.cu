@@ -26,8 +26,6 @@ __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(w), "r"(sum));
     return y;
 }
-__device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
-__device__ __forceinline__ int as_int(float x) { return __float_as_int(x); }
 #endif
 
 // Where shared memory is, in the bytes that a thread counts it by, and two values from there.
@@ -49,7 +47,6 @@ __device__ __forceinline__ void store_if(bool there, float *to, float x, float y
 }
 #endif
 
-constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 constexpr int WORDS = (RANK + 3) / 4, PAIRS = (STATES + 1) / 2, EACH = WORDS + PAIRS;  // words of a direction's codes
 constexpr int THREADS = (LANES * CHUNKS + 31) / 32 * 32;
 constexpr int PLACES = CHUNKS * STAGE;                             // steps that are decoded at once

@@ -18,8 +18,6 @@ __device__ __forceinline__ int total_of(unsigned x, int sum) {  // of four bytes
     asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(0x01010101), "r"(sum));
     return y;
 }
-__device__ __forceinline__ float as_float(int x) { return __int_as_float(x); }
-__device__ __forceinline__ int as_int(float x) { return __float_as_int(x); }
 // sum += a @ b, 16 x 32 by 32 x 8 of int8.
 __device__ __forceinline__ void multiply(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -28,7 +26,6 @@ __device__ __forceinline__ void multiply(int (&sum)[4], const unsigned (&a)[4], 
 }
 #endif
 
-constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 constexpr unsigned ALL = 0xffffffff;
 constexpr int KT = (INPUTS + 31) / 32, NT = (OUTPUTS + 7) / 8, THREADS = 32 * WARPS, REST = OUTPUTS - CODES;
 template <int N> struct alignas(4 * N) Floats { float x[N]; };
@@ -65,11 +62,7 @@ __device__ __forceinline__ int bits_of(float x, float inverse, float moved, floa
 
 // The lowest bytes of four integers as one, and one number less in each.
 __device__ __forceinline__ unsigned joined(int a, int b, int c, int d) {
-#ifdef EMULATED
-    return unsigned(a & 255) | unsigned(b & 255) << 8 | unsigned(c & 255) << 16 | unsigned(d & 255) << 24;
-#else
-    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-#endif
+    return bytes_of(bytes_of(a, b, 0x0040), bytes_of(c, d, 0x0040), 0x5410);
 }
 __device__ __forceinline__ unsigned less(unsigned x, unsigned y) {
     return ((x | 0x80808080u) - (y & 0x7f7f7f7fu)) ^ ((x ^ ~y) & 0x80808080u);
@@ -129,12 +122,12 @@ struct Rows {
                 x = ACT == 1 ? silu(x) : ACT == 2 ? gelu(x) : x;
                 if (RESIDUAL) x += HAS_GAIN ? held.x[c] * gain.x[c] : held.x[c];
                 value[c] = odd >> r & 1 ? as_float(0x7fffffff) : x;
-                bool none = false;
                 if (CORE) {
-                    made[c] = (signed char)(bits_of(value[c], of_inverse.x[c], of_moved.x[c], of_least.x[c], of_most.x[c], none) - as_int(of_least.x[c] + MAGIC));
-                } else if (AS_CODES) {
-                    const int next = bits_of(value[c], next_inverse, next_moved, float(p.next_min), float(p.next_max), none);
-                    made[c] = none ? (signed char)-1 : (signed char)(next - p.next_min);
+                    const float u = fminf(fmaxf(fmaf(value[c], of_inverse.x[c], of_moved.x[c]), of_least.x[c]), of_most.x[c]);
+                    made[c] = (signed char)as_int((u + MAGIC) - of_least.x[c]);
+                } else if (AS_CODES) {  // -1 for NaN
+                    const float u = min_nan(max_nan(fmaf(value[c], next_inverse, next_moved), float(p.next_min)), float(p.next_max));
+                    made[c] = (signed char)as_int((u + MAGIC) - float(p.next_min));
                 }
             }
             if (AS_CODES && n < CODES) {

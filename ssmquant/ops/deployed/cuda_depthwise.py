@@ -14,8 +14,14 @@ from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid
 
 __all__ = ["depthwise"]
 
-_THREADS = 256
-_MOST_SHARED = 40 * 1024  # bytes of a block, so that several fit
+_MOST_THREADS = 256
+_MOST_SHARED = 48 * 1024  # bytes of a block, so that several fit
+_UNITS = 132  # multiprocessors of an H100
+_SHAPES = (16, 16), (8, 16), (8, 8), (4, 8), (4, 4), (256, 1), (128, 1), (64, 1), (32, 1), (1, 64)
+
+
+class _Divisor(ctypes.Structure):
+    _fields_ = (("factor", ctypes.c_uint), ("shift", ctypes.c_int), ("count", ctypes.c_int))
 
 
 class _Params(ctypes.Structure):
@@ -23,28 +29,100 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in "x scale shift weights bias next_scale next_shift y".split()),
-        *((n, ctypes.c_longlong) for n in "x_batch x_down x_right x_channel".split()),
-        *((n, ctypes.c_int) for n in "height width channels across qmin qmax next_min next_max".split()),
+        ("x_batch", ctypes.c_longlong),
+        *((n, ctypes.c_int) for n in "x_down x_right x_channel height width channels".split()),
+        *((n, ctypes.c_int) for n in "qmin qmax next_min next_max".split()),
+        *((n, _Divisor) for n in ("across", "blocks")),
     )
 
 
-@functools.cache
-def _tile(line: bool, channels: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> dict[str, int]:
-    """Channels and pixels of a block; ``line``: of images of one line."""
-    lanes = min(range(16, 33), key=lambda n: (-(-channels // n) * n, -n)) if channels >= 16 else channels
-    rows = max(1, _THREADS // lanes)
-    down, right = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
-    high, wide = (1, 32) if line else (8, 16)
-    rows = min(rows, high)
-    while wide > 1 and (high + down) * (wide + right) * lanes * 4 > _MOST_SHARED:
-        wide //= 2
-    return {"LANES": lanes, "ROWS": rows, "HIGH": high, "WIDE": wide}
+def _divisor(count: int) -> _Divisor:
+    shift = 31 + (count - 1).bit_length()
+    return _Divisor(-(-(2**shift) // count), shift, count)
 
 
-def _at_once(x: Tensor, lanes: int) -> int:
-    """How many codes of neighbouring channels can be read together."""
-    places = (x.data_ptr(), *x.stride()[:3], x.shape[3], lanes)
-    return 1 if x.stride(3) != 1 else next(n for n in (4, 2, 1) if all(p % n == 0 for p in places))
+def _readers(threads: int, items: int, tall: int, at_once: int) -> tuple[int, int, dict[str, int]]:
+    """How ``threads`` best read ``tall`` lines of ``items``, ``at_once`` before they look at any.
+
+    Returns:
+        The rounds and lines of a thread, and what the source calls them.
+    """
+    best: tuple[int, tuple[int, int, dict[str, int]]] | None = None
+    for rounds in range(-(-items // threads), items + 1):
+        team = -(-items // rounds)
+        lines = -(-tall // (threads // team))
+        lines_once = -(-lines // -(-lines // at_once))
+        rounds_once = -(-rounds // -(-rounds // (at_once // lines_once)))
+        # What is done in steps is done in whole steps.
+        whole = -(-rounds // rounds_once) * rounds_once, -(-lines // lines_once) * lines_once
+        cost = whole[0] * (2 * whole[1] + 1)  # to find a column takes half as long as an item
+        if best is None or cost < best[0]:
+            best = cost, (*whole, {"TEAM": team, "ROUNDS": rounds_once, "LINES": lines_once})
+        if lines == 1:
+            break
+    assert best is not None
+    return best[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _tile(
+    sizes: tuple[int, ...],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    coded: bool,
+    read: int,
+    stored: int,
+) -> tuple[dict[str, int], int, int]:
+    """What a block does, for the fewest instructions where there are most.
+
+    Args:
+        sizes: of x.
+        read, stored: channels of x and of y that one instruction may take, as far as their places tell.
+
+    Returns:
+        Definitions of the source, threads and bytes of shared memory of a block.
+    """
+    batch, height, width, channels = sizes
+    taps = kernel[0] * kernel[1]
+    # A thread has a weight and a value for each tap and channel in registers.
+    per = next(n for n in (4, 2, 1) if n == 1 or (stored % n == 0 and n * taps <= 40))
+    reach_down, reach_right = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+    best: tuple[tuple[bool, int, float], dict[str, int], int, int] | None = None
+    for shape in _SHAPES:
+        wide, steps = shape[1], shape[0] // dilation[0]
+        high = steps * dilation[0] if steps > 1 else shape[0]
+        most = min(steps, shape[0] * wide // (8 * per))
+        run = next((n for n in range(most, 1, -1) if steps % n == 0), 1)
+        tiles = batch * -(-height // high) * -(-width // wide)
+        for lanes in range(min(32, channels) // per * per, 0, -per):
+            if lanes < 16 and best is not None and best[0][:2] == (False, _MOST_SHARED):
+                break
+            threads = lanes // per * wide * (high // run)
+            vec = next(n for n in (4, 2, 1) if read % n == 0 and lanes % n == 0)
+            tall, items = high + reach_down, (wide + reach_right) * lanes // vec
+            at_once = 6 if vec == 4 and not coded else 12
+            rounds, lines, readers = _readers(threads, items, tall, at_once)
+            shared = 4 * (threads // readers["TEAM"]) * lines * items * vec
+            work = rounds * (10 + lines * ((5 if coded else 10) + 3 * vec))
+            work += 150 + (run + kernel[0] - 1) * kernel[1] + run * (4 + per * (taps + 10))
+            blocks = tiles * -(-channels // lanes)
+            each = -(-blocks // _UNITS)
+            # Few warps wait for themselves, few blocks all for memory; few lanes use parts of what it sends.
+            cost = work * max(-(-threads // 32) * each, 8) * (1 + 0.5 / each) * (1 + 2 / lanes)
+            rank = threads > _MOST_THREADS, max(shared, _MOST_SHARED), cost
+            if best is None or rank < best[0]:
+                definitions = {"PER": per, "VEC": vec, "LANES": lanes, "HIGH": high, "WIDE": wide, "RUN": run}
+                best = rank, {**definitions, **readers}, threads, shared
+    assert best is not None
+    return best[1:]
+
+
+def _at_once(t: Tensor) -> int:
+    """How many channels one instruction can take, by where they are: (.., channels)."""
+    if t.stride(-1) != 1:
+        return 1
+    places = (t.data_ptr() // t.element_size(), *t.stride()[:-1], t.shape[-1])
+    return next(n for n in (4, 2, 1) if all(p % n == 0 for p in places))
 
 
 @functools.cache
@@ -72,17 +150,21 @@ def depthwise(
     Raises:
         InputError: an image has 2**31 elements or more, or there are too many.
     """
+    y = torch.empty(x.shape, dtype=torch.float32 if codes is None else torch.int8, device=x.device)
+    if x.shape[1] == 1 and kernel[0] == 1:  # threads go along columns
+        x, kernel, dilation = x.transpose(1, 2), kernel[::-1], dilation[::-1]
+    if max(x.stride()[1:]) >= 2**31:
+        x = x.contiguous()  # the kernel has 32 bits for each
     batch, height, width, channels = x.shape
-    tile = _tile(height == 1, channels, kernel, dilation)
-    lanes, rows, high, wide = tile.values()
-    down, right = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
-    blocks = -(-height // high) * -(-width // wide), batch * -(-channels // lanes)
-    if height * width * channels >= 2**31 or blocks[1] >= 2**16:
+    coded = x.dtype == torch.int8
+    stored = min(_at_once(weights), _at_once(bias))
+    tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), stored)
+    across, blocks = -(-width // tile["WIDE"]), -(-channels // tile["LANES"])
+    launched = -(-height // tile["HIGH"]) * across, batch * blocks
+    if height * width * channels >= 2**31 or launched[1] >= 2**16:
         raise InputError(
             f"deployed: {tuple(x.shape)} is more than the kernels for GPUs count: use tiles, or fewer at once"
         )
-    coded = x.dtype == torch.int8
-    y = torch.empty(x.shape, dtype=torch.float32 if codes is None else torch.int8, device=x.device)
     constants = {
         "KH": kernel[0],
         "KW": kernel[1],
@@ -91,17 +173,14 @@ def depthwise(
         "ACT": ACTIVATIONS[act],
         "CODED": int(coded),
         "CODES": int(codes is not None),
-        "VEC": _at_once(x, lanes) if coded else 1,
     }
     source = _source(*tile.items(), *constants.items())
     following = grid if codes is None else codes
     tensors = (x, grid.scale, grid.shift, weights, bias, following.scale, following.shift, y)
-    across = -(-width // wide)
     params = _Params(
-        *(t.data_ptr() for t in tensors), *x.stride(), height, width, channels, across, grid.qmin, grid.qmax,
-        following.qmin, following.qmax,
+        *(t.data_ptr() for t in tensors), *x.stride(), height, width, channels, grid.qmin, grid.qmax,
+        following.qmin, following.qmax, _divisor(across), _divisor(blocks),
     )  # fmt: skip
-    shared = 4 * (high + down) * (wide + right) * lanes
     with torch.cuda.device_of(y):
-        nvrtc.load(source, x.device).launch("depthwise", blocks, lanes * rows, shared, params, x.device)
+        nvrtc.load(source, x.device).launch("depthwise", launched, threads, shared, params, x.device)
     return y

@@ -204,6 +204,16 @@ inline void multiply(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigne
                     sum[i] += int(int8_t(words[half * 2 + i / 2] >> byte)) * int(int8_t(of_column[i % 2][half] >> byte));
     }
 }
+inline float max_nan(float x, float y) { return x != x || y != y ? as_float(0x7fffffff) : fmaxf(x, y); }
+inline float min_nan(float x, float y) { return x != x || y != y ? as_float(0x7fffffff) : fminf(x, y); }
+inline int bytes_of(unsigned x, unsigned y, unsigned which) {
+    unsigned z = 0;
+    for (int i = 0; i < 4; ++i) {
+        unsigned from = which >> 4 * i & 15, byte = (from & 4 ? y : x) >> 8 * (from & 3) & 255;
+        z |= (from & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+    }
+    return int(z);
+}
 extern char shared[];
 inline unsigned place_of(const float *p) { return unsigned(reinterpret_cast<const char *>(p) - shared); }
 inline void load_pair(unsigned at, float &x, float &y) {
