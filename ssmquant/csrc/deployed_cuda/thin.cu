@@ -3,14 +3,15 @@
 //
 // A warp has 16 rows. Lane (g, t) of it, of 8 times 4, has four neighbouring inputs of every 16 of rows g and g + 8: what
 // the tensor cores want of it as codes (mma.m16n8k32), so that values are encoded in registers where they have been read,
-// and a norm's sums are over four lanes. SPLIT warps share the outputs of the same rows, where there are few.
+// and a norm's sums are over four lanes. Of every 16 outputs it has four neighbours too, since weights lie so that two
+// products of 8 outputs give it these. SPLIT warps share the outputs of the same rows, where there are few.
 //
 // After cuda_math.cu and definitions of: INPUTS, OUTPUTS; CODED: the
 // input is codes, int8 from 0 and -1 for NaN; PARTS: tensors whose sum it is; NORM: 1 layer norm, 2 RMS norm, 3 factors alone;
 // HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL; HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so many of the first outputs
 // are written as codes, apart from the others; CORE: 1 all outputs are, each by a quantizer of its own, and the input's codes
-// and NaN too, 2: its codes are those of a single quantizer, which are multiplied; VEC: inputs that are read at once;
-// PAIRS: whether all that belongs to outputs can be read two at once; WARPS, SPLIT.
+// and NaN too, 2: its codes are those of a single quantizer, which are multiplied; VEC: inputs that are read at once; AT_ONCE:
+// outputs that are read and written so; WARPS, SPLIT.
 
 #ifndef EMULATED
 __device__ __forceinline__ int total_of(unsigned x, int sum) {  // of four bytes, with signs
@@ -27,16 +28,16 @@ __device__ __forceinline__ void multiply(int (&sum)[4], const unsigned (&a)[4], 
 #endif
 
 constexpr unsigned ALL = 0xffffffff;
-constexpr int KT = (INPUTS + 31) / 32, NT = (OUTPUTS + 7) / 8, THREADS = 32 * WARPS, REST = OUTPUTS - CODES;
+constexpr int KT = (INPUTS + 31) / 32, GROUPS = (OUTPUTS + 15) / 16, THREADS = 32 * WARPS, REST = OUTPUTS - CODES;
 template <int N> struct alignas(4 * N) Floats { float x[N]; };
 template <int N> struct alignas(N) Bytes { signed char x[N]; };
-struct alignas(8) Words { unsigned x[2]; };
+struct alignas(16) Words { unsigned x[4]; };
 
 struct Params {
     const void *x;
     const float *z, *norm_weight, *norm_bias, *scale, *shift;
-    const Words *tiles;                                  // weights: [NT][KT][32], of lane (g, t) output g and its inputs
-    const Floats<4> *of_outputs;                         // of each, up to a multiple of 8: scale, shift and total
+    const Words *tiles;                                  // weights: [GROUPS][KT][32], see cuda_thin.tiles
+    const float *of_outputs;                             // scales, shifts and totals, (3, 16 * GROUPS)
     const float *bias, *residual, *gain;
     float *y;                                            // (samples, rows, REST)
     signed char *codes;                                  // (samples, rows, CODES); CORE: uint8, rows of code_row
@@ -68,10 +69,34 @@ __device__ __forceinline__ unsigned less(unsigned x, unsigned y) {
     return ((x | 0x80808080u) - (y & 0x7f7f7f7fu)) ^ ((x ^ ~y) & 0x80808080u);
 }
 
-// Outputs n and n + 1 of what every output has; n is even.
-__device__ __forceinline__ Floats<2> pair(const float *p, int n) {
-    if (PAIRS) return n < OUTPUTS ? *reinterpret_cast<const Floats<2> *>(p + n) : Floats<2>{};
-    return {n < OUTPUTS ? p[n] : 0.0f, n + 1 < OUTPUTS ? p[n + 1] : 0.0f};
+// What no thread writes: may be read ahead of what is written before.
+#ifdef EMULATED
+template <class T> inline T fixed(const T *p) { return *p; }
+#else
+__device__ __forceinline__ Words fixed(const Words *p) {
+    Words w;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w.x[0]), "=r"(w.x[1]), "=r"(w.x[2]), "=r"(w.x[3]) : "l"(p));
+    return w;
+}
+__device__ __forceinline__ Floats<4> fixed(const Floats<4> *p) {
+    const Words w = fixed(reinterpret_cast<const Words *>(p));
+    return {as_float(w.x[0]), as_float(w.x[1]), as_float(w.x[2]), as_float(w.x[3])};
+}
+#endif
+__device__ __forceinline__ Floats<4> four(const float *p, int n) { return fixed(reinterpret_cast<const Floats<4> *>(p + n)); }
+
+// Outputs n to n + 3 of what every output has, zeros where there are none; n is a multiple of 4.
+__device__ __forceinline__ Floats<4> of_outputs(const float *p, int n) {
+    if (AT_ONCE == 4) return n < OUTPUTS ? *reinterpret_cast<const Floats<4> *>(p + n) : Floats<4>{};
+    Floats<4> x{};
+#pragma unroll
+    for (int i = 0; i < 4; i += AT_ONCE) {
+        if (n + i >= OUTPUTS) break;
+        const Floats<AT_ONCE> some = *reinterpret_cast<const Floats<AT_ONCE> *>(p + n + i);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) x.x[i + j] = some.x[j];
+    }
+    return x;
 }
 
 // Four neighbouring inputs of each of the 2 * KT times that a lane has some, zeros where there are none.
@@ -86,7 +111,7 @@ template <int STEP> __device__ __forceinline__ void read(const float *x, int t, 
     }
 }
 
-// Eight outputs of 16 rows; of these some are written as codes, some as values.
+// Sixteen outputs of 16 rows; of these some are written as codes, some as values.
 struct Rows {
     const Params &p;
     const unsigned (&code)[KT][4];
@@ -94,53 +119,65 @@ struct Rows {
     int lane, first, odd;
     long long sample;
 
-    template <bool AS_CODES, bool AS_VALUES> __device__ __forceinline__ void finish(int j) const {
-        const int g = lane / 4, t = lane % 4;
-        int acc[4] = {0, 0, 0, 0};
+    template <bool AS_CODES, bool AS_VALUES> __device__ __forceinline__ void finish(int group) const {
+        const int g = lane / 4, n = group * 16 + lane % 4 * 4;
+        int acc[2][4] = {};
 #pragma unroll
         for (int kt = 0; kt < KT; ++kt) {
-            const Words w = p.tiles[(j * KT + kt) * 32 + lane];
-            multiply(acc, code[kt], w.x[0], w.x[1]);
+            const Words w = fixed(p.tiles + (group * KT + kt) * 32 + lane);
+            multiply(acc[0], code[kt], w.x[0], w.x[1]);
+            multiply(acc[1], code[kt], w.x[2], w.x[3]);
         }
-        const int n = j * 8 + 2 * t;
-        const Floats<4> of[2] = {p.of_outputs[n], p.of_outputs[n + 1]};
-        const Floats<2> bias = HAS_BIAS ? pair(p.bias, n) : Floats<2>{}, gain = HAS_GAIN ? pair(p.gain, n) : Floats<2>{1.0f, 1.0f};
-        Floats<2> of_inverse{}, of_moved{}, of_least{}, of_most{};
-        if (CORE) of_inverse = pair(p.inverse, n), of_moved = pair(p.moved, n), of_least = pair(p.least, n), of_most = pair(p.most, n);
+        const Floats<4> ws = four(p.of_outputs, n), wt = four(p.of_outputs + 16 * GROUPS, n), total = four(p.of_outputs + 32 * GROUPS, n);
+        const Floats<4> bias = HAS_BIAS ? of_outputs(p.bias, n) : Floats<4>{}, gain = HAS_GAIN ? of_outputs(p.gain, n) : Floats<4>{};
+        Floats<4> inverse{}, moved{}, least{}, most{};
+        if (CORE) inverse = of_outputs(p.inverse, n), moved = of_outputs(p.moved, n), least = of_outputs(p.least, n), most = of_outputs(p.most, n);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = first + g + 8 * r;
             if (row >= p.rows) continue;
             const long long at = sample * p.rows + row;
-            float value[2];
-            signed char made[2];
-            Floats<2> held{};
-            if (RESIDUAL) held = pair(p.residual + sample * p.r_batch + row * p.r_row, n);
+            float value[4];
+            int made[4];  // in the lowest byte
+            Floats<4> held{};
+            if (RESIDUAL) held = of_outputs(p.residual + sample * p.r_batch + row * p.r_row, n);
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                float x = fmaf(a, of[c].x[0] * float(acc[2 * r + c]) - of[c].x[1] * sum[r], fmaf(origin, of[c].x[2], bias.x[c]));
+            for (int c = 0; c < 4; ++c) {
+                const float product = ws.x[c] * float(acc[c / 2][2 * r + c % 2]) - wt.x[c] * sum[r];
+                float x = fmaf(a, product, fmaf(origin, total.x[c], bias.x[c]));
                 x = ACT == 1 ? silu(x) : ACT == 2 ? gelu(x) : x;
                 if (RESIDUAL) x += HAS_GAIN ? held.x[c] * gain.x[c] : held.x[c];
                 value[c] = odd >> r & 1 ? as_float(0x7fffffff) : x;
                 if (CORE) {
-                    const float u = fminf(fmaxf(fmaf(value[c], of_inverse.x[c], of_moved.x[c]), of_least.x[c]), of_most.x[c]);
-                    made[c] = (signed char)as_int((u + MAGIC) - of_least.x[c]);
+                    const float u = fminf(fmaxf(fmaf(value[c], inverse.x[c], moved.x[c]), least.x[c]), most.x[c]);
+                    made[c] = as_int((u + MAGIC) - least.x[c]);
                 } else if (AS_CODES) {  // -1 for NaN
                     const float u = min_nan(max_nan(fmaf(value[c], next_inverse, next_moved), float(p.next_min)), float(p.next_max));
-                    made[c] = (signed char)as_int((u + MAGIC) - float(p.next_min));
+                    made[c] = as_int((u + MAGIC) - float(p.next_min));
                 }
             }
             if (AS_CODES && n < CODES) {
+                constexpr int WIDE = CORE || CODES % 4 == 0 ? 4 : CODES % 2 == 0 ? 2 : 1;  // rows of a core's are wide enough
                 signed char *to = p.codes + at * (CORE ? p.code_row : CODES) + n;
-                if (CODES % 2 == 0) *reinterpret_cast<Bytes<2> *>(to) = {made[0], made[1]};
-                else for (int c = 0; c < 2 && n + c < CODES; ++c) to[c] = made[c];
+                const int word = int(joined(made[0], made[1], made[2], made[3]));
+#pragma unroll
+                for (int c = 0; c < 4; c += WIDE) {
+                    if (!CORE && n + c >= CODES) break;
+                    if (WIDE == 4) *reinterpret_cast<int *>(to) = word;
+                    else if (WIDE == 2) *reinterpret_cast<short *>(to + c) = short(word >> 8 * c);
+                    else to[c] = (signed char)(word >> 8 * c);
+                }
             }
             if (AS_VALUES) {
+                constexpr int WIDE = CODES % 4 == 0 && OUTPUTS % 4 == 0 ? 4 : CODES % 2 == 0 && OUTPUTS % 2 == 0 ? 2 : 1;
                 float *to = p.y + at * REST + (n - CODES);
-                if (CODES % 2 == 0 && OUTPUTS % 2 == 0) {
-                    if (n >= CODES && n < OUTPUTS) *reinterpret_cast<Floats<2> *>(to) = {value[0], value[1]};
-                } else {
-                    for (int c = 0; c < 2; ++c) if (n + c >= CODES && n + c < OUTPUTS) to[c] = value[c];
+#pragma unroll
+                for (int c = 0; c < 4; c += WIDE) {
+                    if (n + c < CODES || n + c >= OUTPUTS) continue;
+                    Floats<WIDE> some;
+#pragma unroll
+                    for (int i = 0; i < WIDE; ++i) some.x[i] = value[c + i];
+                    *reinterpret_cast<Floats<WIDE> *>(to + c) = some;
                 }
             }
         }
@@ -148,7 +185,7 @@ struct Rows {
 
     template <bool AS_CODES, bool AS_VALUES> __device__ __forceinline__ void range(int begin, int end) const {
 #pragma unroll 2
-        for (int j = begin; j < end; ++j) finish<AS_CODES, AS_VALUES>(j);
+        for (int group = begin; group < end; ++group) finish<AS_CODES, AS_VALUES>(group);
     }
 };
 
@@ -271,11 +308,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) thin(const Params p) {
     const float origin = float(base) * a - b;  // the value of what is held as 0
     const float next_inverse = CODES && !CORE ? 1.0f / p.next_scale[0] : 1.0f, next_moved = CODES && !CORE ? p.next_shift[0] * next_inverse : 0.0f;
     const Rows rows{p, code, {sum[0], sum[1]}, a, origin, next_inverse, next_moved, lane, first, odd, sample};
-    const int begin = NT * split / SPLIT, end = NT * (split + 1) / SPLIT;
-    constexpr int LAST = CODES / 8, NEXT = (CODES + 7) / 8;  // up to there all are codes; from there on none
+    const int begin = GROUPS * split / SPLIT, end = GROUPS * (split + 1) / SPLIT;
+    // Up to there all are codes; from there on none.
+    constexpr int LAST = CODES == OUTPUTS ? GROUPS : CODES / 16, NEXT = CODES == OUTPUTS ? GROUPS : (CODES + 15) / 16;
     if (LAST > 0) rows.range<true, false>(begin, end < LAST ? end : LAST);
     if (LAST < NEXT && begin <= LAST && LAST < end) rows.finish<true, true>(LAST);
-    if (NEXT < NT) rows.range<false, true>(begin > NEXT ? begin : NEXT, end);
+    if (NEXT < GROUPS) rows.range<false, true>(begin > NEXT ? begin : NEXT, end);
     if (CORE && split == 0 && t < 2 && first + g + 8 * t < p.rows)
         p.bad[sample * p.rows + first + g + 8 * t] = odd >> t & 1;
 }

@@ -36,20 +36,20 @@ class _Params(ctypes.Structure):
 def tiles(codes: Tensor) -> Tensor | None:
     """Codes of weights, (outputs, inputs) int8, as the tensor cores take them; None where these kernels do not.
 
-    Of each 8 outputs by 32 inputs, lane (g, t) has inputs 4 t and following, and 16 + 4 t and following, of output g.
+    Of each 16 outputs by 32 inputs, lane (g, t) has inputs 4 t and following, and 16 + 4 t and following, of outputs
+    4 (g // 2) + g % 2 and the next but one: so that it gets sums of outputs 4 t and following.
     """
     outputs, inputs = codes.shape
     if inputs > _MOST_INPUTS or codes.numel() > _MOST_WEIGHTS:
         return None
-    whole = F.pad(codes, (0, -inputs % 32, 0, -outputs % 8))
-    split = whole.view(whole.shape[0] // 8, 8, whole.shape[1] // 32, 2, 4, 4)
-    return split.permute(0, 2, 1, 4, 3, 5).contiguous()
+    whole = F.pad(codes, (0, -inputs % 32, 0, -outputs % 16))
+    split = whole.view(whole.shape[0] // 16, 4, 2, 2, whole.shape[1] // 32, 2, 4, 4)
+    return split.permute(0, 4, 1, 3, 6, 2, 5, 7).contiguous()
 
 
 def affine(scale: Tensor, shift: Tensor, total: Tensor) -> Tensor:
-    """What these have for each output, and a zero, up to a multiple of 8 outputs."""
-    made = torch.stack((scale, shift, total, torch.zeros_like(scale)), 1)
-    return F.pad(made, (0, 0, 0, -len(made) % 8)).contiguous()
+    """These, (3, outputs), with zeros up to a multiple of 16 outputs."""
+    return F.pad(torch.stack((scale, shift, total)), (0, -len(scale) % 16)).contiguous()
 
 
 def takes(weights: Weights, *tensors: Tensor | None) -> bool:
@@ -82,7 +82,7 @@ def _pointers(**tensors: Tensor | None) -> dict[str, int]:
 def _launch(rows: int, samples: int, params: _Params, device: torch.device, **definitions: int) -> None:
     several = -(-rows // 16) * samples
     split = 1
-    while split < min(_WARPS, -(-definitions["OUTPUTS"] // 8)) and several * split < _FEW_WARPS:
+    while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and several * split < _FEW_WARPS:
         split *= 2
     definitions |= {"WARPS": _WARPS, "SPLIT": split}
     grid = -(-rows // (16 * (_WARPS // split))), samples
@@ -117,6 +117,7 @@ def project(
     norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
     of_inputs = x, z, norm_weight, norm_bias
     vector = next(n for n in (4, 2, 1) if part % n == 0 and _fits(n, *of_inputs))
+    at_once = next(n for n in (4, 2, 1) if _fits(n, bias, residual, gain))
     params = _Params(
         **_pointers(
             x=x, z=z, norm_weight=norm_weight, norm_bias=norm_bias, scale=grid.scale, shift=grid.shift,
@@ -135,7 +136,7 @@ def project(
         NORM=0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1, HAS_W=int(norm_weight is not None),
         HAS_B=int(norm_bias is not None), GATE=int(z is not None), HAS_BIAS=int(bias is not None),
         RESIDUAL=int(residual is not None), HAS_GAIN=int(gain is not None), ACT=ACTIVATIONS[act],
-        CODES=0 if codes is None else codes.shape[2], CORE=0, VEC=vector, PAIRS=int(_fits(2, bias, residual, gain)),
+        CODES=0 if codes is None else codes.shape[2], CORE=0, VEC=vector, AT_ONCE=at_once,
     )  # fmt: skip
 
 
@@ -168,9 +169,9 @@ def codes_of_core(
         x_batch=x.stride(0), x_row=x.stride(1), rows=samples[1], u_row=columns, code_row=width, qmin=of_x.qmin,
         qmax=of_x.qmax, next_min=of_u.qmin, next_max=of_u.qmax,
     )  # fmt: skip
-    pairs = _fits(2, *made)
+    at_once = next(n for n in (4, 2, 1) if _fits(n, *made))
     _launch(
         samples[1], samples[0], params, x.device, INPUTS=x.shape[2], OUTPUTS=outputs,
         CODED=int(x.dtype == torch.int8), PARTS=1, NORM=0, HAS_W=0, HAS_B=0, GATE=0, HAS_BIAS=0, RESIDUAL=0,
-        HAS_GAIN=0, ACT=0, CODES=outputs, CORE=2 if of_u is of_x else 1, VEC=vector, PAIRS=int(pairs),
+        HAS_GAIN=0, ACT=0, CODES=outputs, CORE=2 if of_u is of_x else 1, VEC=vector, AT_ONCE=at_once,
     )  # fmt: skip
