@@ -11,7 +11,7 @@
 // HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL; HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so many of the first outputs
 // are written as codes, apart from the others; CORE: 1 all outputs are, each by a quantizer of its own, and the input's codes
 // and NaN too, 2: its codes are those of a single quantizer, which are multiplied; VEC: inputs that are read at once; AT_ONCE:
-// outputs that are read and written so; WARPS, SPLIT.
+// outputs that are read and written so; WARPS, SPLIT; RESIDENT: blocks of a multiprocessor, what registers are limited for.
 
 #ifndef EMULATED
 __device__ __forceinline__ int total_of(unsigned x, int sum) {  // of four bytes, with signs
@@ -29,6 +29,7 @@ __device__ __forceinline__ void multiply(int (&sum)[4], const unsigned (&a)[4], 
 
 constexpr unsigned ALL = 0xffffffff;
 constexpr int KT = (INPUTS + 31) / 32, GROUPS = (OUTPUTS + 15) / 16, THREADS = 32 * WARPS, REST = OUTPUTS - CODES;
+constexpr int UNROLLED = CORE ? 1 : 2;  // by what registers there are
 template <int N> struct alignas(4 * N) Floats { float x[N]; };
 template <int N> struct alignas(N) Bytes { signed char x[N]; };
 struct alignas(16) Words { unsigned x[4]; };
@@ -67,6 +68,17 @@ __device__ __forceinline__ unsigned joined(int a, int b, int c, int d) {
 }
 __device__ __forceinline__ unsigned less(unsigned x, unsigned y) {
     return ((x | 0x80808080u) - (y & 0x7f7f7f7fu)) ^ ((x ^ ~y) & 0x80808080u);
+}
+
+// Has memory brought to the cache.
+template <int BYTES> __device__ __forceinline__ void ask(const void *p) {
+#ifndef EMULATED
+#pragma unroll
+    for (int begin = 0; begin < BYTES; begin += THREADS * 128) {
+        const int at = begin + threadIdx.x * 128;
+        if (at < BYTES) asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const char *>(p) + at));
+    }
+#endif
 }
 
 // What no thread writes: may be read ahead of what is written before.
@@ -184,16 +196,18 @@ struct Rows {
     }
 
     template <bool AS_CODES, bool AS_VALUES> __device__ __forceinline__ void range(int begin, int end) const {
-#pragma unroll 2
+#pragma unroll UNROLLED
         for (int group = begin; group < end; ++group) finish<AS_CODES, AS_VALUES>(group);
     }
 };
 
 // blockIdx.x: rows; blockIdx.y: sample.
-extern "C" __global__ void __launch_bounds__(THREADS) thin(const Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) thin(const Params p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, split = warp % SPLIT;
     const int first = (blockIdx.x * (WARPS / SPLIT) + warp / SPLIT) * 16;
     if (first >= p.rows) return;
+    ask<16 * 32 * GROUPS * KT>(p.tiles);  // all at once: one wait for all, and not one for every group
+    ask<12 * 16 * GROUPS>(p.of_outputs);
     const long long sample = blockIdx.y;
     const float a = p.scale[0], b = p.shift[0], inverse = 1.0f / a, moved = b * inverse;
     const float least = float(p.qmin), most = float(p.qmax);

@@ -18,6 +18,8 @@ _MOST_INPUTS = 192  # that a lane has its share of in registers, of two rows
 _MOST_WEIGHTS = 2**15  # bytes, which each multiprocessor should keep in its cache
 _WARPS = 4  # of a block
 _FEW_WARPS = 132 * 6
+_RESIDENT = 7  # blocks of a multiprocessor: those of 57,600 rows at once on an H100
+_FEW_INPUTS = 96
 
 
 class _Params(ctypes.Structure):
@@ -84,7 +86,8 @@ def _launch(rows: int, samples: int, params: _Params, device: torch.device, **de
     split = 1
     while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and several * split < _FEW_WARPS:
         split *= 2
-    definitions |= {"WARPS": _WARPS, "SPLIT": split}
+    resident = _RESIDENT if definitions["INPUTS"] <= _FEW_INPUTS else _RESIDENT // 2
+    definitions |= {"WARPS": _WARPS, "SPLIT": split, "RESIDENT": resident}
     grid = -(-rows // (16 * (_WARPS // split))), samples
     kernels = nvrtc.load(_source(*definitions.items()), device)
     kernels.launch("thin", grid, 32 * _WARPS, 0, params, device)
