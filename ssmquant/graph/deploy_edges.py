@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import fx, nn
@@ -57,28 +58,39 @@ class _Edges:
             node = node.args[0]
         return None
 
-    def _quantizer(self, reader: fx.Node) -> fx.Node | None:
-        """The node of the quantizer that is all that ``reader`` does with its input, if kernels take its codes."""
+    def _quantizer(self, reader: fx.Node) -> tuple[fx.Node, Any] | None:
+        """What ``reader`` does with its input first: a quantizer whose codes kernels take, and factors before it."""
+        found: Any = None
+        factors: Any = None
         if is_core(reader):
             modules: Any = reader.args[3]
-            found = modules[0] if modules[0] is modules[4] or modules[0].target == modules[4].target else None
+            found = modules[0] if modules[0].target == modules[4].target else None
         elif reader.target is linear_call:
-            found = reader.args[1] if reader.args[4] is None else None
+            norm: Any = reader.args[4]
+            if norm is None or (len(norm) == 1 and not self._is_module(norm[0])):
+                found, factors = reader.args[1], None if norm is None else norm[0]
         elif reader.target is conv2d_call:
-            found = reader.args[1] if reader.args[7] is None else None
-        else:
-            return None
+            found, factors = reader.args[1], reader.args[7]
         if not isinstance(found, fx.Node) or list(reader.args).count(reader.args[0]) > 1:
             return None
         module = self.model.get_submodule(str(found.target))
-        return found if deployed.goes_between(module, self.engine) else None
+        return (found, factors) if deployed.goes_between(module, self.engine) else None
+
+    def _is_module(self, node: fx.Node) -> bool:
+        return isinstance(attrgetter(str(node.target))(self.model), nn.Module)
+
+    def _without_factors(self, reader: fx.Node) -> None:
+        args = list(reader.args)
+        args[4 if reader.target is linear_call else 7] = None
+        reader.args = tuple(args)
 
     def codes(self, reader: fx.Node) -> None:
         """Has what ``reader`` quantizes written as codes by the call that makes it."""
-        quantizer = self._quantizer(reader)
-        way = None if quantizer is None else self._way(reader)
-        if quantizer is None or way is None:
+        found = self._quantizer(reader)
+        way = None if found is None else self._way(reader)
+        if found is None or way is None:
             return
+        quantizer, factors = found
         source, moves = way
         half = self._first_half(source)
         made = source if half is None else half[0]
@@ -90,15 +102,20 @@ class _Edges:
                 return
         elif made.target not in (linear_call, gated_linear_call):
             return
+        if factors is not None and factors.op != "get_attr":
+            return  # of which it is not known that they are there already
         with self.graph.inserting_before(made):
             again = self.graph.get_attr(str(quantizer.target))
+            if factors is not None:
+                self._without_factors(reader)
+                factors = self.graph.get_attr(str(factors.target))
         columns = None
         if half is not None:
             _, chunk, columns = half
             for part in list(chunk.users):
                 part.args = (made, *part.args[1:])
             self.graph.erase_node(chunk)
-        made.kwargs = {**made.kwargs, "codes": (again, columns)}
+        made.kwargs = {**made.kwargs, "codes": (again, columns, factors)}
         for node in moves:
             if is_cast(node):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]

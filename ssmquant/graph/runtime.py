@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +35,7 @@ from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_gr
 from ssmquant.graph.writer import ADOPTED, Rules
 from ssmquant.modules.deployed import Unchanged, engine_of
 from ssmquant.ops.deployed.memory import Pool
+from ssmquant.ops.nvrtc import CompileError
 from ssmquant.ops.selection import selected
 from ssmquant.quantizers.bank import hooks_of
 
@@ -91,8 +93,13 @@ class Record:
         restore = restorer(model, [*self.plain_tensors(model), *written], tensors[0].device)
         try:
             result = self.fused[form](model, *tensors)
-        except Unfit:  # in the middle: dropout has drawn, batch norms have counted
+        except (Unfit, CompileError) as error:  # in the middle: dropout has drawn, batch norms have counted
             restore()
+            if isinstance(error, CompileError):
+                if form == TRAINING:
+                    raise
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(f"This model runs without kernels of its own: {reason}", stacklevel=2)
             self.fused[form] = self.run
             result = self.run(model, *tensors)
         self.fitting.add(key)

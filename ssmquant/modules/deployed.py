@@ -330,8 +330,9 @@ def _project(
     project = engine_of(x.device).project
     options: dict[str, Any] = {"more": more} if more else {}
     if codes is not None:
-        module, columns = codes
-        options["codes"] = _grid(module, _no_moments, 0), weights.outputs if columns is None else columns
+        module, columns, factors = codes
+        columns = weights.outputs if columns is None else columns
+        options["codes"] = _grid(module, _no_moments, 0), columns, _bias(factors)
     return project(x, grid, weights, _bias(bias), norm=norm, z=z, act=act, residual=residual, **options)
 
 
@@ -347,8 +348,9 @@ def _written(y: Tensor, codes: Between) -> Any:
     """``y`` as the caller wants it, where no kernel has written codes of it."""
     if codes is None:
         return y
-    module, columns = codes
+    module, columns, factors = codes
     first = y if columns is None else y[..., :columns]
+    first = first if factors is None else first * factors
     grid = _grid(module, _no_moments, 0)
     made = engine_of(y.device).encode(first.reshape(1, -1, 1, first.shape[-1]), grid).reshape(first.shape)
     return made if columns is None else (made, y[..., columns:])
@@ -373,8 +375,9 @@ def _rows(x: Tensor) -> Tensor:
 
 Residual = tuple[Tensor, Tensor | None] | None
 """Of the result's shape, and what its columns are multiplied by (None: 1) before they are added."""
-Between = tuple[nn.Module, int | None] | None
-"""The quantizer by whose codes results are written, and of how many columns, the first ones (None: of all)."""
+Between = tuple[nn.Module, int | None, Tensor | None] | None
+"""The quantizer by whose codes results are written, of how many columns, the first ones (None: of all), and factors
+of these columns before (None: none)."""
 Act = nn.Module | str | None
 """``"silu"`` or ``"gelu"``, or a module that was one of these when the graph was made."""
 LastNorm = tuple[Any, ...] | None
@@ -575,7 +578,11 @@ def conv2d(
         own = _own(act)
         assert bias is not None
         called = isinstance(act, nn.Module) and own is None
-        options = {} if codes is None or called else {"codes": _grid(codes[0], _no_moments, 0)}
+        options = (
+            {}
+            if codes is None or called
+            else {"codes": _grid(codes[0], _no_moments, 0), "factors": _bias(codes[2])}
+        )
         y: Tensor = engine.depthwise(
             image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own, **options
         ).permute(0, 3, 1, 2)

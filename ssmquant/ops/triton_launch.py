@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from ssmquant.ops.nvrtc import CompileError
 
 __all__ = ["Kernel", "power"]
 
@@ -29,7 +33,7 @@ def power(n: int) -> int:
 
 
 class Kernel:
-    """A kernel of pointers, numbers and constants, in that order.
+    """A kernel of pointers, numbers and constants, in that order. Calls raise CompileError if it cannot be compiled.
 
     Args:
         kernel: what ``triton.jit`` made.
@@ -68,7 +72,10 @@ class Kernel:
             compiled[grid](*tensors, *numbers, *constants, stream=driver.active.get_current_stream(index))
             return
         options = {"num_warps": warps, "enable_fp_fusion": not self.exact}
-        compiled = self.kernel[grid](*tensors, *numbers, *constants, **options)
+        try:
+            compiled = self.kernel[grid](*tensors, *numbers, *constants, **options)
+        except (CompilationError, OutOfResources, PTXASError) as error:
+            raise CompileError(f"Triton: cannot compile {self.kernel.__name__}: {error}") from error
         # The interpreter compiles nothing. For AMD Triton also specialises on the sizes of storages.
         if compiled is not None and torch.version.hip is None:
             if len(self.compiled) >= _MOST:

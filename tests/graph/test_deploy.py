@@ -6,21 +6,24 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import ssmquant
 from ssmquant import QConfig, Rule, zoo
 from ssmquant.graph.deploy import deploy
+from ssmquant.graph.deploy_layers import linear_call
 from ssmquant.graph.orders import Unfit
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.modules import deployed
 from ssmquant.ops import selective_scan, use_backend
 from ssmquant.ops.deployed import Norm, cpu, cuda
+from ssmquant.ops.nvrtc import CompileError
 from tests.graph.test_fuse import Scan2d
 
 _reason = cpu.unavailable(torch.device("cpu"))
@@ -149,6 +152,93 @@ def test_norms_that_are_functions_on_a_gpu() -> None:
     calls = [n.args[1] for n in graph.nodes if n.target is deployed.normalize]
     assert calls == [(False, None, None, 1e-3), (True, None, None, 1e-4)]
     assert [n.args[1] for n in graph.nodes if n.target is F.layer_norm] == [(3, 6)]
+
+
+def test_codes_go_from_call_to_call_on_a_gpu() -> None:
+    """What one quantizer alone reads, of at most 7 bits; parts of a scan go to the layer that reads their sum."""
+    for bits in (7, 8):
+        model, _ = make("mambair", QConfig.recommended(bits, bits))
+        graph = deploy(record(model).graph, model, cuda)
+        assert not any(
+            n.kwargs for n in deploy(record(model).graph, model, cpu).nodes if "call" in str(n.target)
+        )
+        written = [n for n in graph.nodes if "codes" in n.kwargs]
+        cores = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "scan_core"]
+        assert [n.kwargs for n in cores] == [{"apart": 2}] * 2
+        summed = [n for n in graph.nodes if "more" in n.kwargs]
+        assert [n.target.__name__ for n in summed] == ["gated_linear_call"] * 2
+        if bits == 8:
+            assert not written
+            continue
+        calls = ["linear_call", "linear_call", "conv2d_call", "conv2d_call"]
+        assert [n.target.__name__ for n in written] == calls * 2
+        inner = model.layers[0].residual_group.blocks[0].self_attention.d_inner
+        assert [n.kwargs["codes"][1] for n in written] == [inner, None, None, None] * 2
+        assert [n.kwargs["codes"][2] is None for n in written] == [
+            True,
+            True,
+            False,
+            True,
+        ] * 2  # behind the GELU
+        readers = {str(n.kwargs["codes"][0].target) for n in written}
+        assert all(deployed.static(model.get_submodule(name)) for name in readers)
+
+
+def test_what_is_read_twice_is_no_code() -> None:
+    class Twice(nn.Module):
+        def __init__(self, twice: bool) -> None:
+            super().__init__()
+            self.first, self.last, self.twice = nn.Linear(6, 8), nn.Linear(8, 5), twice
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            return (self.last(y), y + 1) if self.twice else self.last(y)
+
+    for twice in (False, True):
+        torch.manual_seed(0)
+        x = torch.randn(2, 3, 6)
+        model = converted(Twice(twice), QConfig.recommended(4, 4, keep_first_last=False), x)
+        graph = deploy(record(model).graph, model, cuda)
+        assert [("codes" in n.kwargs) for n in graph.nodes if n.target is linear_call] == [not twice, False]
+
+
+def test_activations_that_are_watched_are_followed_by_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that has to be called itself gives floats, which are encoded behind it."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6)
+    net = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 5))
+    model = converted(net, QConfig.recommended(4, 4, keep_first_last=False), x)
+    graph = deploy(record(model).graph, model, cuda)
+    call = next(n for n in graph.nodes if "codes" in n.kwargs)
+    module = model.get_submodule(str(call.kwargs["codes"][0].target))
+    factors = attrgetter(call.kwargs["codes"][2].target)(model)
+    model.get_submodule(str(call.args[5].target)).register_forward_hook(lambda m, args, out: out + 0.25)
+    args: Any = fx.node.map_arg(call.args[1:], lambda n: attrgetter(n.target)(model))
+    floats = deployed.linear(x, *args)
+    monkeypatch.setattr(cpu, "encode", encoded)
+    codes = deployed.linear(x, *args, codes=(module, None, factors))
+    assert codes.dtype == torch.int8
+    grid = deployed._grid(module, lambda: floats, 0)
+    assert torch.equal(codes, encoded(floats * factors, grid))
+
+
+def encoded(y: Tensor, grid: Any) -> Tensor:
+    return (((y + grid.shift) / grid.scale).clamp(grid.qmin, grid.qmax).round() - grid.qmin).to(torch.int8)
+
+
+def test_kernels_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make("mambair", QConfig.recommended(4, 4))
+    with use_backend("chunked", op="fuse"):
+        want = model(x)
+    record(model).fused.clear()
+
+    def fails(*args: Any, **kwargs: Any) -> Tensor:
+        raise CompileError("no such instruction\nand more")
+
+    monkeypatch.setattr(deployed, "blend", fails)
+    with pytest.warns(UserWarning, match="without kernels of its own: no such instruction$"):
+        assert torch.equal(model(x), want)
+    assert torch.equal(model(x), want)
 
 
 # ---- what it is made of ----------------------------------------------------------------------------------------------

@@ -275,6 +275,9 @@ def check_depthwise(device: str, sizes: tuple[int, ...], kernel: Any, dilation: 
         written = cuda_depthwise.depthwise(*operands, there_is(following, device)).cpu()
         same_codes(written, as_codes(got, following))
         assert written.min() == -1  # and nothing else for NaN
+        factors = torch.rand(channels) + 0.5
+        written = cuda_depthwise.depthwise(*operands, there_is(following, device), factors.to(device)).cpu()
+        same_codes(written, as_codes(got * factors, following))
 
 
 @pytest.mark.parametrize("units", [132, 1])  # small tiles, and large ones
@@ -379,9 +382,12 @@ def check_codes_between(device: str, inputs: int, outputs: int, columns: int) ->
     coded = cuda.project(as_codes(x, grid).to(device), grids[0], weights)
     close(coded.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
     assert torch.equal(coded.isnan(), whole.isnan())
-    codes, rest = cuda.project(x.to(device), grids[0], weights, codes=(grids[1], columns))
-    same_codes(codes, as_codes(whole[..., :columns].cpu(), following))
-    close(rest.cpu().nan_to_num(), whole[..., columns:].cpu().nan_to_num().double())
+    for factors in (None, torch.rand(columns) + 0.5):
+        there = None if factors is None else factors.to(device)
+        codes, rest = cuda.project(x.to(device), grids[0], weights, codes=(grids[1], columns, there))
+        first = whole[..., :columns].cpu()
+        same_codes(codes, as_codes(first if factors is None else first * factors, following))
+        close(rest.cpu().nan_to_num(), whole[..., columns:].cpu().nan_to_num().double())
 
 
 def check_codes_by_triton(device: str) -> None:
@@ -596,7 +602,8 @@ def models() -> Iterator[tuple[str, Any, Tensor]]:
     for name, build, shape in builds:
         torch.manual_seed(1)
         model, x = build().eval(), torch.rand(shape)
-        prepared = ssmquant.prepare(model, QConfig.recommended(8, 8), example_inputs=(x,))
+        bits = 7 if name == "mambair" else 8  # codes of 7 bits go from kernel to kernel
+        prepared = ssmquant.prepare(model, QConfig.recommended(bits, bits), example_inputs=(x,))
         ssmquant.calibrate(prepared, [x], progress=False)
         yield name, ssmquant.convert(prepared), x
 
@@ -695,8 +702,8 @@ def compile_for_h100() -> None:
     norm = Norm(ones(72), ones(72), 1e-5)
     cuda.project(x, grid, packed, None, norm=norm, z=x, residual=(x[..., :60].contiguous(), ones(60)))
     codes = cuda.encode(x.unsqueeze(1), grid, ones(72)).squeeze(1)
-    cuda.project(x, grid, packed, more=(x.clone(),), codes=(grid, 30))
-    cuda.project(codes, grid, packed, codes=(grid, 60))
+    cuda.project(x, grid, packed, more=(x.clone(),), codes=(grid, 30, ones(30)))
+    cuda.project(codes, grid, packed, codes=(grid, 60, None))
     cuda.project(
         torch.randn(1, 64, 600), make_grid(8, 1), cuda.pack(*Operands.weight((60, 600), 8, 1.0)), act="gelu"
     )
@@ -749,6 +756,7 @@ def test_cuda_compiles_for_an_h100() -> None:
                 "ACT": 2,
                 "CODED": coded,
                 "CODES": codes,
+                "FACTORS": codes,
             }
             assert nvrtc.compile_source(cuda_depthwise._source(*tile.items(), *own.items()), 90)
 

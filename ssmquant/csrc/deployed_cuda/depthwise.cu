@@ -8,7 +8,7 @@
 //
 // After cuda_math.cu and definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES (a multiple of PER and VEC), PER; HIGH,
 // WIDE, RUN (HIGH is a multiple of RUN * DOWN, or RUN is 1); ACT (1: SiLU, 2: GELU); CODED: x is codes; CODES: y is, by a
-// quantizer of its own; VEC: channels that are read at once. TEAM threads read a line of the tile, and then one further
+// quantizer of its own, FACTORS before; VEC: channels that are read at once. TEAM threads read a line of the tile, and then one further
 // down; before a thread looks at any of it, it has asked for VEC channels at ROUNDS places of each of LINES lines.
 
 constexpr int COLUMN = LANES / PER;   // threads of one
@@ -45,7 +45,7 @@ struct Divisor { unsigned factor; int shift, count; };  // exact below 2^31
 
 struct Params {
     const void *x;
-    const float *scale, *shift, *weights, *bias, *next_scale, *next_shift;  // weights: (taps, channels); next: of y
+    const float *scale, *shift, *weights, *bias, *next_scale, *next_shift, *next_factors;  // weights: (taps, channels); next: of y
     void *y;                                                                // (B, H, W, channels)
     long long x_batch;
     int x_down, x_right, x_channel, height, width, channels, qmin, qmax, next_min, next_max;
@@ -131,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
     for (int i = 0; i < KH * KW; ++i, of_weight += p.channels)
         weight[i] = *reinterpret_cast<const Floats<PER> *>(of_weight);
     const Floats<PER> bias = *reinterpret_cast<const Floats<PER> *>(p.bias + channel);
+    const Floats<PER> factors = FACTORS ? *reinterpret_cast<const Floats<PER> *>(p.next_factors + channel) : Floats<PER>{};
     const float next_scale = CODES ? p.next_scale[0] : 1.0f, next_shift = CODES ? p.next_shift[0] : 0.0f;
     const int up = top - REACH_DOWN / 2, before = left - REACH_RIGHT / 2;
     if (up >= 0 && up + TEAMS * LINES_IN_ALL <= p.height && before >= 0 && before + BROAD <= p.width &&
@@ -169,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
         int code[PER];  // in the lowest byte
 #pragma unroll
         for (int c = 0; c < PER; ++c) {
-            const float u = fmaf(activated(sum.x[c]), next_inverse, next_moved);
+            const float u = fmaf(FACTORS ? activated(sum.x[c]) * factors.x[c] : activated(sum.x[c]), next_inverse, next_moved);
             code[c] = as_int((min_nan(max_nan(u, least), most) + MAGIC) - least);
         }
         int word = code[0];

@@ -11,7 +11,7 @@
 // HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL; HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so many of the first outputs
 // are written as codes, apart from the others; CORE: 1 all outputs are, each by a quantizer of its own, and the input's codes
 // and NaN too, 2: its codes are those of a single quantizer, which are multiplied; VEC: inputs that are read at once; AT_ONCE:
-// outputs that are read and written so; WARPS, SPLIT; RESIDENT: blocks of a multiprocessor, what registers are limited for.
+// outputs that are read and written so; FACTORS: of what is written as codes; WARPS, SPLIT; RESIDENT: blocks of a multiprocessor, what registers are limited for.
 
 #ifndef EMULATED
 __device__ __forceinline__ int total_of(unsigned x, int sum) {  // of four bytes, with signs
@@ -42,7 +42,7 @@ struct Params {
     const float *bias, *residual, *gain;
     float *y;                                            // (samples, rows, REST)
     signed char *codes;                                  // (samples, rows, CODES); CORE: uint8, rows of code_row
-    const float *next_scale, *next_shift;                // of codes; CORE: of u
+    const float *next_scale, *next_shift, *next_factors; // of codes; CORE: of u
     const float *inverse, *moved, *least, *most;         // CORE: of each output
     unsigned char *u, *bad;                              // CORE: the input's codes, rows of u_row, and rows with a NaN
     long long part, x_batch, x_row, z_batch, z_row, r_batch, r_row;
@@ -143,6 +143,11 @@ struct Rows {
         const Floats<4> ws = four(p.of_outputs, n), wt = four(p.of_outputs + 16 * GROUPS, n), total = four(p.of_outputs + 32 * GROUPS, n);
         const Floats<4> bias = HAS_BIAS ? of_outputs(p.bias, n) : Floats<4>{}, gain = HAS_GAIN ? of_outputs(p.gain, n) : Floats<4>{};
         Floats<4> inverse{}, moved{}, least{}, most{};
+        Floats<4> factors{};
+        if (FACTORS && AS_CODES) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) factors.x[c] = n + c < CODES ? p.next_factors[n + c] : 0.0f;
+        }
         if (CORE) inverse = of_outputs(p.inverse, n), moved = of_outputs(p.moved, n), least = of_outputs(p.least, n), most = of_outputs(p.most, n);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -164,7 +169,8 @@ struct Rows {
                     const float u = fminf(fmaxf(fmaf(value[c], inverse.x[c], moved.x[c]), least.x[c]), most.x[c]);
                     made[c] = as_int((u + MAGIC) - least.x[c]);
                 } else if (AS_CODES) {  // -1 for NaN
-                    const float u = min_nan(max_nan(fmaf(value[c], next_inverse, next_moved), float(p.next_min)), float(p.next_max));
+                    const float v = FACTORS ? value[c] * factors.x[c] : value[c];
+                    const float u = min_nan(max_nan(fmaf(v, next_inverse, next_moved), float(p.next_min)), float(p.next_max));
                     made[c] = as_int((u + MAGIC) - float(p.next_min));
                 }
             }

@@ -191,14 +191,15 @@ def project(
     residual: tuple[Tensor, Tensor | None] | None = None,
     act: str | None = None,
     more: tuple[Tensor, ...] = (),
-    codes: tuple[Grid, int] | None = None,
+    codes: tuple[Grid, int, Tensor | None] | None = None,
 ) -> Any:
     """See ``cpu.project``; ``act`` comes before the residual.
 
     Args:
         x: float32, or codes by ``grid``, int8 from 0 and -1 for NaN.
         more: tensors like x, which are added to it first.
-        codes: a grid of at most ``BETWEEN`` levels, and how many of the first outputs are returned as such codes.
+        codes: a grid of at most ``BETWEEN`` levels, how many of the first outputs are returned as such codes, and
+            factors of these before, or None.
 
     Returns:
         (batch, rows, outputs), float32; with ``codes`` a tuple, codes and the other outputs.
@@ -206,7 +207,7 @@ def project(
     inputs, outputs = x.shape[2], weights.outputs
     coded = x.dtype == torch.int8
     x, part, parts = _parts(x, more)
-    following, columns = codes if codes is not None else (grid, 0)
+    following, columns, factors = codes if codes is not None else (grid, 0, None)
     y = torch.empty(*x.shape[:2], outputs - columns, dtype=torch.float32, device=x.device)
     made = torch.empty(*x.shape[:2], columns, dtype=torch.int8, device=x.device) if columns else None
     held, gain = residual if residual is not None else (None, None)
@@ -214,14 +215,14 @@ def project(
     if cuda_thin.takes(weights, x, z, held):
         cuda_thin.project(
             x, part, parts, (samples, rows), grid, weights, bias, norm, z, held, gain, act, y, made,
-            following,
+            following, factors,
         )  # fmt: skip
         return y if codes is None else (made, y)
     kind = 0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     tensors = (
         x, z, norm_weight, norm_bias, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift,
-        weights.total, bias, held, gain, y, made, following.scale, following.shift,
+        weights.total, bias, held, gain, y, made, following.scale, following.shift, factors,
     )  # fmt: skip
     z_strides = (0, 0) if z is None else z.stride()[:2]
     r_strides = (0, 0) if held is None else held.stride()[:2]
@@ -230,7 +231,8 @@ def project(
     bm, bn, bk, warps = _tile(samples * rows, inputs, outputs)
     constants = (
         inputs, outputs, _off(grid), coded, parts, kind, norm_weight is not None, norm_bias is not None, z is not None,
-        bias is not None, held is not None, gain is not None, ACTIVATIONS[act], columns, bm, bn, bk,
+        bias is not None, held is not None, gain is not None, ACTIVATIONS[act], columns, factors is not None, bm,
+        bn, bk,
     )  # fmt: skip
     blocks = -(-rows // bm), 1 if bk >= inputs else -(-outputs // bn), samples
     _launch("project", blocks, tensors, numbers, constants, warps)

@@ -28,7 +28,10 @@ class _Params(ctypes.Structure):
     """``Params`` of the source."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in "x scale shift weights bias next_scale next_shift y".split()),
+        *(
+            (n, ctypes.c_void_p)
+            for n in "x scale shift weights bias next_scale next_shift next_factors y".split()
+        ),
         ("x_batch", ctypes.c_longlong),
         *((n, ctypes.c_int) for n in "x_down x_right x_channel height width channels".split()),
         *((n, ctypes.c_int) for n in "qmin qmax next_min next_max".split()),
@@ -140,12 +143,14 @@ def depthwise(
     dilation: tuple[int, int],
     act: str | None = None,
     codes: Grid | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """See ``cpu.depthwise``.
 
     Args:
         x: float32, or codes by ``grid``: int8 from 0 and -1 for NaN.
         codes: what is returned as such codes, by a grid of at most 128 levels; None: float32.
+        factors: of what becomes codes, (channels,).
 
     Raises:
         InputError: an image has 2**31 elements or more, or there are too many.
@@ -157,7 +162,7 @@ def depthwise(
         x = x.contiguous()  # the kernel has 32 bits for each
     batch, height, width, channels = x.shape
     coded = x.dtype == torch.int8
-    stored = min(_at_once(weights), _at_once(bias))
+    stored = min(_at_once(t) for t in (weights, bias, factors) if t is not None)
     tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), stored)
     across, blocks = -(-width // tile["WIDE"]), -(-channels // tile["LANES"])
     launched = -(-height // tile["HIGH"]) * across, batch * blocks
@@ -173,13 +178,14 @@ def depthwise(
         "ACT": ACTIVATIONS[act],
         "CODED": int(coded),
         "CODES": int(codes is not None),
+        "FACTORS": int(factors is not None),
     }
     source = _source(*tile.items(), *constants.items())
     following = grid if codes is None else codes
-    tensors = (x, grid.scale, grid.shift, weights, bias, following.scale, following.shift, y)
+    tensors = (x, grid.scale, grid.shift, weights, bias, following.scale, following.shift, factors, y)
     params = _Params(
-        *(t.data_ptr() for t in tensors), *x.stride(), height, width, channels, grid.qmin, grid.qmax,
-        following.qmin, following.qmax, _divisor(across), _divisor(blocks),
+        *(None if t is None else t.data_ptr() for t in tensors), *x.stride(), height, width, channels,
+        grid.qmin, grid.qmax, following.qmin, following.qmax, _divisor(across), _divisor(blocks),
     )  # fmt: skip
     with torch.cuda.device_of(y):
         nvrtc.load(source, x.device).launch("depthwise", launched, threads, shared, params, x.device)

@@ -27,7 +27,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in "x z norm_weight norm_bias scale shift tiles of_outputs".split()),
-        *((n, ctypes.c_void_p) for n in "bias residual gain y codes next_scale next_shift".split()),
+        *((n, ctypes.c_void_p) for n in "bias residual gain y codes next_scale next_shift next_factors".split()),
         *((n, ctypes.c_void_p) for n in "inverse moved least most u bad".split()),
         *((n, ctypes.c_longlong) for n in "part x_batch x_row z_batch z_row r_batch r_row".split()),
         *((n, ctypes.c_int) for n in "rows u_row code_row qmin qmax next_min next_max".split()),
@@ -109,6 +109,7 @@ def project(
     y: Tensor,
     codes: Tensor | None,
     following: Grid,
+    factors: Tensor | None,
 ) -> None:
     """Writes ``y`` and ``codes``: see ``cuda.project``.
 
@@ -126,6 +127,7 @@ def project(
             x=x, z=z, norm_weight=norm_weight, norm_bias=norm_bias, scale=grid.scale, shift=grid.shift,
             tiles=weights.tiles, of_outputs=weights.affine, bias=bias,
             residual=residual, gain=gain, y=y, codes=codes, next_scale=following.scale, next_shift=following.shift,
+            next_factors=factors,
         ),
         part=part, x_batch=x.stride(0), x_row=x.stride(1), rows=samples[1],
         z_batch=0 if z is None else z.stride(0), z_row=0 if z is None else z.stride(1),
@@ -139,7 +141,8 @@ def project(
         NORM=0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1, HAS_W=int(norm_weight is not None),
         HAS_B=int(norm_bias is not None), GATE=int(z is not None), HAS_BIAS=int(bias is not None),
         RESIDUAL=int(residual is not None), HAS_GAIN=int(gain is not None), ACT=ACTIVATIONS[act],
-        CODES=0 if codes is None else codes.shape[2], CORE=0, VEC=vector, AT_ONCE=at_once,
+        CODES=0 if codes is None else codes.shape[2], FACTORS=int(factors is not None), CORE=0, VEC=vector,
+        AT_ONCE=at_once,
     )  # fmt: skip
 
 
@@ -176,5 +179,5 @@ def codes_of_core(
     _launch(
         samples[1], samples[0], params, x.device, INPUTS=x.shape[2], OUTPUTS=outputs,
         CODED=int(x.dtype == torch.int8), PARTS=1, NORM=0, HAS_W=0, HAS_B=0, GATE=0, HAS_BIAS=0, RESIDUAL=0,
-        HAS_GAIN=0, ACT=0, CODES=outputs, CORE=2 if of_u is of_x else 1, VEC=vector, AT_ONCE=at_once,
+        HAS_GAIN=0, ACT=0, CODES=outputs, FACTORS=0, CORE=2 if of_u is of_x else 1, VEC=vector, AT_ONCE=at_once,
     )  # fmt: skip

@@ -52,12 +52,12 @@ def _act(x, ACT: tl.constexpr):
 @triton.jit
 def project(
     x, z, norm_weight, norm_bias, scale, shift, weights, of_scale, of_shift, of_total, bias, residual, gain, y,
-    codes, next_scale, next_shift,
+    codes, next_scale, next_shift, next_factors,
     rows, x_part, x_batch, x_row, x_column, z_batch, z_row, r_batch, r_row, eps, qmin, qmax, next_min, next_max,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, CODED: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr, ACT: tl.constexpr, CODES: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr, ACT: tl.constexpr, CODES: tl.constexpr, FACTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A block of a sample's rows by a block of outputs: norm, gate, codes, product, bias, activation, residual.
 
@@ -97,7 +97,8 @@ def project(
             acc = tl.dot(code, _weights_at(weights, n, k, INPUTS, OUTPUTS), out_dtype=tl.int32)
             _finish(
                 acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, codes, next_scale,
-                next_shift, next_min, next_max, m, n, here, OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT, CODES,
+                next_shift, next_factors, next_min, next_max, m, n, here, OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN,
+                ACT, CODES, FACTORS,
             )  # fmt: skip
     else:
         if NORM == 1:
@@ -133,7 +134,8 @@ def project(
             acc = tl.dot(code, _weights_at(weights, n, k, INPUTS, OUTPUTS), acc, out_dtype=tl.int32)
         _finish(
             acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, codes, next_scale,
-            next_shift, next_min, next_max, m, n, here, OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT, CODES,
+            next_shift, next_factors, next_min, next_max, m, n, here, OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
+            CODES, FACTORS,
         )  # fmt: skip
 
 
@@ -181,9 +183,9 @@ def _encoded(
 @triton.jit
 def _finish(
     acc, sums, odd, a, b, qmin, of_scale, of_shift, of_total, bias, gain, r_at, y, codes, next_scale, next_shift,
-    next_min, next_max, m, n, here,
+    next_factors, next_min, next_max, m, n, here,
     OUTPUTS: tl.constexpr, OFF: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr,
-    ACT: tl.constexpr, CODES: tl.constexpr,
+    ACT: tl.constexpr, CODES: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Values of products of codes, and what comes after them."""
     out = n < OUTPUTS
@@ -199,7 +201,10 @@ def _finish(
         value = value + held
     value = tl.where((odd > 0)[:, None], float("nan"), value)
     if CODES > 0:
-        code = _codes_of(value, next_scale, next_shift, next_min, next_max)
+        first = value
+        if FACTORS:
+            first = first * tl.load(next_factors + n, mask=n < CODES, other=0.0)[None, :]
+        code = _codes_of(first, next_scale, next_shift, next_min, next_max)
         tl.store(codes + m[:, None] * CODES + n[None, :], code, mask=mask & (n < CODES)[None, :])
     if CODES < OUTPUTS:
         to = y + m[:, None] * (OUTPUTS - CODES) + (n - CODES)[None, :]
