@@ -64,7 +64,7 @@ class _Edges:
         factors: Any = None
         if is_core(reader):
             modules: Any = reader.args[3]
-            found = modules[0] if modules[0].target == modules[4].target else None
+            found = modules[0]
         elif reader.target is linear_call:
             norm: Any = reader.args[4]
             if norm is None or (len(norm) == 1 and not self._is_module(norm[0])):
@@ -104,6 +104,8 @@ class _Edges:
             return
         if factors is not None and factors.op != "get_attr":
             return  # of which it is not known that they are there already
+        if is_core(reader) and not self._second(reader, made, moves):
+            return
         with self.graph.inserting_before(made):
             again = self.graph.get_attr(str(quantizer.target))
             if factors is not None:
@@ -120,6 +122,28 @@ class _Edges:
             if is_cast(node):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
                 self.graph.erase_node(node)
+
+    def _second(self, core: fx.Node, made: fx.Node, moves: list[fx.Node]) -> bool:
+        """Has the scan's codes written too, where its quantizer is not the projection's; whether that is possible."""
+        modules: Any = core.args[3]
+        if modules[0].target == modules[4].target:
+            return True
+        args: Any = made.args
+        known = deployed.goes_between(self.model.get_submodule(str(modules[4].target)), self.engine)
+        if made.target is not conv2d_call or moves or not args[6] or not known:
+            return False
+        if not deployed.is_depthwise(self.model.get_submodule(str(args[2].target))):
+            return False
+        with self.graph.inserting_before(made):
+            also = self.graph.get_attr(str(modules[4].target))
+        with self.graph.inserting_after(made):
+            second = self.graph.call_function(_part, (made, 1))
+            first = self.graph.call_function(_part, (made, 0))
+        made.replace_all_uses_with(first, delete_user_cb=lambda n: n not in (first, second))
+        first.meta.update(made.meta)
+        made.kwargs = {**made.kwargs, "also": also}
+        core.kwargs = {**core.kwargs, "u": second}
+        return True
 
     def _first_half(self, node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
         """(layer, chunk, columns) if ``node`` is the first of two halves of a linear layer's outputs."""
@@ -153,7 +177,7 @@ class _Edges:
         count = len(self.engine.paths(order))
         if not 1 < count <= _MOST_PARTS:
             return
-        core.kwargs = {"apart": count}
+        core.kwargs = {**core.kwargs, "apart": count}
         ends: list[Any] = []
         with self.graph.inserting_before(reader):
             for i in range(count):

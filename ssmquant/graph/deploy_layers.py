@@ -79,7 +79,7 @@ def conv2d_call(
     last: bool,
     gain: Tensor | None = None,
     **between: Any,
-) -> Tensor:
+) -> Any:
     """``deployed.conv2d`` in a graph; ``last``: channels may come last in memory."""
     _check(x)
     stride, padding, dilation = window

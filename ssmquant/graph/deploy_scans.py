@@ -122,8 +122,9 @@ class _Core:
         sizes: tuple[tuple[int, ...], ...],
         modules: tuple[Any, ...],
         apart: int = 0,
+        u: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """``apart``: so many tensors, whose sum is the result; 0: one, the result."""
+        """``apart``, ``u``: see ``deployed.scan_core``."""
         key = (x.shape, sizes)
         if x.dtype not in (torch.float32, torch.int8) or not x.numel():
             raise Unfit
@@ -135,6 +136,8 @@ class _Core:
             self.known[key] = paths
         pixels = x.flatten(2).transpose(1, 2)
         options: Any = {"apart": apart} if apart else {}
+        if u is not None:
+            options["u"] = u.flatten(2).transpose(1, 2)
         made = deployed.scan_core(
             pixels, paths.order, self.ranks, self.places, *modules, softplus=self.softplus, **options
         )

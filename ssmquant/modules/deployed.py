@@ -38,6 +38,7 @@ __all__ = [
     "excite",
     "gated_linear",
     "goes_between",
+    "is_depthwise",
     "linear",
     "normalize",
     "plain",
@@ -556,12 +557,14 @@ def conv2d(
     gain: Tensor | None = None,
     *,
     codes: Between = None,
-) -> Tensor:
+    also: nn.Module | None = None,
+) -> Any:
     """A convolution of the quantized x, (B, C, H, W) with any strides; ``window``: stride, padding and dilation.
 
     Dense, 1x1 without stride and padding (also of values that are clamped), or depthwise, which keeps the size. All are
     float32. ``act``: of the result of one of the last two; ``gain``, (C,): factors of x, for one of the first two.
-    ``codes``: see ``linear``, of all outputs of one of the last two.
+    ``codes``: see ``linear``, of all outputs of one of the last two. ``also``: of a depthwise one, a second quantizer,
+    of which there are codes too, in a tuple.
 
     Returns:
         (B, outputs, H, W), channels last.
@@ -578,19 +581,18 @@ def conv2d(
         own = _own(act)
         assert bias is not None
         called = isinstance(act, nn.Module) and own is None
-        options = (
-            {}
-            if codes is None or called
-            else {"codes": _grid(codes[0], _no_moments, 0), "factors": _bias(codes[2])}
-        )
-        y: Tensor = engine.depthwise(
-            image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own, **options
-        ).permute(0, 3, 1, 2)
-        if not called:
-            return y
-        assert isinstance(act, nn.Module)
-        last: Tensor = _written(act(y).permute(0, 2, 3, 1), codes)
-        return last.permute(0, 3, 1, 2)
+        options: dict[str, Any] = {}
+        if codes is not None and not called:
+            options = {"codes": _grid(codes[0], _no_moments, 0), "factors": _bias(codes[2])}
+            if also is not None:
+                options["also"] = _grid(also, _no_moments, 0)
+        y = engine.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own, **options)
+        if called:
+            assert isinstance(act, nn.Module)
+            floats = act(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            y = _written(floats, codes)
+            y = y if also is None else (y, _written(floats, (also, None, None)))
+        return y.permute(0, 3, 1, 2) if also is None else tuple(t.permute(0, 3, 1, 2) for t in y)
     if is_pointwise(kernel, window):
         factors = None if gain is None else (gain,)
         rows = linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors, act, 1, codes=codes)
@@ -610,11 +612,15 @@ def is_pointwise(kernel: Sequence[int], window: Window) -> bool:
     return tuple(kernel) == (1, 1) and window[:2] == ((1, 1), (0, 0))
 
 
+def is_depthwise(weight: nn.Module) -> bool:
+    """Whether a convolution that kernels know is one of each channel."""
+    return isinstance(weight, PackedTensor) and weight.shape[1] == 1
+
+
 def writes_codes(weight: nn.Module, window: Window) -> bool:
     """Whether the kernel of a convolution can write codes: not one of a dense kernel."""
     assert isinstance(weight, PackedTensor)
-    kernel = weight.shape[2:] or (1, 1)
-    return weight.shape[1] == 1 or is_pointwise(kernel, window)
+    return is_depthwise(weight) or is_pointwise(weight.shape[2:] or (1, 1), window)
 
 
 def _sure(grid: Grid | None) -> Grid:
@@ -648,11 +654,12 @@ def scan_core(
     *,
     softplus: bool,
     apart: int = 0,
+    u: Tensor | None = None,
 ) -> Any:
     """Projections of an image, selective scans in K orders of its pixels, and their sum: (B, L, D).
 
     Args:
-        x: (B, L, D), any strides; float32, or codes if ``of_x`` is ``of_u``.
+        x: (B, L, D), any strides; float32, or codes by ``of_x``, where ``of_u`` is the same or there are codes ``u``.
         order: (K, L).
         ranks: rows that a direction's projection has; of these the low rank of the step sizes, and states, of B and C.
         places: where the low rank, B and C begin among a direction's rows.
@@ -672,7 +679,7 @@ def scan_core(
         shapes = (directions * rows, channels), (directions, channels, rank)
         return _matrix(projection, shapes[0]), _matrix(dt_weight, shapes[1], steps=True)
 
-    def prepare() -> Callable[[Tensor], Tensor] | None:
+    def prepare() -> Callable[..., Tensor] | None:
         """None if one of the grids is known by a call's data only."""
         if not all(q is None or static(q) for q in quantizers):
             return None
@@ -686,15 +693,16 @@ def scan_core(
 
     facts = x.shape, ranks, places, softplus, apart, torch.get_num_threads()
     pointers = tuple(None if t is None else t.data_ptr() for t in (order, *operands))
-    core: Callable[[Tensor], Tensor] | None = _in_a_call(
+    core: Callable[..., Tensor] | None = _in_a_call(
         (quantizers, projection, dt_weight, facts, pointers), prepare
     )
     if core is not None:
-        return _as_many(core(x), apart) if apart else core(x)
+        made = core(x) if u is None else core(x, u)
+        return _as_many(made, apart) if apart else made
     weights, steps = weights_of()
     image = x.unsqueeze(2)
     codes, grid = _encode(image, of_x, directions)
-    u = (codes, grid) if of_u is of_x else _encode(image, of_u, directions)
+    of_scan = (codes, grid) if of_u is of_x else _encode(image, of_u, directions)
     made = cpu.linear(codes, grid, weights).view(batch, pixels, directions, rows)
     low, b, c = (
         _encode(made[..., at : at + n], q, by_group=True)
@@ -704,7 +712,7 @@ def scan_core(
     if of_delta is not None:
         count = pixels * directions * channels
         of_steps = _grid(of_delta, lambda: cpu.delta_moments(*low, steps), count)
-    return cpu.scan(u, low, steps, of_steps, operands[0], b, c, *operands[1:], softplus, order)
+    return cpu.scan(of_scan, low, steps, of_steps, operands[0], b, c, *operands[1:], softplus, order)
 
 
 def _as_many(parts: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -164,22 +164,20 @@ def test_codes_go_from_call_to_call_on_a_gpu() -> None:
         )
         written = [n for n in graph.nodes if "codes" in n.kwargs]
         cores = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "scan_core"]
-        assert [n.kwargs for n in cores] == [{"apart": 2}] * 2
+        assert [n.kwargs["apart"] for n in cores] == [2] * 2
+        assert [("u" in n.kwargs) for n in cores] == [bits == 7] * 2
         summed = [n for n in graph.nodes if "more" in n.kwargs]
         assert [n.target.__name__ for n in summed] == ["gated_linear_call"] * 2
         if bits == 8:
             assert not written
             continue
-        calls = ["linear_call", "linear_call", "conv2d_call", "conv2d_call"]
+        calls = ["linear_call", "conv2d_call", "linear_call", "conv2d_call", "conv2d_call"]
         assert [n.target.__name__ for n in written] == calls * 2
+        columns, factors = ([n.kwargs["codes"][i] for n in written] for i in (1, 2))
         inner = model.layers[0].residual_group.blocks[0].self_attention.d_inner
-        assert [n.kwargs["codes"][1] for n in written] == [inner, None, None, None] * 2
-        assert [n.kwargs["codes"][2] is None for n in written] == [
-            True,
-            True,
-            False,
-            True,
-        ] * 2  # behind the GELU
+        assert columns == [inner, *[None] * 4] * 2
+        assert [f is not None for f in factors] == [False, False, False, True, False] * 2
+        assert [("also" in n.kwargs) for n in written] == [False, True, False, False, False] * 2
         readers = {str(n.kwargs["codes"][0].target) for n in written}
         assert all(deployed.static(model.get_submodule(name)) for name in readers)
 

@@ -278,6 +278,10 @@ def check_depthwise(device: str, sizes: tuple[int, ...], kernel: Any, dilation: 
         factors = torch.rand(channels) + 0.5
         written = cuda_depthwise.depthwise(*operands, there_is(following, device), factors.to(device)).cpu()
         same_codes(written, as_codes(got * factors, following))
+        grids = there_is(following, device), factors.to(device), there_is(grid, device)
+        written, other = cuda_depthwise.depthwise(*operands, *grids)
+        same_codes(written, as_codes(got * factors, following))
+        same_codes(other, as_codes(got, grid))
 
 
 @pytest.mark.parametrize("units", [132, 1])  # small tiles, and large ones
@@ -571,6 +575,9 @@ def check_cores(device: str, dense: bool = False) -> None:
         assert got[0].isnan().all()
         assert torch.equal(got.isnan(), want.isnan())
         if bits < 8:
+            grids = operands.of_x, operands.of_u
+            codes, of_scan = (as_codes(x, g).to(device) for g in grids)
+            assert torch.equal(ours(codes, of_scan).cpu().nan_to_num(), got.nan_to_num())
             ours, codes = operands.core(cuda, one=True), as_codes(x, operands.of_u)
             want = ours(x.to(device)).cpu()
             for given in (codes, *(() if dense else (codes.transpose(1, 2).contiguous().transpose(1, 2),))):
@@ -757,6 +764,7 @@ def test_cuda_compiles_for_an_h100() -> None:
                 "CODED": coded,
                 "CODES": codes,
                 "FACTORS": codes,
+                "ALSO": codes,
             }
             assert nvrtc.compile_source(cuda_depthwise._source(*tile.items(), *own.items()), 90)
 

@@ -8,7 +8,7 @@
 //
 // After cuda_math.cu and definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES (a multiple of PER and VEC), PER; HIGH,
 // WIDE, RUN (HIGH is a multiple of RUN * DOWN, or RUN is 1); ACT (1: SiLU, 2: GELU); CODED: x is codes; CODES: y is, by a
-// quantizer of its own, FACTORS before; VEC: channels that are read at once. TEAM threads read a line of the tile, and then one further
+// quantizer of its own, FACTORS before; ALSO: and by another one; VEC: channels that are read at once. TEAM threads read a line of the tile, and then one further
 // down; before a thread looks at any of it, it has asked for VEC channels at ROUNDS places of each of LINES lines.
 
 constexpr int COLUMN = LANES / PER;   // threads of one
@@ -46,9 +46,11 @@ struct Divisor { unsigned factor; int shift, count; };  // exact below 2^31
 struct Params {
     const void *x;
     const float *scale, *shift, *weights, *bias, *next_scale, *next_shift, *next_factors;  // weights: (taps, channels); next: of y
+    const float *also_scale, *also_shift;                                   // of z
     void *y;                                                                // (B, H, W, channels)
+    signed char *z;                                                         // the same by another quantizer
     long long x_batch;
-    int x_down, x_right, x_channel, height, width, channels, qmin, qmax, next_min, next_max;
+    int x_down, x_right, x_channel, height, width, channels, qmin, qmax, next_min, next_max, also_min, also_max;
     Divisor across, blocks;                                                 // tiles of a line, blocks of channels
 };
 
@@ -57,6 +59,13 @@ extern __shared__ char shared[];
 __device__ __forceinline__ int quotient(unsigned x, Divisor by) { return int((unsigned long long)x * by.factor >> by.shift); }
 
 __device__ __forceinline__ float activated(float x) { return ACT == 1 ? silu(x) : ACT == 2 ? gelu(x) : x; }
+
+// The lowest bytes of codes, next to each other.
+__device__ __forceinline__ int joined(const int (&code)[PER]) {
+    if (PER == 1) return code[0];
+    const int two = bytes_of(code[0], code[PER > 1], 0x0040);
+    return PER == 2 ? two : bytes_of(two, bytes_of(code[PER / 2], code[PER - 1], 0x0040), 0x5410);
+}
 
 // INNER: all that is read is there.
 template <bool INNER>
@@ -146,6 +155,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
     const float *from = values + (line * BROAD + column) * LANES + lane;
     Result *y = static_cast<Result *>(p.y) + (long long)sample * (p.height * p.width * p.channels) +
                 (((top + line) * p.width + left + column) * p.channels + channel);
+    signed char *z = ALSO ? p.z + (y - static_cast<Result *>(p.y)) : nullptr;
+    const float also_inverse = ALSO ? 1.0f / p.also_scale[0] : 1.0f, also_moved = ALSO ? p.also_shift[0] * also_inverse : 0.0f;
     const int below = (p.height - top - line + DOWN - 1) / DOWN, lines = below < RUN ? below : RUN;
     Floats<PER> window[KH][KW];
 #pragma unroll
@@ -167,16 +178,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
                 for (int c = 0; c < PER; ++c) sum.x[c] = fmaf(window[i][j].x[c], weight[i * KW + j].x[c], sum.x[c]);
             }
 #if CODES
-        int code[PER];  // in the lowest byte
+        int code[PER], other[PER];  // in the lowest byte
 #pragma unroll
         for (int c = 0; c < PER; ++c) {
-            const float u = fmaf(FACTORS ? activated(sum.x[c]) * factors.x[c] : activated(sum.x[c]), next_inverse, next_moved);
+            const float result = activated(sum.x[c]), u = fmaf(FACTORS ? result * factors.x[c] : result, next_inverse, next_moved);
             code[c] = as_int((min_nan(max_nan(u, least), most) + MAGIC) - least);
+            if (!ALSO) continue;
+            const float v = fmaf(result, also_inverse, also_moved), bottom = float(p.also_min);
+            other[c] = as_int((min_nan(max_nan(v, bottom), float(p.also_max)) + MAGIC) - bottom);
         }
-        int word = code[0];
-        if (PER > 1) word = bytes_of(code[0], code[PER > 1], 0x0040);
-        if (PER > 2) word = bytes_of(word, bytes_of(code[PER / 2], code[PER - 1], 0x0040), 0x5410);
-        *reinterpret_cast<Output *>(y) = Output(word);
+        *reinterpret_cast<Output *>(y) = Output(joined(code));
+        if (ALSO) {
+            *reinterpret_cast<Output *>(z) = Output(joined(other));
+            z += DOWN * p.width * p.channels;
+        }
 #else
         Output result;
 #pragma unroll

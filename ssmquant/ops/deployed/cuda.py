@@ -418,12 +418,11 @@ class Core:
             shape, ranks, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, softplus, order, apart
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: any strides, float32, or codes as ``project`` takes them if both quantizers are one."""
-        u, codes, bad = self.encode(x)
-        return self.scan(u, codes, bad)
+    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """x: any strides, float32, or codes as ``project`` takes them; u: these by the scan's quantizer, if another."""
+        return self.scan(*self.encode(x, u))
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, x: Tensor, of_scan: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of the image, (B * L, columns), and of all directions' low rank, B and C; which pixels had a NaN."""
         batch, pixels, channels = self.shape
         rows, outputs = batch * pixels, self.projection.outputs
@@ -440,8 +439,7 @@ class Core:
             cuda_thin.codes_of_core(
                 x, (samples, each), of_x, of_u, p, self.made, u, columns, codes, width, bad
             )
-            u = x.view(torch.uint8).view(rows, channels) if coded else u.view(rows, columns)
-            return u, codes.view(rows, width), bad
+            return self._given(x, of_scan) if coded else u.view(rows, columns), codes.view(rows, width), bad
         tensors = x, *self.grids, p.codes, p.scale, p.shift, p.total, *self.made, u, codes, bad
         numbers = each, *x.stride(), columns, width, of_x.qmin, of_x.qmax, of_u.qmin, of_u.qmax
         bm, bn, bk, warps = _tile(rows, channels, outputs)
@@ -449,5 +447,9 @@ class Core:
         same = of_x is of_u
         constants = channels, outputs, _off(of_x), same, coded, bm, bn, bk
         _launch("core_codes", blocks, tensors, numbers, constants, warps)
-        u = x.view(torch.uint8).view(rows, channels) if coded else u.view(rows, columns)
-        return u, codes.view(rows, width), bad
+        return self._given(x, of_scan) if coded else u.view(rows, columns), codes.view(rows, width), bad
+
+    def _given(self, x: Tensor, of_scan: Tensor | None) -> Tensor:
+        """Codes that another kernel has written, as the scan wants them."""
+        u = (x if of_scan is None else of_scan).contiguous()
+        return u.view(torch.uint8).view(-1, self.shape[2])

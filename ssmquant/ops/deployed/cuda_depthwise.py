@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,11 @@ class _Params(ctypes.Structure):
     _fields_ = (
         *(
             (n, ctypes.c_void_p)
-            for n in "x scale shift weights bias next_scale next_shift next_factors y".split()
+            for n in "x scale shift weights bias next_scale next_shift next_factors also_scale also_shift y z".split()
         ),
         ("x_batch", ctypes.c_longlong),
         *((n, ctypes.c_int) for n in "x_down x_right x_channel height width channels".split()),
-        *((n, ctypes.c_int) for n in "qmin qmax next_min next_max".split()),
+        *((n, ctypes.c_int) for n in "qmin qmax next_min next_max also_min also_max".split()),
         *((n, _Divisor) for n in ("across", "blocks")),
     )
 
@@ -144,18 +145,21 @@ def depthwise(
     act: str | None = None,
     codes: Grid | None = None,
     factors: Tensor | None = None,
-) -> Tensor:
+    also: Grid | None = None,
+) -> Any:
     """See ``cpu.depthwise``.
 
     Args:
         x: float32, or codes by ``grid``: int8 from 0 and -1 for NaN.
         codes: what is returned as such codes, by a grid of at most 128 levels; None: float32.
         factors: of what becomes codes, (channels,).
+        also: another grid, by which codes without factors are returned too, behind those by ``codes``.
 
     Raises:
         InputError: an image has 2**31 elements or more, or there are too many.
     """
     y = torch.empty(x.shape, dtype=torch.float32 if codes is None else torch.int8, device=x.device)
+    z = None if also is None else torch.empty_like(y)
     if x.shape[1] == 1 and kernel[0] == 1:  # threads go along columns
         x, kernel, dilation = x.transpose(1, 2), kernel[::-1], dilation[::-1]
     if max(x.stride()[1:]) >= 2**31:
@@ -179,14 +183,20 @@ def depthwise(
         "CODED": int(coded),
         "CODES": int(codes is not None),
         "FACTORS": int(factors is not None),
+        "ALSO": int(also is not None),
     }
     source = _source(*tile.items(), *constants.items())
     following = grid if codes is None else codes
-    tensors = (x, grid.scale, grid.shift, weights, bias, following.scale, following.shift, factors, y)
+    other = grid if also is None else also
+    tensors = (
+        x, grid.scale, grid.shift, weights, bias, following.scale, following.shift, factors, other.scale, other.shift,
+        y, z,
+    )  # fmt: skip
     params = _Params(
         *(None if t is None else t.data_ptr() for t in tensors), *x.stride(), height, width, channels,
-        grid.qmin, grid.qmax, following.qmin, following.qmax, _divisor(across), _divisor(blocks),
+        grid.qmin, grid.qmax, following.qmin, following.qmax, other.qmin, other.qmax, _divisor(across),
+        _divisor(blocks),
     )  # fmt: skip
     with torch.cuda.device_of(y):
         nvrtc.load(source, x.device).launch("depthwise", launched, threads, shared, params, x.device)
-    return y
+    return y if z is None else (y, z)
