@@ -1,33 +1,48 @@
 """What a deployed graph calls where its nodes are fused: arithmetic on codes, by ``ops.deployed``.
 
-The modules of the graph (quantizers, packed tensors) stay what they were and are handed in; what kernels need of them
-is kept as long as their tensors do not change.
+Layers here, scans in ``deployed_scans``. The modules of the graph (quantizers, packed tensors) are handed in; what
+kernels need of them is ``deployed_values``'s.
 """
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache, partial
-from itertools import chain
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ssmquant.modules.activation import ActivationQuantizer, FrozenRange
+from ssmquant.modules.deployed_scans import scan_core, sequence_core
+from ssmquant.modules.deployed_values import (
+    Engine,
+    Unchanged,
+    bias_of,
+    by_row,
+    coded,
+    dynamic,
+    encode,
+    engine_of,
+    goes_between,
+    grid_of,
+    inner,
+    kept,
+    matrix,
+    no_moments,
+    packed_for,
+    plain,
+    row_grid,
+    static,
+    takes_weight,
+)
 from ssmquant.modules.packed import PackedTensor
-from ssmquant.ops.deployed import Codes, Grid, Norm, RowGrid, Weights, cpu, cuda
-from ssmquant.ops.deployed.forms import signed_codes
-from ssmquant.quantizers import DLS, Quantizer, Token
+from ssmquant.ops.deployed import Norm, cpu, cuda
+from ssmquant.quantizers import DLS, Token
 from ssmquant.quantizers.bank import hooks_of
 
 __all__ = [
+    "Engine",
     "Unchanged",
     "blend",
     "by_row",
@@ -39,6 +54,7 @@ __all__ = [
     "gated_linear",
     "goes_between",
     "is_depthwise",
+    "is_pointwise",
     "linear",
     "normalize",
     "plain",
@@ -48,250 +64,6 @@ __all__ = [
     "takes_weight",
     "writes_codes",
 ]
-
-Engine = Any
-"""``ops.deployed.cpu`` or ``cuda``: modules whose functions have the same names."""
-_MOST_PRODUCTS = 2**16
-"""That an int32 has room for, of uint8 and int8."""
-_MOST_VALUES = 2**14
-"""That a model keeps, some of them for each size of input."""
-_known: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Any]]] = WeakKeyDictionary()
-_call = threading.local()
-
-
-def _stamp(modules: Iterable[nn.Module]) -> list[int]:
-    """Differs once a tensor of the modules is another one or has been written to."""
-    own = [m.__dict__ for m in modules]  # for speed: a model may have a thousand of them
-    stores = [*[o["_parameters"] for o in own], *[o["_buffers"] for o in own]]
-    tensors = [t for t in chain.from_iterable([d.values() for d in stores]) if t is not None]
-    versions = [0 if t.is_inference() else t._version for t in tensors]
-    return [*versions, *[t.data_ptr() for t in tensors]]
-
-
-def _checked(module: nn.Module, form: Any, make: Callable[[], Any]) -> Any:
-    stamp = _stamp((module,))
-    forms = _known.setdefault(module, {})
-    if form not in forms or forms[form][0] != stamp:
-        forms[form] = stamp, make()
-    return forms[form][1]
-
-
-def _kept(module: nn.Module, form: Any, make: Callable[[], Any]) -> Any:
-    """``make()``, or what it returned before if no tensor of the module has changed since."""
-    values = getattr(_call, "values", None)
-    if values is None:
-        return _checked(module, form, make)
-    key = module, form
-    if key not in values:
-        values[key] = _checked(module, form, make)
-    return values[key]
-
-
-def _in_a_call(key: Any, make: Callable[[], Any]) -> Any:
-    """``make()``, which depends on nothing but modules of the call and ``key``, or what it returned before."""
-    values = getattr(_call, "values", None)
-    if values is None:
-        return make()
-    if key not in values:
-        values[key] = make()
-    return values[key]
-
-
-class Unchanged:
-    """Looks once a call, and not once a kernel, whether any tensor of a model's quantizers and weights has changed."""
-
-    def __init__(self) -> None:
-        self._stamp: list[Any] = []
-        self._values: dict[Any, Any] = {}
-
-    def __reduce__(self) -> tuple[type[Unchanged], tuple[()]]:
-        """A copy, or an unpickled one, knows nothing."""
-        return Unchanged, ()
-
-    def values(self) -> list[Any]:
-        """What was made of them."""
-        return list(self._values.values())
-
-    @contextmanager
-    def in_use(self, *stores: nn.ModuleDict) -> Iterator[None]:
-        """In this thread the modules of ``stores`` stay as they are."""
-        children = list(chain.from_iterable(store.__dict__["_modules"].values() for store in stores))
-        modules = [*children, *chain.from_iterable([m.__dict__["_modules"].values() for m in children])]
-        stamp = [*map(id, modules), *_stamp(modules)]
-        if stamp != self._stamp or len(self._values) > _MOST_VALUES:
-            self._stamp, self._values = stamp, {}
-        before, _call.values = getattr(_call, "values", None), self._values
-        try:
-            yield
-        finally:
-            _call.values = before
-
-
-def engine_of(device: torch.device) -> Engine:
-    """What computes on a device; ``unavailable(device)`` of it says why it cannot."""
-    return cuda if device.type == "cuda" else cpu
-
-
-# ---- quantizers ------------------------------------------------------------------------------------------------------
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    return module.quantizer if isinstance(module, ActivationQuantizer) else module
-
-
-def static(module: nn.Module) -> bool:
-    """Whether a quantizer's codes are integers on one grid, known beforehand: products of them are exact."""
-    q = _inner(module)
-    if not isinstance(q, Quantizer) or q.bits is None:
-        return False
-    known: bool = _kept(q, "static", lambda: q.static_affine() is not None)
-    return known
-
-
-def dynamic(module: nn.Module, engine: Engine) -> bool:
-    """Whether a quantizer takes its grid from statistics that kernels know."""
-    q = _inner(module)
-    return (
-        engine.DYNAMIC
-        and isinstance(q, DLS)
-        and q.bits is not None
-        and not q.official
-        and q.stats_axis in (None, 0)
-    )
-
-
-def by_row(module: nn.Module, axis: int, engine: Engine) -> bool:
-    """Whether a quantizer gives each row, the elements along ``axis``, a range of its own."""
-    q = _inner(module)
-    return engine.BY_ROW and isinstance(q, Token) and q.bits is not None and q.channel_axis == axis
-
-
-def goes_between(module: nn.Module, engine: Engine) -> bool:
-    """Whether codes of this quantizer can go from the kernel that makes its input to the one that reads it."""
-    q = _inner(module)
-    return static(module) and isinstance(q, Quantizer) and q.qmax - q.qmin < engine.BETWEEN
-
-
-def coded(module: nn.Module, engine: Engine) -> bool:
-    """Whether kernels know how to encode as this quantizer does."""
-    return static(module) or dynamic(module, engine)
-
-
-def _static_grid(q: Quantizer) -> Grid:
-    affine = q.static_affine()
-    assert affine is not None
-    scale, shift = (t.detach().float().reshape(1).clone() for t in (affine.scale, affine.shift))
-    qmin, qmax = q.qmin, q.qmax
-    if isinstance(q, FrozenRange):  # whose ends are levels
-        ends = ((torch.stack((q.lo, q.hi)) + q.beta) / q.alpha).round().nan_to_num()
-        qmin, qmax = ends.clamp(qmin, qmax).sort(dim=0).values.flatten().int().tolist()  # they may be far off
-    return Grid(scale, shift, qmin, qmax)
-
-
-def _dynamic_grid(q: DLS, moments: Tensor, count: int, copies: int = 1) -> Grid:
-    """From the moments of samples of ``count`` elements, each of which stands for ``copies``."""
-    samples = len(moments)
-    if q.stats_axis is None and samples > 1:
-        m = moments.double()
-        mean = m[:, 0].mean()
-        squares = (m[:, 1] ** 2 * (count - 1) + count * (m[:, 0] - mean) ** 2).sum()
-        count *= samples
-        std = (squares / max(count - 1, 1)).sqrt()
-        moments = torch.stack((mean, std, m[:, 2].min(), m[:, 3].max()))[None].float().contiguous()
-    w, v = (t.detach().float().contiguous() for t in (q.w, q.v))
-    scale, shift, low, high = cpu.ranges(moments, count, copies, w, v, q.qmax - q.qmin + 1, q.eps)
-    return Grid(scale, shift, q.qmin, q.qmax, low, high)
-
-
-def _grid(module: nn.Module, moments: Callable[[], Tensor], count: int, copies: int = 1) -> Grid:
-    q = _inner(module)
-    if isinstance(q, DLS):
-        return _dynamic_grid(q, moments(), count, copies)
-    assert isinstance(q, Quantizer)
-    grid: Grid = _kept(q, "grid", lambda: _static_grid(q))
-    return grid
-
-
-def _row_grid(q: Token) -> RowGrid:
-    return RowGrid(q.clip.detach().float().contiguous(), q.qmax - q.qmin + 1, q.eps)
-
-
-def _encode(
-    x: Tensor,
-    module: nn.Module,
-    copies: int = 1,
-    *,
-    moments: Tensor | None = None,
-    norm: Norm | None = None,
-    by_group: bool = False,
-) -> tuple[Codes, Grid]:
-    """(batch, rows, groups, columns) as codes. With a ``norm`` the quantizer is static."""
-
-    def known() -> Tensor:
-        return cpu.moments(x) if moments is None else moments
-
-    grid = _grid(module, known, x.numel() // x.shape[0], copies)
-    return cpu.encode(x, grid, norm=norm, by_group=by_group), grid
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-def takes_weight(module: nn.Module, outputs: int = 1) -> bool:
-    """Whether kernels multiply by this weight: one scale for all, or for each entry of the first ``outputs`` axes."""
-    if not isinstance(module, PackedTensor) or module.lo is not None or len(module.shape) <= outputs:
-        return False
-    fits = math.prod(module.shape[outputs:]) < _MOST_PRODUCTS
-    return fits and all(n == 1 for n in module.scale.shape[outputs:])
-
-
-def _weights(
-    module: PackedTensor, form: Any, arrange: Callable[[Tensor], Tensor], **options: bool
-) -> Weights:
-    """A packed weight for kernels; ``arrange``: its codes as (.., outputs, inputs), which ``form`` names.
-
-    ``options``: of ``cpu.pack``.
-    """
-
-    def make() -> Weights:
-        q = module.qtensor()
-        scale, shift = (arrange(t.float().expand(q.codes.shape))[..., 0] for t in (q.scale, q.shift))
-        codes, shift = signed_codes(arrange(q.codes), q.bits, q.code_min, shift, scale)
-        return engine_of(codes.device).pack(codes, scale, shift, **options)
-
-    made: Weights = _kept(module, (form, *options.items()), make)
-    return made
-
-
-def _matrix(module: PackedTensor, shape: tuple[int, ...], **options: bool) -> Weights:
-    return _weights(module, shape, lambda t: t.reshape(shape), **options)
-
-
-def plain(value: Any) -> Any:
-    """A packed tensor's values, float32 and contiguous; a tensor as such; None."""
-    if isinstance(value, PackedTensor):
-        return _kept(value, "plain", lambda: value().float().contiguous())
-    return value.float().contiguous() if isinstance(value, Tensor) else value
-
-
-# ---- projections and convolutions ------------------------------------------------------------------------------------
-
-
-_padded: MutableMapping[Tensor, tuple[tuple[int, int], Tensor]] = WeakTensorKeyDictionary()
-
-
-def _bias(bias: Tensor | None) -> Tensor | None:
-    """As kernels want it; what was made of the same tensor before, if it has not changed."""
-    if bias is None:
-        return None
-    by_lanes = engine_of(bias.device).by_lanes
-    if bias.is_inference():
-        wide: Tensor = by_lanes(bias)
-        return wide
-    stamp, known = (bias.data_ptr(), bias._version), _padded.get(bias)
-    if known is None or known[0] != stamp:
-        known = _padded[bias] = stamp, by_lanes(bias.detach())
-    return known[1]
 
 
 def _product(
@@ -304,9 +76,9 @@ def _product(
     act: str | None = None,
 ) -> Tensor:
     """(batch, rows, inputs), any strides, by a weight of (outputs, inputs) and any number of ones: (.., outputs)."""
-    codes, grid = _encode(x.unsqueeze(2), of_x, norm=norm, moments=moments)
-    weights = _matrix(weight, (weight.shape[0], x.shape[2]), values=grid.low is not None)
-    return cpu.linear(codes, grid, weights, _bias(bias), act=act)
+    codes, grid = encode(x.unsqueeze(2), of_x, norm=norm, moments=moments)
+    weights = matrix(weight, (weight.shape[0], x.shape[2]), values=grid.low is not None)
+    return cpu.linear(codes, grid, weights, bias_of(bias), act=act)
 
 
 def _project(
@@ -322,19 +94,19 @@ def _project(
     codes: Between = None,
 ) -> Any:
     """``_product`` of a static quantizer, or one of rows, without the values and codes of all rows."""
-    weights = _matrix(weight, (weight.shape[0], x.shape[2]))
+    weights = matrix(weight, (weight.shape[0], x.shape[2]))
     if residual is not None:
         rows, gain = residual
         residual = _dense(rows).reshape(*x.shape[:2], -1), None if gain is None else gain.contiguous()
-    q = _inner(of_x)
-    grid = _kept(q, "grid", partial(_row_grid, q)) if isinstance(q, Token) else _grid(of_x, _no_moments, 0)
+    q = inner(of_x)
+    grid = kept(q, "grid", partial(row_grid, q)) if isinstance(q, Token) else grid_of(of_x, no_moments, 0)
     project = engine_of(x.device).project
     options: dict[str, Any] = {"more": more} if more else {}
     if codes is not None:
         module, columns, factors = codes
         columns = weights.outputs if columns is None else columns
-        options["codes"] = _grid(module, _no_moments, 0), columns, _bias(factors)
-    return project(x, grid, weights, _bias(bias), norm=norm, z=z, act=act, residual=residual, **options)
+        options["codes"] = grid_of(module, no_moments, 0), columns, bias_of(factors)
+    return project(x, grid, weights, bias_of(bias), norm=norm, z=z, act=act, residual=residual, **options)
 
 
 def _shaped(made: Any, shape: torch.Size, codes: Between) -> Any:
@@ -352,7 +124,7 @@ def _written(y: Tensor, codes: Between) -> Any:
     module, columns, factors = codes
     first = y if columns is None else y[..., :columns]
     first = first if factors is None else first * factors
-    grid = _grid(module, _no_moments, 0)
+    grid = grid_of(module, no_moments, 0)
     made = engine_of(y.device).encode(first.reshape(1, -1, 1, first.shape[-1]), grid).reshape(first.shape)
     return made if columns is None else (made, y[..., columns:])
 
@@ -495,7 +267,7 @@ def linear(
         return _written(_added(act(y.movedim(-1, axis)).movedim(axis, -1), residual), codes)
     x, fused, more = _fused_norm(norm, x, more)
     rows = _rows(x)
-    q = _inner(of_x)
+    q = inner(of_x)
     together = not isinstance(q, DLS) or q.stats_axis is None  # samples do not matter
     if together:
         rows = rows.flatten(0, 1)[None]
@@ -521,7 +293,7 @@ def gated_linear(
     """``linear`` of ``norm(x) * silu(z)``, all (samples, .., columns)."""
     x, fused, more = _fused_norm(norm, x, more)
     x3, z3, *others = (_rows(_dense(t)) for t in (x, z, *more))
-    if static(of_x) or isinstance(_inner(of_x), Token):
+    if static(of_x) or isinstance(inner(of_x), Token):
         made = _project(x3, of_x, weight, bias, fused, z3, residual=residual, more=tuple(others), codes=codes)
         return _shaped(made, x.shape, codes)
     y, moments = cpu.gate(x3.unsqueeze(2), z3.unsqueeze(2), fused, with_moments=True)
@@ -575,17 +347,17 @@ def conv2d(
     if inputs == 1 and outputs == x.shape[1]:
         image = x.permute(0, 2, 3, 1)
         batch = x.shape[0]
-        grid = _grid(of_x, lambda: cpu.moments(image), x.numel() // batch)
-        taps = _kept(weight, "taps", lambda: engine.by_lanes(weight().float().reshape(outputs, -1).T))
-        bias = _bias(taps.new_zeros(outputs) if bias is None else bias)
+        grid = grid_of(of_x, lambda: cpu.moments(image), x.numel() // batch)
+        taps = kept(weight, "taps", lambda: engine.by_lanes(weight().float().reshape(outputs, -1).T))
+        bias = bias_of(taps.new_zeros(outputs) if bias is None else bias)
         own = _own(act)
         assert bias is not None
         called = isinstance(act, nn.Module) and own is None
         options: dict[str, Any] = {}
         if codes is not None and not called:
-            options = {"codes": _grid(codes[0], _no_moments, 0), "factors": _bias(codes[2])}
+            options = {"codes": grid_of(codes[0], no_moments, 0), "factors": bias_of(codes[2])}
             if also is not None:
-                options["also"] = _grid(also, _no_moments, 0)
+                options["also"] = grid_of(also, no_moments, 0)
         y = engine.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own, **options)
         if called:
             assert isinstance(act, nn.Module)
@@ -599,11 +371,11 @@ def conv2d(
         made: Tensor = rows.permute(0, 3, 1, 2)
         return made
     assert act is None
-    taps = _weights(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
-    grid = _grid(of_x, _no_moments, 0)
+    taps = packed_for(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
+    grid = grid_of(of_x, no_moments, 0)
     image, first, _ = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
     sizes = (kernel[0], kernel[1]), dilation, stride, padding
-    y = engine.convolve(image, grid, taps, _bias(bias), *sizes, first)
+    y = engine.convolve(image, grid, taps, bias_of(bias), *sizes, first)
     return y.permute(0, 3, 1, 2)
 
 
@@ -621,156 +393,3 @@ def writes_codes(weight: nn.Module, window: Window) -> bool:
     """Whether the kernel of a convolution can write codes: not one of a dense kernel."""
     assert isinstance(weight, PackedTensor)
     return is_depthwise(weight) or is_pointwise(weight.shape[2:] or (1, 1), window)
-
-
-def _sure(grid: Grid | None) -> Grid:
-    assert grid is not None
-    return grid
-
-
-def _no_moments() -> Tensor:
-    raise AssertionError("the quantizer of a dense convolution is static")
-
-
-# ---- the scan of an image --------------------------------------------------------------------------------------------
-
-
-def scan_core(
-    x: Tensor,
-    order: Tensor,
-    ranks: tuple[int, int, int],
-    places: tuple[int, int, int],
-    of_x: nn.Module,
-    projection: PackedTensor,
-    of_rank: nn.Module,
-    dt_weight: PackedTensor,
-    of_u: nn.Module,
-    of_delta: nn.Module | None,
-    of_b: nn.Module,
-    of_c: nn.Module,
-    a: Any,
-    skip: Any,
-    bias: Any,
-    *,
-    softplus: bool,
-    apart: int = 0,
-    u: Tensor | None = None,
-) -> Any:
-    """Projections of an image, selective scans in K orders of its pixels, and their sum: (B, L, D).
-
-    Args:
-        x: (B, L, D), any strides; float32, or codes by ``of_x``, where ``of_u`` is the same or there are codes ``u``.
-        order: (K, L).
-        ranks: rows that a direction's projection has; of these the low rank of the step sizes, and states, of B and C.
-        places: where the low rank, B and C begin among a direction's rows.
-        of_x, of_u, of_rank, of_delta, of_b, of_c: quantizers.
-        projection: (K, E, D), to the low rank, B and C.
-        dt_weight: (K, D, R).
-        a: (K * D, N); skip, bias: (K * D,) or None.
-        apart: so many tensors are returned, whose sum is the result; 0: one, the result.
-    """
-    batch, pixels, channels = x.shape
-    directions, (rows, rank, states) = len(order), ranks
-    order = order.contiguous()
-    quantizers = of_x, of_u, of_rank, of_delta, of_b, of_c
-    operands = plain(a), plain(skip), plain(bias)
-
-    def weights_of() -> tuple[Weights, Weights]:
-        shapes = (directions * rows, channels), (directions, channels, rank)
-        return _matrix(projection, shapes[0]), _matrix(dt_weight, shapes[1], steps=True)
-
-    def prepare() -> Callable[..., Tensor] | None:
-        """None if one of the grids is known by a call's data only."""
-        if not all(q is None or static(q) for q in quantizers):
-            return None
-        grids = {q: None if q is None else _grid(q, _no_moments, 0) for q in quantizers}
-        weights, steps = weights_of()
-        return engine_of(x.device).Core(
-            (batch, pixels, channels), None if of_x is of_u else grids[of_x], weights, places, _sure(grids[of_u]),
-            _sure(grids[of_rank]), steps, grids[of_delta], operands[0], _sure(grids[of_b]), _sure(grids[of_c]),
-            *operands[1:], softplus, order, rank, **({"apart": True} if apart else {}),
-        )  # fmt: skip
-
-    facts = x.shape, ranks, places, softplus, apart, torch.get_num_threads()
-    pointers = tuple(None if t is None else t.data_ptr() for t in (order, *operands))
-    core: Callable[..., Tensor] | None = _in_a_call(
-        (quantizers, projection, dt_weight, facts, pointers), prepare
-    )
-    if core is not None:
-        made = core(x) if u is None else core(x, u)
-        return _as_many(made, apart) if apart else made
-    weights, steps = weights_of()
-    image = x.unsqueeze(2)
-    codes, grid = _encode(image, of_x, directions)
-    of_scan = (codes, grid) if of_u is of_x else _encode(image, of_u, directions)
-    made = cpu.linear(codes, grid, weights).view(batch, pixels, directions, rows)
-    low, b, c = (
-        _encode(made[..., at : at + n], q, by_group=True)
-        for at, n, q in zip(places, (rank, states, states), (of_rank, of_b, of_c), strict=True)
-    )
-    of_steps = None
-    if of_delta is not None:
-        count = pixels * directions * channels
-        of_steps = _grid(of_delta, lambda: cpu.delta_moments(*low, steps), count)
-    return cpu.scan(of_scan, low, steps, of_steps, operands[0], b, c, *operands[1:], softplus, order)
-
-
-def _as_many(parts: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Tensors whose sum is that of ``parts``: one for each where there are as many as there were while tracing."""
-    if len(parts) > count:  # an image may have more paths than another one
-        parts = torch.cat((parts[: count - 1], parts[count - 1 :].sum(0, keepdim=True)))
-    return (*parts.unbind(), *(torch.zeros_like(parts[0]) for _ in range(count - len(parts))))
-
-
-def sequence_core(
-    x: Tensor,
-    reverse: bool,
-    shift: int,
-    ranks: tuple[int, int, int],
-    places: tuple[int, int, int],
-    of_taps: nn.Module,
-    taps: PackedTensor,
-    taps_bias: Tensor | None,
-    act: nn.Module | None,
-    *modules: Any,
-    softplus: bool,
-) -> Tensor:
-    """A convolution along a sequence, SiLU, and ``scan_core`` of its one direction: (B, L, D).
-
-    Args:
-        x: (B, L, D), any strides.
-        reverse: the sequence runs from the last row to the first.
-        shift: step t reads steps t + shift, t + shift + 1, .., where there are any.
-        of_taps: the quantizer of x; taps: (D, 1, T).
-        act: the SiLU, where that is a module.
-        modules: those of ``scan_core``.
-    """
-    count = taps.shape[2]
-    offsets = [-(shift + i) if reverse else shift + i for i in range(count)]
-    reach = max(map(abs, offsets))
-
-    def spread() -> Tensor:
-        """Taps of a convolution that looks as far to both sides, zeros where there are none."""
-        values = taps().float().reshape(-1, count).T
-        wide = values.new_zeros(2 * reach + 1, values.shape[1])
-        wide[[reach + o for o in offsets]] = values
-        return engine.by_lanes(wide)
-
-    image = x.unsqueeze(1)
-    engine = engine_of(x.device)
-    grid = _grid(of_taps, lambda: cpu.moments(image), x[0].numel())
-    bias = _bias(x.new_zeros(x.shape[2]) if taps_bias is None else taps_bias)
-    assert bias is not None
-    weights = _kept(taps, ("sequence", reverse, shift), spread)
-    silu = "silu" if act is None or not hooks_of(act) else None
-    y: Tensor = engine.depthwise(image, grid, weights, bias, (1, 2 * reach + 1), (1, 1), silu)
-    y = y.squeeze(1)
-    if act is not None and silu is None:
-        y = act(y)
-    return scan_core(y, _order(x.shape[1], reverse, x.device), ranks, places, *modules, softplus=softplus)
-
-
-@lru_cache(maxsize=64)
-def _order(length: int, reverse: bool, device: torch.device) -> Tensor:
-    order = torch.arange(length, dtype=torch.int32, device=device)[None]
-    return order.flip(1).contiguous() if reverse else order

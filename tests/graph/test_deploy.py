@@ -216,7 +216,7 @@ def test_activations_that_are_watched_are_followed_by_codes(monkeypatch: pytest.
     monkeypatch.setattr(cpu, "encode", encoded)
     codes = deployed.linear(x, *args, codes=(module, None, factors))
     assert codes.dtype == torch.int8
-    grid = deployed._grid(module, lambda: floats, 0)
+    grid = deployed.grid_of(module, lambda: floats, 0)
     assert torch.equal(codes, encoded(floats * factors, grid))
 
 

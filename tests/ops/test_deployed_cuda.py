@@ -23,7 +23,7 @@ import ssmquant
 from ssmquant import QConfig, zoo
 from ssmquant.errors import InputError
 from ssmquant.graph import runtime
-from ssmquant.modules import deployed
+from ssmquant.modules import deployed, deployed_scans, deployed_values
 from ssmquant.ops import nvrtc, use_backend
 from ssmquant.ops.deployed import Codes, Grid, Norm, cpu, cuda, cuda_depthwise, cuda_thin
 from ssmquant.ops.deployed.cuda_scan import Case, Scan, Shape, arrangement, choose
@@ -637,7 +637,7 @@ def interpret(*checks: str) -> None:
 
 def interpret_models() -> None:
     cuda.unavailable = lambda _: None  # type: ignore[assignment]
-    for module in (runtime, deployed):
+    for module in (runtime, deployed, deployed_scans, deployed_values):
         module.engine_of = lambda _: cuda  # type: ignore[attr-defined]
     interpret("check_models")
 
