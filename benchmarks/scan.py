@@ -1,8 +1,10 @@
-"""The float selective scan against mamba-ssm, plain PyTorch and the limits of the machine: is it right, then how fast.
+"""Selective scans, float and of deployed models, against mamba-ssm, plain PyTorch and the limits of the machine.
+
+Is it right, then how fast.
 
     python benchmarks/scan.py                                   # all cases, on the GPU if there is one
     python benchmarks/scan.py --quick                           # small shapes, a minute on a CPU
-    python benchmarks/scan.py --case scan/16x288x10x4096/fp16 --out scan.json
+    python benchmarks/scan.py --case scan/16x288x10x4096/fp16 --case scan/16x288x10x4096/q4 --out scan.json
 
 A case is scan/BxDxNxL/dtype, the dtype of u, delta, B and C; the rest is float32. B and C have 4 groups (Vim: 1). Step
 sizes are as a Mamba starts, log-uniform in [0.001, 0.1]. Modes are a back end and what is timed: fwd, fwd_bwd (from the
@@ -15,9 +17,17 @@ the first and last sample and the first and last channel of each group: those ar
 "ours" must also give the same bits twice; if it fails it is not timed, and the exit status is 1. Others are timed all
 the same, and the definition is not compared with itself.
 
+Cases scan/BxDxNxL/qBITS are of deployed models: D channels in four orders of an image (rows, columns, both turned
+round), or in one for Vim; decays are evenly spaced. Modes: "quantized", the scan of codes; "quantized_core", the same
+from values, with encoding and projection; "float_core", what that replaces: MambaIR's glue in PyTorch around our float
+scan, in float32. Where a model leaves it to the next kernel to add up several paths, so do the quantized ones. Gate:
+all of the result against decoded values in ``chunked`` in float64, with a tolerance for codes at ties, and the same
+bits twice (not of float_core). What fails is not timed, and the exit status is 1.
+
 Columns: "roof" is the bytes of operands and results, each moved once, at the bandwidth of a copy that is measured here;
 "MUFU" is one exponential a state, step and pass, at 16 a clock and multiprocessor. Times are of single calls, by events
-behind a long memset on a GPU, so that launching is hidden and L2 is cold.
+behind a long memset on a GPU, so that launching is hidden and L2 is cold. "/mamba" is the time as a part of mamba-ssm's
+of the same case and pass, for quantized cases of its forward scan of float16, where the run has that.
 """
 
 from __future__ import annotations
@@ -30,10 +40,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import scan_quantized
 import torch
 from common import heading, write
 from torch import Tensor
 
+from ssmquant.modules.deployed import engine_of
 from ssmquant.ops import selective_scan, use_backend
 from ssmquant.ops.selective_scan import selective_scan_reference
 from ssmquant.ops.selective_scan.backends import choose, explain
@@ -41,20 +53,32 @@ from ssmquant.ops.selective_scan.backends import choose, explain
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 SHAPES = (
-    "16x288x10x4096", "1x288x10x230400", "4x1440x16x4096", "64x384x1x3136", "64x1536x1x196", "64x384x16x197",
+    "16x288x10x4096", "1x288x10x230400", "4x1440x16x4096", "64x384x1x3136", "64x768x1x784", "64x1536x1x196",
+    "64x3072x1x49", "64x384x16x197",
 )  # fmt: skip
 CASES = {
-    "cuda": [f"scan/{shape}/{dtype}" for dtype in ("fp32", "fp16") for shape in SHAPES],
+    "cuda": [f"scan/{shape}/{dtype}" for dtype in ("fp32", "fp16", "q4") for shape in SHAPES],
     "cpu": [
         "scan/1x480x16x4096/fp32", "scan/1x288x10x4096/fp32", "scan/1x384x1x3136/fp32", "scan/4x384x16x197/fp32",
-        "scan/1x480x16x4096/bf16",
+        "scan/1x480x16x4096/bf16", "scan/1x480x16x4096/q4", "scan/1x288x10x4096/q4", "scan/1x384x1x3136/q4",
+        "scan/4x384x16x197/q4",
     ],
 }  # fmt: skip
-QUICK = ["scan/2x72x10x197/fp32", "scan/3x60x1x49/fp32", "scan/1x160x8x1024/bf16"]
+QUICK = [
+    "scan/2x72x10x197/fp32", "scan/3x60x1x49/fp32", "scan/1x160x8x1024/bf16", "scan/2x72x10x192/q4",
+    "scan/1x48x16x197/q4",
+]  # fmt: skip
+OTHERS = ("mamba_ssm", "triton", "chunked", "reference")
 FORWARD_ONLY = ("1x288x10x230400",)
 LONGEST = 8192  # steps that the definition is asked for
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 OPS = torch.ops.ssmquant
+
+
+def sizes_of(name: str) -> tuple[int, int, int, int, int]:
+    """Batch, channels, states, steps and groups of a case."""
+    batch, channels, states, length = map(int, name.split("/")[1].split("x"))
+    return batch, channels, states, length, 1 if (states, length) == (16, 197) or channels % 4 else 4
 
 
 class Case:
@@ -63,8 +87,7 @@ class Case:
     def __init__(self, name: str, device: torch.device) -> None:
         _, sizes, kind = name.split("/")
         self.name, self.device, self.dtype = name, device, DTYPES[kind]
-        self.batch, self.channels, self.states, self.length = map(int, sizes.split("x"))
-        self.groups = 1 if (self.states, self.length) == (16, 197) or self.channels % 4 else 4
+        self.batch, self.channels, self.states, self.length, self.groups = sizes_of(name)
         self.forward_only = sizes in FORWARD_ONLY
         generator = torch.Generator(device).manual_seed(0)
 
@@ -262,6 +285,23 @@ def milliseconds(run: Callable[[], object], device: torch.device, runs: int, bud
     return times
 
 
+def timed(run: Callable[[], object], device: torch.device, runs: int) -> dict[str, Any]:
+    """Times of a row, and on a GPU its memory."""
+    peak = None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    times = milliseconds(run, device, runs, 1.0 if device.type == "cuda" else 3.0)
+    return {
+        "median_ms": statistics.median(times),
+        "min_ms": min(times),
+        "runs": len(times),
+        "peak_mib": peak,
+    }
+
+
 def limits(device: torch.device) -> dict[str, float | None]:
     """Bandwidth of a copy, and exponentials a second (None on a CPU)."""
     size = 2**30 if device.type == "cuda" else 2**27
@@ -301,31 +341,39 @@ def rows_of(
             yield {**head, "mode": "gate"}
             return
         for what, run in modes.runs():
-            if case.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                run()
-                torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() / 2**20 if case.device.type == "cuda" else None
-            times = milliseconds(run, case.device, runs, 1.0 if case.device.type == "cuda" else 3.0)
             moved, exponentials = case.cost(what)
             mufu = bounds["exponentials_per_s"]
             yield {
                 **head,
                 "mode": f"{prefix}_{what}",
                 "pass": what,
-                "median_ms": statistics.median(times),
-                "min_ms": min(times),
-                "runs": len(times),
-                "peak_mib": peak,
+                **timed(run, case.device, runs),
                 "bytes": moved,
                 "roof_us": 1e6 * moved / (bounds["bytes_per_s"] or 1),
                 "mufu_us": None if mufu is None else 1e6 * exponentials / mufu,
             }
 
 
+def quantized_rows(
+    name: str, device: torch.device, bounds: dict[str, float | None], runs: int
+) -> Iterator[dict[str, Any]]:
+    """``rows_of`` of a case of deployed models; none where nothing computes on codes."""
+    engine = engine_of(device)
+    reason = engine.unavailable(device)
+    if reason is not None:
+        print(f"{name:27} left out: {reason}")
+        return
+    case = scan_quantized.Case(sizes_of(name), int(name.rpartition("/q")[2]))
+    for row in scan_quantized.rows_of(case, engine, device, lambda run: timed(run, device, runs)):
+        if "bytes" in row:
+            row |= {"roof_us": 1e6 * row["bytes"] / (bounds["bytes_per_s"] or 1), "mufu_us": None}
+        yield {"case": name, **row}
+
+
 def scan_heading(device: torch.device, bounds: dict[str, float | None]) -> dict[str, Any]:
     """What a reader of the numbers has to know of the machine."""
     back_ends = {n: why or "here" for n, why in explain(device, torch.float32, 16)}
+    back_ends["quantized"] = engine_of(device).unavailable(device) or "here"
     return {**heading(device), **bounds, "back_ends": back_ends}
 
 
@@ -340,14 +388,20 @@ def table(rows: list[dict[str, Any]]) -> None:
             over = 1e3 * row["median_ms"] / row["roof_us"]
             line += f" {row['median_ms']:10.4f} {row['min_ms']:10.4f} {row['roof_us']:8.1f} {over:6.2f}"
             line += f" {row['mufu_us'] or 0:8.1f} {row.get('of_mamba_ssm', 0):6.2f}"
+        if "of_float_core" in row:
+            state += f"  {row['of_float_core']:.2f} of float_core"
         print(f"{line} {gate['relative_error']:8.1e}{state}", flush=True)
 
 
-def compare(rows: list[dict[str, Any]]) -> None:
-    """Add the ratio to mamba-ssm's time of the same case and pass."""
-    theirs = {row["pass"]: row["median_ms"] for row in rows if row["mode"].startswith("mamba_ssm")}
-    for row in rows:
-        if row.get("pass") in theirs:
+def compare(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    """Add ratios to mamba-ssm's time of the same pass, which ``others`` may have, and of a core to the float one."""
+    timed_rows = [row for row in rows if "median_ms" in row]
+    theirs = {r["pass"]: r["median_ms"] for r in (*others, *rows) if r["mode"].startswith("mamba_ssm")}
+    whole = {row["mode"]: row["median_ms"] for row in timed_rows}.get("float_core")
+    for row in timed_rows:
+        if row["mode"] == "quantized_core" and whole is not None:
+            row["of_float_core"] = row["median_ms"] / whole
+        if row["pass"] in theirs:
             row["of_mamba_ssm"] = row["median_ms"] / theirs[row["pass"]]
 
 
@@ -355,9 +409,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--case", action="append", metavar="NAME", help="scan/BxDxNxL/dtype, repeatable")
+    parser.add_argument(
+        "--case", action="append", metavar="NAME", help="scan/BxDxNxL/dtype or /q4, repeatable"
+    )
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a back end, repeatable")
     parser.add_argument("--quick", action="store_true", help="small shapes, few runs")
+    parser.add_argument(
+        "--bits", type=int, default=4, choices=range(2, 9), help="of quantized cases, if no --case is given"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there as JSON")
     options = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -370,18 +429,22 @@ def main() -> int:
         f"{'case':27} {'mode':18} {'back end':9} {'median ms':>10} {'min ms':>10} {'roof us':>8} {'/ roof':>6}"
         f" {'MUFU us':>8} {'/mamba':>6} {'error':>8}"
     )
-    for name in options.case or (QUICK if options.quick else CASES[device.type]):
-        case = Case(name, device)
-        rows = list(rows_of(case, bounds, 5 if options.quick else 50, options.skip))
-        compare(rows)
+    runs = 5 if options.quick else 50
+    default = QUICK if options.quick else CASES[device.type]
+    for name in options.case or [name.replace("/q4", f"/q{options.bits}") for name in default]:
+        shape, _, kind = name.rpartition("/")
+        if kind.startswith("q"):
+            rows = list(quantized_rows(name, device, bounds, runs))
+        else:
+            rows = list(rows_of(Case(name, device), bounds, runs, options.skip))
+        compare(rows, [row for row in report["rows"] if row["case"] == f"{shape}/fp16"])
         table(rows)
         report["rows"] += rows
         if options.out:
             write(options.out, report)
-        del case
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    ours = [row for row in report["rows"] if row["mode"].startswith("ours") or row["mode"] == "gate"]
+    ours = [row for row in report["rows"] if not row["mode"].startswith(OTHERS)]
     return 0 if all(row["gate"]["passed"] for row in ours) else 1
 
 

@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 from ssmquant.errors import ConfigError
+from ssmquant.ops import nvrtc
+from ssmquant.ops.deployed import cpu as deployed_cpu
+from tests.ops import emulator
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SMALL = "mambair_nano_x2/6x5/b2"
@@ -25,7 +28,8 @@ CPU = torch.device("cpu")
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Imports a script of the folder, and forgets it afterwards: the examples have a ``common`` of their own."""
     names = (
-        "common", "finetune", "infer_cpu", "infer_cuda", "patches", "qmambair", "scan", "tables", "train", "training",
+        "common", "finetune", "infer_cpu", "infer_cuda", "patches", "qmambair", "scan", "scan_quantized", "tables",
+        "train", "training",
     )  # fmt: skip
     monkeypatch.syspath_prepend(FOLDER)
     for name in names:
@@ -254,6 +258,95 @@ def test_the_scan(script: Callable[[str], Any], tmp_path: Path, monkeypatch: pyt
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report.keys() >= {"hardware", "torch", "triton", "commit", "bytes_per_s", "back_ends", "rows"}
     assert {"ours_float_fwd", "ours_float_fwd_bwd", "chunked_fwd"} <= {row["mode"] for row in report["rows"]}
+
+
+@pytest.fixture
+def scan(script: Callable[[str], Any], no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = script("scan")
+    reason = deployed_cpu.unavailable(CPU)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(module, "limits", lambda device: {"bytes_per_s": 1e10, "exponentials_per_s": None})
+    return module
+
+
+def test_the_scan_of_codes(
+    scan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scan.json"
+    options = ["scan", "--quick", "--bits", "8", "--out", str(out)]
+    monkeypatch.setattr(scan, "QUICK", ["scan/2x48x3x35/q4", "scan/1x40x16x197/q4"])
+    monkeypatch.setattr(sys, "argv", options)
+    assert scan.main() == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["back_ends"]["quantized"] == "here"
+    modes = ["quantized", "quantized_core", "float_core"]
+    names = ["scan/2x48x3x35/q8", "scan/1x40x16x197/q8"]
+    assert [(row["case"], row["mode"]) for row in report["rows"]] == [(n, m) for n in names for m in modes]
+    for row in report["rows"]:
+        assert row["gate"]["passed"]
+        assert row["gate"].get("same_bits", True)
+        assert row.keys() >= {
+            "backend",
+            "pass",
+            "median_ms",
+            "min_ms",
+            "runs",
+            "peak_mib",
+            "bytes",
+            "roof_us",
+        }
+    base, core = report["rows"][2], report["rows"][1]
+    assert core["of_float_core"] == pytest.approx(core["median_ms"] / base["median_ms"])
+    assert "of float_core" in capsys.readouterr().out
+    monkeypatch.setitem(scan.scan_quantized.TOLERANCE, "quantized_core", 0.0)
+    monkeypatch.setattr(sys, "argv", [*options, "--case", "scan/1x12x1x20/q2"])
+    assert scan.main() == 1
+    rows = {row["mode"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert [name for name, row in rows.items() if "median_ms" in row] == ["quantized", "float_core"]
+    assert "GATE NOT PASSED" in capsys.readouterr().out
+    monkeypatch.setattr(scan.scan_quantized, "MOST_MEMORY", 0)
+    case, engine = scan.scan_quantized.Case((1, 12, 1, 20, 4), 4), scan.engine_of(CPU)
+    made = scan.scan_quantized.rows_of(case, engine, CPU, lambda run: {"median_ms": 1.0})
+    assert [row["mode"] for row in made] == modes[:2]
+
+
+def test_scans_of_codes_beside_those_of_mamba_ssm(
+    scan: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(case: Any, *_: Any) -> list[dict[str, Any]]:
+        return [{**row, "case": case.name, "mode": "mamba_ssm_fwd", "median_ms": 8.0}]
+
+    row = {"backend": "cpu", "pass": "fwd", "min_ms": 1.0, "roof_us": 1.0, "mufu_us": None}
+    row["gate"] = {"passed": True, "relative_error": 0.0}
+    monkeypatch.setattr(scan, "rows_of", rows)
+    monkeypatch.setattr(
+        scan, "quantized_rows", lambda *_: [{**row, "case": "q", "mode": "quantized", "median_ms": 2.0}]
+    )
+    shapes = ["scan/1x12x1x20/fp16", "scan/1x12x1x21/q4", "scan/1x12x1x20/q4"]
+    monkeypatch.setattr(sys, "argv", ["scan", *[word for shape in shapes for word in ("--case", shape)]])
+    assert scan.main() == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[-2] for line in lines] == ["1.00", "0.00", "0.25"]
+
+
+def test_the_scan_of_codes_by_cuda(scan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels, run by a CPU."""
+    if emulator.COMPILER is None:
+        pytest.skip("needs g++ or clang++ on Linux")
+    kinds = {"scan_ends": "deployed_scan", "thin(": "deployed_thin"}
+
+    def load(source: str, _: Any) -> emulator.Emulated:
+        return emulator.load(source, False, next(kind for name, kind in kinds.items() if name in source))
+
+    monkeypatch.setattr(nvrtc, "load", load)
+    case, engine = scan.scan_quantized.Case((1, 24, 3, 20, 4), 4), scan.engine_of(torch.device("cuda"))
+    quantized, core = scan.scan_quantized.quantized_modes(case, engine, CPU)
+    want = case.wanted(True)
+    for mode in (quantized, core):
+        assert mode.backend == "cuda"
+        assert mode.run().shape == (2, *case.size)  # paths apart
+        torch.testing.assert_close(mode.result(mode.run()).double(), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
