@@ -367,7 +367,8 @@ def conv2d(
         return y.permute(0, 3, 1, 2) if also is None else tuple(t.permute(0, 3, 1, 2) for t in y)
     if is_pointwise(kernel, window):
         factors = None if gain is None else (gain,)
-        rows = linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors, act, 1, codes=codes)
+        own_codes: dict[str, Any] = {} if codes is None else {"codes": codes}
+        rows = linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors, act, 1, **own_codes)
         made: Tensor = rows.permute(0, 3, 1, 2)
         return made
     assert act is None
