@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.ops import selective_scan, use_backend
-from ssmquant.ops.deployed import Grid, cpu
+from ssmquant.ops.deployed import Grid, ScanOperands, cpu
 from ssmquant.ops.selective_scan import scan_paths
 from ssmquant.ops.selective_scan.backends import choose
 
@@ -146,10 +146,9 @@ def quantized_modes(case: Case, engine: Any, device: torch.device) -> Iterator[M
     places = 0, case.rank, case.rank + case.states
     steps = case.steps.pack(engine, device, steps=True)
     parts = len(engine.paths(order)) if engine.NAME == "cuda" else 1
-    core = engine.Core(
-        case.size, of_x, case.projection.pack(engine, device), places, of_u, of_rank, steps, of_delta, a, of_b, of_c,
-        skip, bias, True, order, case.rank, **({"apart": True} if parts > 1 else {}),
-    )  # fmt: skip
+    of_scan = ScanOperands(of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, True, order, case.rank)
+    projection = case.projection.pack(engine, device)
+    core = engine.Core(case.size, of_x, projection, places, of_scan, **({"apart": True} if parts > 1 else {}))
     if engine.NAME == "cuda":
         operands = (
             *_arranged(case, engine, device),

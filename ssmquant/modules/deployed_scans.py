@@ -22,7 +22,7 @@ from ssmquant.modules.deployed_values import (
     static,
 )
 from ssmquant.modules.packed import PackedTensor
-from ssmquant.ops.deployed import Grid, Weights, cpu
+from ssmquant.ops.deployed import Grid, ScanOperands, Weights, cpu
 from ssmquant.quantizers.bank import hooks_of
 
 __all__ = ["scan_core", "sequence_core"]
@@ -78,10 +78,13 @@ def scan_core(
             return None
         grids = {q: None if q is None else grid_of(q, no_moments, 0) for q in quantizers}
         weights, steps = weights_of()
+        scan = ScanOperands(
+            sure(grids[of_u]), sure(grids[of_rank]), steps, grids[of_delta], operands[0], sure(grids[of_b]),
+            sure(grids[of_c]), *operands[1:], softplus, order, rank,
+        )  # fmt: skip
         return engine_of(x.device).Core(
-            (batch, pixels, channels), None if of_x is of_u else grids[of_x], weights, places, sure(grids[of_u]),
-            sure(grids[of_rank]), steps, grids[of_delta], operands[0], sure(grids[of_b]), sure(grids[of_c]),
-            *operands[1:], softplus, order, rank, **({"apart": True} if apart else {}),
+            (batch, pixels, channels), None if of_x is of_u else grids[of_x], weights, places, scan,
+            **({"apart": True} if apart else {}),
         )  # fmt: skip
 
     facts = x.shape, ranks, places, softplus, apart, torch.get_num_threads()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssmquant.ops import selective_scan
-from ssmquant.ops.deployed import Codes, Grid, Norm, RowGrid, Weights, cpu
+from ssmquant.ops.deployed import Codes, Grid, Norm, RowGrid, ScanOperands, Weights, cpu
 from ssmquant.ops.deployed.forms import signed_codes
 from ssmquant.quantizers.token import token_range
 
@@ -634,10 +634,11 @@ def test_a_core_is_its_parts(
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            core = cpu.Core(
-                (batch, pixels, channels), None if same else of_x, projection, places, of_u, of_rank, steps, of_delta,
-                a, of_b, of_c, skip, bias, True, order, ranks, path,
-            )  # fmt: skip
+            operands = ScanOperands(
+                of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, True, order, ranks
+            )
+            size = batch, pixels, channels
+            core = cpu.Core(size, None if same else of_x, projection, places, operands, path)
             for given in (x, x, x.transpose(1, 2).contiguous().transpose(1, 2)):
                 torch.testing.assert_close(core(given), want, rtol=0, atol=0, equal_nan=True)
     finally:

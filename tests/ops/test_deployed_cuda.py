@@ -25,7 +25,7 @@ from ssmquant.errors import InputError
 from ssmquant.graph import runtime
 from ssmquant.modules import deployed, deployed_scans, deployed_values
 from ssmquant.ops import nvrtc, use_backend
-from ssmquant.ops.deployed import Codes, Grid, Norm, cpu, cuda, cuda_depthwise, cuda_thin
+from ssmquant.ops.deployed import Codes, Grid, Norm, ScanOperands, cpu, cuda, cuda_depthwise, cuda_thin
 from ssmquant.ops.deployed.cuda_scan import Case, Scan, Shape, arrangement, choose
 from tests.ops import emulator
 from tests.ops.interpreted import in_process, make_interpreter_work
@@ -152,11 +152,8 @@ class Operands:
     def scan(self, shape: Shape | None = None, bad: Tensor | None = None, apart: bool = False) -> Tensor:
         batch, pixels, channels = self.size
         g, to = self.grid, self.to
-        made = Scan(
-            self.size, self.rank, g(self.of_u), g(self.of_rank), cuda.pack(*map(to, self.steps)), g(self.of_delta),
-            to(self.a), g(self.of_b), g(self.of_c), to(self.skip), to(self.bias), self.softplus, to(self.order), apart,
-            shape,
-        )  # fmt: skip
+        steps = cuda.pack(*map(to, self.steps))
+        made = Scan(self.size, self.operands(g, to, steps), apart, shape)
         at = torch.tensor(arrangement(self.rank, self.states, (0, self.rank, self.rank + self.states)))
         arranged = (self.codes[..., at.clamp(min=0)] * (at >= 0)).to(torch.uint8).flatten(0, 1).flatten(1)
         u = self.u.view(batch * pixels, channels)
@@ -168,11 +165,18 @@ class Operands:
     def core(self, engine: Any, one: bool = False, **options: bool) -> Any:
         """``one``: quantizer of the image for the projection and the scans."""
         g, to = (self.grid, self.to) if engine is cuda else (lambda x: x, lambda t: t)
-        return engine.Core(
-            self.size, None if one else g(self.of_x), engine.pack(*map(to, self.projection)),
-            (0, self.rank, self.rank + self.states), g(self.of_u), g(self.of_rank),
-            engine.pack(*map(to, self.steps), steps=True), g(self.of_delta), to(self.a), g(self.of_b), g(self.of_c),
-            to(self.skip), to(self.bias), self.softplus, to(self.order), self.rank, **options,
+        projection, steps = (
+            engine.pack(*map(to, self.projection)),
+            engine.pack(*map(to, self.steps), steps=True),
+        )
+        places = 0, self.rank, self.rank + self.states
+        of_x = None if one else g(self.of_x)
+        return engine.Core(self.size, of_x, projection, places, self.operands(g, to, steps), **options)
+
+    def operands(self, g: Any, to: Any, steps: Any) -> ScanOperands:
+        return ScanOperands(
+            g(self.of_u), g(self.of_rank), steps, g(self.of_delta), to(self.a), g(self.of_b), g(self.of_c),
+            to(self.skip), to(self.bias), self.softplus, to(self.order), self.rank,
         )  # fmt: skip
 
 
@@ -245,9 +249,9 @@ def test_shapes() -> None:
 def test_scans_that_are_too_large() -> None:
     grid, weights = make_grid(4, 1), cuda.pack(*Operands.weight((1, 64, 4), 4, 1.0))
     order = torch.empty(1, 2**25, dtype=torch.int32, device="meta")
-    args = grid, grid, weights, grid, -torch.ones(64, 2), grid, grid, None, None, True, order
+    args = grid, grid, weights, grid, -torch.ones(64, 2), grid, grid, None, None, True, order, 4
     with pytest.raises(InputError, match="more than the kernels for GPUs count"):
-        Scan((1, 2**25, 64), 4, *args)
+        Scan((1, 2**25, 64), ScanOperands(*args))
 
 
 # ---- depthwise convolutions ------------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ def layouts(x: Tensor) -> Iterator[Tensor]:
 
 
 def call_deployed() -> None:
-    from ssmquant.ops.deployed import Norm, cpu
+    from ssmquant.ops.deployed import Norm, ScanOperands, cpu
     from tests.ops.test_deployed import Core, decays, make_grid, make_weight
 
     w, v = torch.randn(2, 4)
@@ -313,10 +313,11 @@ def call_deployed() -> None:
             places = 0, rank, rank + states
             for given in layouts(torch.randn(2, math.prod(size), channels)):
                 for of_x in (None, grids[0]):
-                    cpu.Core(
-                        tuple(given.shape), of_x, projection, places, grids[1], grids[2], core.weights, grids[3], a,
-                        grids[4], grids[5], core.skip, core.bias, True, core.order, rank, path,
-                    )(given)  # fmt: skip
+                    scan = ScanOperands(
+                        grids[1], grids[2], core.weights, grids[3], a, grids[4], grids[5], core.skip, core.bias, True,
+                        core.order, rank,
+                    )  # fmt: skip
+                    cpu.Core(tuple(given.shape), of_x, projection, places, scan, path)(given)
             operands = core.u, core.rank, core.weights, None, a, core.b, core.c, None, None, False, core.order
             cpu.scan(*operands, path)
 

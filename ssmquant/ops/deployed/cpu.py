@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops.deployed import calls
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Codes, Grid, Norm, RowGrid, Weights
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Codes, Grid, Norm, RowGrid, ScanOperands, Weights
 from ssmquant.ops.deployed.memory import new
 
 __all__ = [
@@ -495,8 +495,7 @@ class Core:
         shape: of x.
         of_x: of what is projected; None if that has the codes of ``of_u``.
         projection: (K * E, D); of E rows, ``places`` say where the low rank, B and C begin.
-        steps: (K, D, R), ``weights`` of ``scan``; ``ranks``: R.
-        of_u, of_rank, of_delta, of_b, of_c, a, skip, bias, softplus, order: as for ``scan``.
+        scan: of the scans.
     """
 
     def __init__(
@@ -505,23 +504,13 @@ class Core:
         of_x: Grid | None,
         projection: Weights,
         places: tuple[int, int, int],
-        of_u: Grid,
-        of_rank: Grid,
-        steps: Weights,
-        of_delta: Grid | None,
-        a: Tensor,
-        of_b: Grid,
-        of_c: Grid,
-        skip: Tensor | None,
-        bias: Tensor | None,
-        softplus: bool,
-        order: Tensor,
-        ranks: int,
+        scan: ScanOperands,
         path: int = 0,
     ) -> None:
         batch, pixels, channels = shape
-        directions, states = len(order), a.shape[1]
-        columns = {"u": (1, channels), "rank": (directions, ranks), "b": (directions, states)}
+        s = scan
+        directions, states = len(s.order), s.a.shape[1]
+        columns = {"u": (1, channels), "rank": (directions, s.ranks), "b": (directions, states)}
         columns["c"] = columns["b"]
         # All codes and sums of a call are one piece of memory; this one only tells where in it they are.
         self._bytes = 0
@@ -537,16 +526,16 @@ class Core:
             call.of_x = _quantizer(of_x)
         call.projection, call.rows = _weights(projection), projection.outputs // directions
         call.at_rank, call.at_b, call.at_c = places
-        call.ranks = ranks
-        call.scan = _scan_call(made["rank"], of_rank, steps, path)
-        others = (made["u"], of_u), of_delta, a, (made["b"], of_b), (made["c"], of_c)
-        _, done = _fill(call.scan, *others, skip, bias, softplus, order)
+        call.ranks = s.ranks
+        call.scan = _scan_call(made["rank"], s.of_rank, s.steps, path)
+        others = (made["u"], s.of_u), s.of_delta, s.a, (made["b"], s.of_b), (made["c"], s.of_c)
+        _, done = _fill(call.scan, *others, s.skip, s.bias, s.softplus, s.order)
         self._run = calls.library().ssmquant_deployed_core
         self._workspace = self._take(calls.library().ssmquant_deployed_core_workspace(call))
         self._done, self._done_bytes = self._take(8 * done.numel()), 8 * done.numel()
         self._call, self._shape, self._places = call, shape, places_of
         # Their memory is in the call.
-        self._operands = of_x, projection, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, order
+        self._operands = of_x, projection, scan
 
     def _take(self, size: int) -> int:
         at = self._bytes

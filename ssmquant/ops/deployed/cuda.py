@@ -18,7 +18,7 @@ from ssmquant.errors import InputError
 from ssmquant.ops.deployed import cuda_scan, cuda_thin
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.cuda_depthwise import depthwise
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, Weights
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, ScanOperands, Weights
 from ssmquant.ops.selective_scan import cuda as float_scan
 
 __all__ = [
@@ -375,25 +375,14 @@ class Core:
         of_x: Grid | None,
         projection: Weights,
         places: tuple[int, int, int],
-        of_u: Grid,
-        of_rank: Grid,
-        steps: Weights,
-        of_delta: Grid | None,
-        a: Tensor,
-        of_b: Grid,
-        of_c: Grid,
-        skip: Tensor | None,
-        bias: Tensor | None,
-        softplus: bool,
-        order: Tensor,
-        ranks: int,
+        scan: ScanOperands,
         apart: bool = False,
     ) -> None:
-        directions, states = len(order), a.shape[1]
+        directions, states = len(scan.order), scan.a.shape[1]
         self.shape = shape
-        self.of_u, self.of_x = of_u, of_u if of_x is None else of_x
+        self.of_u, self.of_x = scan.of_u, scan.of_u if of_x is None else of_x
         # Rows of the projection in the order in which the scan wants their codes; rows that are not there are zeros.
-        rows = cuda_scan.arrangement(ranks, states, places)
+        rows = cuda_scan.arrangement(scan.ranks, states, places)
         device = projection.codes.device
         at = torch.tensor(rows, device=device)
         there = (at >= 0).view(1, -1)
@@ -406,7 +395,9 @@ class Core:
             arranged, (projection.codes, projection.scale, projection.shift, projection.total)
         )
         self.projection = _thin(Weights(codes, scale, shift, total, directions * len(rows)))
-        quantizers = [of_rank] * (-(-ranks // 4) * 4) + [of_b, of_c] * (-(-states // 2) * 2)
+        quantizers = [scan.of_rank] * (-(-scan.ranks // 4) * 4) + [scan.of_b, scan.of_c] * (
+            -(-states // 2) * 2
+        )
         inverse = 1.0 / torch.cat([g.scale for g in quantizers])
         made = [inverse, torch.cat([g.shift for g in quantizers]) * inverse]
         for n in ("qmin", "qmax"):  # all codes of rows that are not there are 0
@@ -414,9 +405,7 @@ class Core:
             made.append(torch.tensor(ends, dtype=torch.float32, device=device))
         self.made = [t.repeat(directions) for t in made]
         self.grids = [torch.cat((g.scale, g.shift)) for g in (self.of_x, self.of_u)]
-        self.scan = cuda_scan.Scan(
-            shape, ranks, of_u, of_rank, steps, of_delta, a, of_b, of_c, skip, bias, softplus, order, apart
-        )
+        self.scan = cuda_scan.Scan(shape, scan, apart)
 
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """x: any strides, float32, or codes as ``project`` takes them; u: these by the scan's quantizer, if another."""

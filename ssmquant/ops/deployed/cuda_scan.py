@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed.forms import Grid, Weights
+from ssmquant.ops.deployed.forms import ScanOperands
 
 __all__ = ["Case", "Scan", "Shape", "arrangement", "choose", "paths_of"]
 
@@ -223,7 +223,7 @@ def arrangement(ranks: int, states: int, places: tuple[int, int, int]) -> list[i
 class Scan:
     """Selective scans over an image in K orders, added up at their pixels, of codes that ``cuda.Core.encode`` makes.
 
-    Arguments are those of ``cuda.Core``. Codes are as ``arrangement`` says.
+    ``size``: samples, pixels and channels. Codes are as ``arrangement`` says.
 
     ``apart``: results of each path of its own, in front of all axes: more is done at once.
     """
@@ -231,23 +231,13 @@ class Scan:
     def __init__(
         self,
         size: tuple[int, int, int],
-        ranks: int,
-        of_u: Grid,
-        of_rank: Grid,
-        weights: Weights,
-        of_delta: Grid | None,
-        a: Tensor,
-        of_b: Grid,
-        of_c: Grid,
-        skip: Tensor | None,
-        bias: Tensor | None,
-        softplus: bool,
-        order: Tensor,
+        operands: ScanOperands,
         apart: bool = False,
         shape: Shape | None = None,
     ) -> None:
         batch, pixels, channels = size
-        directions, device = len(order), a.device
+        o, ranks, a = operands, operands.ranks, operands.a
+        directions, device = len(o.order), a.device
         row = directions * len(arrangement(ranks, a.shape[1], (0, 0, 0))) // 4
         if (
             pixels * max(channels + 16, row) >= _MOST
@@ -257,37 +247,37 @@ class Scan:
                 f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
             )
         self.size, self.device, self.apart = size, device, apart
-        self.paths, ways = paths_of(order)
+        self.paths, ways = paths_of(o.order)
         if shape is None:
             walks = len(self.paths) if apart else 1
             shape = choose(batch, pixels, channels, a.shape[1], walks, _processors(device))
         ladder, rates = _rates(a, directions)
-        levels = 0 if of_delta is None else of_delta.qmax - of_delta.qmin + 1
+        levels = 0 if o.of_delta is None else o.of_delta.qmax - o.of_delta.qmin + 1
         levels = -(-levels // 2) * 2 if levels <= _MOST_LEVELS else 0
-        self.case = Case(shape, a.shape[1], ranks, of_delta is not None, levels, ladder, softplus)
+        self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus)
         self.chunks = -(-pixels // shape.steps)
         self.blocks = -(-channels // (shape.lanes * shape.columns))
 
         d = torch.float64
         k, c = (directions, channels)
-        w, shift, total = (t.to(d).view(k, -1)[:, :c] for t in (weights.scale, weights.shift, weights.total))
-        scale, origin = of_rank.scale.to(d), of_rank.qmin * of_rank.scale.to(d) - of_rank.shift.to(d)
+        w, shift, total = (t.to(d).view(k, -1)[:, :c] for t in (o.steps.scale, o.steps.shift, o.steps.total))
+        scale, origin = o.of_rank.scale.to(d), o.of_rank.qmin * o.of_rank.scale.to(d) - o.of_rank.shift.to(d)
         affine = torch.stack((scale * w, -scale * shift, origin * total), 1)
-        biases = torch.zeros(k, c, dtype=d, device=device) if bias is None else bias.to(d).view(k, c)
+        biases = torch.zeros(k, c, dtype=d, device=device) if o.bias is None else o.bias.to(d).view(k, c)
         table = None
         of_steps = torch.zeros(2, dtype=d, device=device)
-        if of_delta is None:
+        if o.of_delta is None:
             affine[:, 2] += biases
         else:
-            affine[:, 2] += of_delta.shift.to(d)
-            affine = affine / of_delta.scale.to(d)
-            of_steps = torch.cat((of_delta.scale, -of_delta.shift)).to(d)
+            affine[:, 2] += o.of_delta.shift.to(d)
+            affine = affine / o.of_delta.scale.to(d)
+            of_steps = torch.cat((o.of_delta.scale, -o.of_delta.shift)).to(d)
             if levels:
-                at = torch.arange(of_delta.qmin, of_delta.qmin + levels, dtype=d, device=device).view(
+                at = torch.arange(o.of_delta.qmin, o.of_delta.qmin + levels, dtype=d, device=device).view(
                     1, -1, 1
                 )
                 dt = at * of_steps[0] + of_steps[1] + biases[:, None]
-                dt = F.softplus(dt, threshold=50) if softplus else dt
+                dt = F.softplus(dt, threshold=50) if o.softplus else dt
                 table = torch.stack((dt, torch.exp2(dt * rates[:, :1])), 3)
                 whole = self.blocks * shape.lanes * shape.columns
                 table = F.pad(table, (0, 0, 0, whole - c)).view(
@@ -295,11 +285,11 @@ class Scan:
                 )
                 table = table.permute(0, 2, 1, 4, 3, 5).flatten(3)
                 table = F.pad(table, (0, shape.level - table.shape[3]))
-        of_codes = [t for g in (of_u, of_b, of_c) for t in (g.scale, g.qmin * g.scale - g.shift)]
+        of_codes = [t for g in (o.of_u, o.of_b, o.of_c) for t in (g.scale, g.qmin * g.scale - g.shift)]
         words = -(-ranks // 4)
-        packed = F.pad(weights.codes, (0, 4 * words - ranks)).view(k, c, words, 4).view(torch.int32)
+        packed = F.pad(o.steps.codes, (0, 4 * words - ranks)).view(k, c, words, 4).view(torch.int32)
         tensors = {
-            "order": order.contiguous(),
+            "order": o.order.contiguous(),
             "ways": torch.tensor(ways, dtype=torch.int32, device=device),
             "paths": torch.tensor(self.paths, dtype=torch.int32, device=device),
             "scales": torch.cat((*(t.to(d) for t in of_codes), of_steps)),
@@ -307,8 +297,8 @@ class Scan:
             "words": packed.squeeze(3).transpose(1, 2),
             "affine": affine,
             "rates": rates,
-            "bias": None if of_delta is None else bias,
-            "skip": skip,
+            "bias": None if o.of_delta is None else o.bias,
+            "skip": o.skip,
         }
         self._kept = {
             n: (t.float() if t.is_floating_point() else t).contiguous()
@@ -318,7 +308,7 @@ class Scan:
         self._params = _Params(
             **{n: t.data_ptr() for n, t in self._kept.items()},
             batch=batch, pixels=pixels, channels=channels, blocks=self.blocks, chunks=self.chunks, chunk=shape.steps,
-            qmin=0 if of_delta is None else of_delta.qmin, qmax=0 if of_delta is None else of_delta.qmax,
+            qmin=0 if o.of_delta is None else o.of_delta.qmin, qmax=0 if o.of_delta is None else o.of_delta.qmax,
         )  # fmt: skip
 
     def __call__(self, u: Tensor, codes: Tensor, bad: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 
-__all__ = ["ACTIVATIONS", "Codes", "Grid", "Norm", "RowGrid", "Weights", "signed_codes"]
+__all__ = ["ACTIVATIONS", "Codes", "Grid", "Norm", "RowGrid", "ScanOperands", "Weights", "signed_codes"]
 
 
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
@@ -84,6 +84,32 @@ class Weights:
     narrow: int = 0
     tiles: Tensor | None = None
     affine: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ScanOperands:
+    """What selective scans in K orders have besides codes of D channels: N states, step sizes of low rank R.
+
+    Args:
+        of_u, of_rank, of_delta, of_b, of_c: grids; of_delta None: step sizes are not quantized.
+        steps: weights of the step sizes, (K, D, R); ``ranks``: R.
+        a: (K * D, N); skip, bias: (K * D,) or None. All float32.
+        softplus: of step sizes, behind the bias.
+        order: (K, L) int32, the pixel of each step.
+    """
+
+    of_u: Grid
+    of_rank: Grid
+    steps: Weights
+    of_delta: Grid | None
+    a: Tensor
+    of_b: Grid
+    of_c: Grid
+    skip: Tensor | None
+    bias: Tensor | None
+    softplus: bool
+    order: Tensor
+    ranks: int
 
 
 def signed_codes(
