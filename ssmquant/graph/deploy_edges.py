@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from ssmquant.graph.deploy_layers import conv2d_call, gated_linear_call, is_core, linear_call
+from ssmquant.graph.deploy_calls import conv2d_call, gated_linear_call, linear_call
+from ssmquant.graph.deploy_layers import is_core
 from ssmquant.graph.deploy_scans import order_at_trace
 from ssmquant.graph.moves import is_cast
 from ssmquant.graph.orders import PathsOf, shape_of

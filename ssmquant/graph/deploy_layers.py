@@ -12,17 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ssmquant.graph.deploy_calls import (
+    blend_call,
+    conv2d_call,
+    excite_call,
+    gated_linear_call,
+    linear_call,
+)
 from ssmquant.graph.deploy_norms import is_norm, norm_of
 from ssmquant.graph.gains import times
 from ssmquant.graph.moves import is_cast, is_move, is_number
-from ssmquant.graph.orders import Unfit, shape_of
+from ssmquant.graph.orders import shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import PackedTensor, deployed
-from ssmquant.ops.deployed import cpu
 from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["called", "conv2d_call", "deploy_layers", "gated_linear_call", "is_core", "linear_call"]
+__all__ = ["called", "deploy_layers", "is_core"]
 
 # What does not care for strides: all, or all but those of its own readers.
 _MOVERS = {
@@ -38,85 +44,7 @@ _LAYERS = (nn.Conv2d, nn.Linear, *deployed.NORMS, nn.AdaptiveAvgPool2d, nn.Pixel
 _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)
 
 
-def linear_call(
-    x: Tensor,
-    of_x: nn.Module,
-    weight: PackedTensor,
-    bias: Tensor | None,
-    norm: deployed.LastNorm,
-    act: deployed.Act,
-    axis: int,
-    residual: deployed.Residual = None,
-    **between: Any,
-) -> Any:
-    """``deployed.linear`` in a graph; ``between``: what ``deploy_edges`` adds."""
-    _check(x, *(residual or ())[:1])
-    return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual, **between)
-
-
-def gated_linear_call(
-    x: Tensor,
-    z: Tensor,
-    norm: deployed.LastNorm,
-    of_x: nn.Module,
-    weight: PackedTensor,
-    bias: Tensor | None,
-    residual: deployed.Residual = None,
-    **between: Any,
-) -> Any:
-    """``deployed.gated_linear`` in a graph."""
-    _check(x, z, *(residual or ())[:1])
-    return deployed.gated_linear(x, z, norm, of_x, weight, bias, residual, **between)
-
-
-def conv2d_call(
-    x: Tensor,
-    of_x: nn.Module,
-    weight: PackedTensor,
-    bias: Tensor | None,
-    window: deployed.Window,
-    act: deployed.Act,
-    last: bool,
-    gain: Tensor | None = None,
-    **between: Any,
-) -> Any:
-    """``deployed.conv2d`` in a graph; ``last``: channels may come last in memory."""
-    _check(x)
-    stride, padding, dilation = window
-    sizes = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
-    if min(cpu.conv_size(sizes, weight.shape[2:] or (1, 1), dilation, stride)) < 1:
-        raise Unfit
-    y = deployed.conv2d(x, of_x, weight, bias, window, act, gain, **between)
-    return y if last else y.contiguous()
-
-
-def _blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
-    _check(x, v, scale)
-    if scale.shape != (*v.shape[:1], v.shape[-1], 1, 1) or x.shape != v.shape:
-        raise Unfit
-    return deployed.blend(x, gain, v, scale)
-
-
-def _excite(x: Tensor, *modules: Any) -> Tensor:
-    """Channel attention: mean, convolution, ReLU, convolution, sigmoid."""
-    if any(map(hooks_of, modules)):
-        for module in modules:
-            x = module(x)
-        return x
-    _, first, _, second, _ = modules
-    if x.dim() != 4 or first.weight.dtype != torch.float32 or second.weight.dtype != torch.float32:
-        raise Unfit
-    _check(x)
-    return deployed.excite(x, first, second)
-
-
-def _check(*tensors: Any) -> None:
-    """The kernels are for float32, or codes of other kernels, and for something."""
-    if any(t.dtype not in (torch.float32, torch.int8) or not t.numel() for t in tensors):
-        raise Unfit
-
-
-_OURS = (linear_call, gated_linear_call, _blend, conv2d_call)
+_OURS = (linear_call, gated_linear_call, blend_call, conv2d_call)
 
 
 def is_core(node: fx.Node) -> bool:
@@ -502,7 +430,7 @@ class _Layers:
             x, gain = self._scaled(other, node)
             with self.graph.inserting_before(node):
                 last = self.graph.call_method("permute", (image, 0, 2, 3, 1))
-                new = self.graph.call_function(_blend, (x, gain, last, scale))
+                new = self.graph.call_function(blend_call, (x, gain, last, scale))
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
             self._erase(node, value, v, product, other)
@@ -530,7 +458,7 @@ class _Layers:
             return
         with self.graph.inserting_before(node):
             owners = (self._owner(n) for n, _ in reversed(modules))
-            new = self.graph.call_function(_excite, (first, *owners))
+            new = self.graph.call_function(excite_call, (first, *owners))
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         for n, _ in modules:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 import ssmquant
 from ssmquant import QConfig, Rule, zoo
 from ssmquant.graph.deploy import deploy
-from ssmquant.graph.deploy_layers import linear_call
+from ssmquant.graph.deploy_calls import linear_call
 from ssmquant.graph.orders import Unfit
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.modules import deployed
@@ -94,7 +94,7 @@ def test_channel_attention_on_a_gpu() -> None:
     """Is one call, which hooks of its modules turn into calls of these."""
     model, _ = make("mambair", QConfig.recommended(4, 4))
     graph = deploy(record(model).graph, model, cuda)
-    calls = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "_excite"]
+    calls = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "excite_call"]
     assert len(calls) == 2
     modules = [model.get_submodule(str(n.target)) for n in calls[0].args[1:]]
     x = torch.randn(2, modules[1].in_channels, 4, 5)

@@ -1,0 +1,97 @@
+"""What the nodes of a deployed graph call: ``modules.deployed``, for what its kernels take.
+
+Raises ``Unfit`` where they do not take it, for the graph that is not fused to run instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmquant.graph.orders import Unfit
+from ssmquant.modules import PackedTensor, deployed
+from ssmquant.ops.deployed import cpu
+from ssmquant.quantizers.bank import hooks_of
+
+__all__ = ["blend_call", "conv2d_call", "excite_call", "gated_linear_call", "linear_call"]
+
+
+def linear_call(
+    x: Tensor,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    norm: deployed.LastNorm,
+    act: deployed.Act,
+    axis: int,
+    residual: deployed.Residual = None,
+    **between: Any,
+) -> Any:
+    """``deployed.linear`` in a graph; ``between``: what ``deploy_edges`` adds."""
+    _check(x, *(residual or ())[:1])
+    return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual, **between)
+
+
+def gated_linear_call(
+    x: Tensor,
+    z: Tensor,
+    norm: deployed.LastNorm,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    residual: deployed.Residual = None,
+    **between: Any,
+) -> Any:
+    """``deployed.gated_linear`` in a graph."""
+    _check(x, z, *(residual or ())[:1])
+    return deployed.gated_linear(x, z, norm, of_x, weight, bias, residual, **between)
+
+
+def conv2d_call(
+    x: Tensor,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    window: deployed.Window,
+    act: deployed.Act,
+    last: bool,
+    gain: Tensor | None = None,
+    **between: Any,
+) -> Any:
+    """``deployed.conv2d`` in a graph; ``last``: channels may come last in memory."""
+    _check(x)
+    stride, padding, dilation = window
+    sizes = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
+    if min(cpu.conv_size(sizes, weight.shape[2:] or (1, 1), dilation, stride)) < 1:
+        raise Unfit
+    y = deployed.conv2d(x, of_x, weight, bias, window, act, gain, **between)
+    return y if last else y.contiguous()
+
+
+def blend_call(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
+    """``deployed.blend`` in a graph: v and scale, (B, C, 1, 1), of an image with channels last."""
+    _check(x, v, scale)
+    if scale.shape != (*v.shape[:1], v.shape[-1], 1, 1) or x.shape != v.shape:
+        raise Unfit
+    return deployed.blend(x, gain, v, scale)
+
+
+def excite_call(x: Tensor, *modules: Any) -> Tensor:
+    """Channel attention: mean, convolution, ReLU, convolution, sigmoid."""
+    if any(map(hooks_of, modules)):
+        for module in modules:
+            x = module(x)
+        return x
+    _, first, _, second, _ = modules
+    if x.dim() != 4 or first.weight.dtype != torch.float32 or second.weight.dtype != torch.float32:
+        raise Unfit
+    _check(x)
+    return deployed.excite(x, first, second)
+
+
+def _check(*tensors: Any) -> None:
+    """The kernels are for float32, or codes of other kernels, and for something."""
+    if any(t.dtype not in (torch.float32, torch.int8) or not t.numel() for t in tensors):
+        raise Unfit
