@@ -27,10 +27,11 @@ def linear_call(
     act: deployed.Act,
     axis: int,
     residual: deployed.Residual = None,
+    coded: bool = False,
     **between: Any,
 ) -> Any:
-    """``deployed.linear`` in a graph; ``between``: what ``deploy_edges`` adds."""
-    _check(x, *(residual or ())[:1])
+    """``deployed.linear`` in a graph; ``coded``: x is codes; ``between``: what else ``deploy_edges`` adds."""
+    _check(x, *(residual or ())[:1], coded=coded)
     return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual, **between)
 
 
@@ -58,10 +59,11 @@ def conv2d_call(
     act: deployed.Act,
     last: bool,
     gain: Tensor | None = None,
+    coded: bool = False,
     **between: Any,
 ) -> Any:
     """``deployed.conv2d`` in a graph; ``last``: channels may come last in memory."""
-    _check(x)
+    _check(x, coded=coded)
     stride, padding, dilation = window
     sizes = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
     if min(cpu.conv_size(sizes, weight.shape[2:] or (1, 1), dilation, stride)) < 1:
@@ -91,7 +93,9 @@ def excite_call(x: Tensor, *modules: Any) -> Tensor:
     return deployed.excite(x, first, second)
 
 
-def _check(*tensors: Any) -> None:
-    """The kernels are for float32, or codes of other kernels, and for something."""
-    if any(t.dtype not in (torch.float32, torch.int8) or not t.numel() for t in tensors):
+def _check(first: Tensor, *tensors: Any, coded: bool = False) -> None:
+    """The kernels are for float32, the first one's codes if another kernel has written them, and for something."""
+    if first.dtype != (torch.int8 if coded else torch.float32):
+        raise Unfit
+    if any(t.dtype != torch.float32 for t in tensors) or not all(t.numel() for t in (first, *tensors)):
         raise Unfit

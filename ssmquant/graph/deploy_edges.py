@@ -9,7 +9,8 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from ssmquant.graph.deploy_calls import conv2d_call, gated_linear_call, linear_call
 from ssmquant.graph.deploy_layers import is_core
@@ -46,14 +47,16 @@ class _Edges:
     def _way(self, reader: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
         """Where what ``reader`` reads first comes from, and the moves from there, which nothing else reads."""
         moves: list[fx.Node] = []
-        node: Any = reader.args[0]
+        node: Any = reader.args[0] if reader.args else None
         while isinstance(node, fx.Node):
             last = moves[-1] if moves else reader
-            if self._readers(node) != [last] or node.meta.get("storage") in self.written:
+            if self._readers(node) != [last] or _occurrences(last, node) != 1:
+                return None
+            if node.meta.get("storage") in self.written:
                 return None
             if node.op not in ("call_method", "call_function"):
                 return None
-            if not is_cast(node) and op_name(node) not in _MOVES:
+            if not _is_move(node):
                 return node, moves[::-1]
             moves.append(node)
             node = node.args[0]
@@ -68,17 +71,19 @@ class _Edges:
             found = modules[0]
         elif reader.target is linear_call:
             norm: Any = reader.args[4]
-            if norm is None or (len(norm) == 1 and not self._is_module(norm[0])):
+            if norm is None or (len(norm) == 1 and self._is_tensor(norm[0])):
                 found, factors = reader.args[1], None if norm is None else norm[0]
         elif reader.target is conv2d_call:
-            found, factors = reader.args[1], reader.args[7]
-        if not isinstance(found, fx.Node) or list(reader.args).count(reader.args[0]) > 1:
+            if reader.args[7] is None or self._is_tensor(reader.args[7]):
+                found, factors = reader.args[1], reader.args[7]
+        if not isinstance(found, fx.Node):
             return None
         module = self.model.get_submodule(str(found.target))
         return (found, factors) if deployed.goes_between(module, self.engine) else None
 
-    def _is_module(self, node: fx.Node) -> bool:
-        return isinstance(attrgetter(str(node.target))(self.model), nn.Module)
+    def _is_tensor(self, node: Any) -> bool:
+        """Whether a node is a tensor of the model, which is there before all calls."""
+        return node.op == "get_attr" and isinstance(attrgetter(str(node.target))(self.model), Tensor)
 
     def _without_factors(self, reader: fx.Node) -> None:
         args = list(reader.args)
@@ -103,8 +108,8 @@ class _Edges:
                 return
         elif made.target not in (linear_call, gated_linear_call):
             return
-        if factors is not None and factors.op != "get_attr":
-            return  # of which it is not known that they are there already
+        if factors is not None and not _keep_channels(made, moves, reader):
+            return
         if is_core(reader) and not self._second(reader, made, moves):
             return
         with self.graph.inserting_before(made):
@@ -119,6 +124,7 @@ class _Edges:
                 part.args = (made, *part.args[1:])
             self.graph.erase_node(chunk)
         made.kwargs = {**made.kwargs, "codes": (again, columns, factors)}
+        reader.kwargs = {**reader.kwargs, "coded": True}
         for node in moves:
             if is_cast(node):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -148,10 +154,10 @@ class _Edges:
 
     def _first_half(self, node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
         """(layer, chunk, columns) if ``node`` is the first of two halves of a linear layer's outputs."""
-        if op_name(node) != "getitem" or node.args[1] != 0:
+        if op_name(node) != "getitem" or node.args[1:] != (0,):
             return None
         chunk: Any = node.args[0]
-        if not isinstance(chunk, fx.Node) or op_name(chunk) != "chunk" or len(chunk.args) > 3:
+        if not isinstance(chunk, fx.Node) or op_name(chunk) != "chunk" or not 1 <= len(chunk.args) <= 3:
             return None
         made: Any = chunk.args[0]
         shape, half = shape_of(made), shape_of(node)
@@ -178,6 +184,8 @@ class _Edges:
         count = len(self.engine.paths(order))
         if not 1 < count <= _MOST_PARTS:
             return
+        if any(len(n.users) > 1 for n in (core, *moves)):
+            return  # they are asked for their shapes
         core.kwargs = {**core.kwargs, "apart": count}
         ends: list[Any] = []
         with self.graph.inserting_before(reader):
@@ -195,6 +203,37 @@ class _Edges:
 
 def _part(parts: Any, i: int) -> Any:
     return parts[i]
+
+
+def _is_move(node: fx.Node) -> bool:
+    """Whether a node only moves elements of its first argument, or casts them to float32."""
+    retyped = any(isinstance(a, torch.dtype) for a in node.args)
+    return bool(node.args) and (is_cast(node) or (op_name(node) in _MOVES and not retyped))
+
+
+def _occurrences(user: fx.Node, node: fx.Node) -> int:
+    """How often a node is among the arguments of another one."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((user.args, user.kwargs), found.append)
+    return found.count(node)
+
+
+def _keep_channels(made: fx.Node, moves: list[fx.Node], reader: fx.Node) -> bool:
+    """Whether outputs of a layer are what the factors of its reader's inputs are of."""
+    axes = len(shape_of(made) or ())
+    order = list(range(axes))  # of the layer's axes
+    for node in moves:
+        name, args = op_name(node), node.args[1:]
+        if name == "permute":
+            wanted: Any = args[0] if len(args) == 1 else args
+            order = [order[i] for i in wanted]
+        elif name == "transpose":
+            a, b = (*args, *node.kwargs.values())
+            order[a], order[b] = order[b], order[a]  # type: ignore[index]
+        elif name != "contiguous" and not is_cast(node):
+            return False
+    first, last = (1 if n.target is conv2d_call else axes - 1 for n in (made, reader))
+    return axes > 0 and order[last] == first
 
 
 def deploy_edges(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> None:

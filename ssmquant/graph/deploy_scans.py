@@ -123,12 +123,16 @@ class _Core:
         modules: tuple[Any, ...],
         apart: int = 0,
         u: Tensor | None = None,
+        coded: bool = False,
+        other: Paths | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """``apart``, ``u``: see ``deployed.scan_core``."""
+        """``apart``, ``u``: see ``deployed.scan_core``; ``coded``: x is codes; ``other``: orders of the projection."""
         key = (x.shape, sizes)
-        if x.dtype not in (torch.float32, torch.int8) or not x.numel():
+        if x.dtype != (torch.int8 if coded else torch.float32) or not x.numel():
             raise Unfit
         if self.known.get(key) is not paths:
+            if other is not None and not torch.equal(other.order, paths.order):
+                raise Unfit
             if not self._fits(tuple(x.shape), paths.order, sizes):
                 raise Unfit
             if len(self.known) >= _MOST_SHAPES:
@@ -226,7 +230,10 @@ class Deployer:
         shape = traced_shape(source)
         each = shape[1] if len(shape) == 3 else shape[1] * shape[2]
         rows = _Rows(source, target, each // directions)
-        found = rows.find(shape, directions, traced_size)
+        try:
+            found = rows.find(shape, directions, traced_size)
+        except KeyError:  # a size of what has no known shape
+            raise NoMatch from None
         if found is None:
             raise NoMatch
         return rows, *found
@@ -264,6 +271,7 @@ class Deployer:
         if rows_node.target is not projected:
             raise NoMatch
         value, x_weight, other, _ = rows_node.args
+        assert isinstance(other, fx.Node)
         of_x = self.quantizer(value, exact=True)
         # Both look at the same image, in the same orders.
         pixels: list[Any] = [q.args[0] for q in (of_u, of_x)]
@@ -283,14 +291,17 @@ class Deployer:
             (found[0][0].rows, rank, states),
             softplus,
         )
-        core.known = self.known.setdefault(core.signature(), core.known)
+        if other is paths:
+            core.known = self.known.setdefault(core.signature(), core.known)
         weights = self.weight(x_weight, 2), self.weight(dt_weight, 2)
         there = self.copy[merges]
         with self.graph.inserting_before(there):
             modules = (of_x, weights[0], of_rank, weights[1], of_u, of_delta, of_b, of_c, a, skip, bias)
             sizes = (*(tuple(self.copy[n] for n in r.sizes) for r in core.rows), there.args[3:])
             args = (self.copy[image], self.copy[paths], sizes, tuple(self.owner(m) for m in modules))
-            node = self.graph.call_function(core, args)
+            # At other sizes they may differ.
+            given: dict[str, Any] = {} if other is paths else {"other": self.copy[other]}
+            node = self.graph.call_function(core, args, given)
             whole = self.graph.call_method("contiguous", (node,))  # dropped again where nothing needs it
         node.meta.update(merges.meta)
         node.meta["kernels"] = {n.meta["site"]: KERNEL for n in (scan, rows_node, steps) if "site" in n.meta}

@@ -63,7 +63,8 @@ def traced_size(node: fx.Node) -> int:
     """A size as it was while tracing."""
     tensor, dim = node.args
     assert isinstance(tensor, fx.Node)
-    return int(tensor.meta["val"].shape[dim])
+    made = tensor.meta.get("val")  # what a graph's rewriting has made has a shape alone
+    return int((tensor.meta["shape"] if made is None else made.shape)[dim])
 
 
 def _number(node: fx.Node, size: Callable[[fx.Node], int]) -> int:

@@ -87,20 +87,24 @@ class Record:
         if form not in self.fused:
             self.fused[form] = self._fuse(model, form)
         key = form, *(t.shape for t in tensors)
-        if key in self.fitting:
-            return self.fused[form](model, *tensors)
-        written = tensors if self.writes_inputs() else ()
-        restore = restorer(model, [*self.plain_tensors(model), *written], tensors[0].device)
+        known = key in self.fitting
+        restore = None
+        if not known:
+            written = tensors if self.writes_inputs() else ()
+            restore = restorer(model, [*self.plain_tensors(model), *written], tensors[0].device)
         try:
             result = self.fused[form](model, *tensors)
         except (Unfit, CompileError) as error:  # in the middle: dropout has drawn, batch norms have counted
-            restore()
+            if form == TRAINING and isinstance(error, CompileError):
+                raise
+            if restore is not None:
+                restore()
+            elif self.writes_inputs():
+                raise
+            self.fused[form] = self.run
             if isinstance(error, CompileError):
-                if form == TRAINING:
-                    raise
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(f"This model runs without kernels of its own: {reason}", stacklevel=2)
-            self.fused[form] = self.run
             result = self.run(model, *tensors)
         self.fitting.add(key)
         return result
@@ -110,7 +114,7 @@ class Record:
         device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
         if device is None or runtime_of(model).stage != "deployed":
             return {}
-        if engine_of(device).unavailable(device) is not None:
+        if engine_of(device).unavailable(device) is not None or self.fused.get(device.type) is self.run:
             return {}
         return kernels(self._deployed(model, device.type))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -24,7 +25,7 @@ from ssmquant.modules import deployed
 from ssmquant.ops import selective_scan, use_backend
 from ssmquant.ops.deployed import Norm, cpu, cuda
 from ssmquant.ops.nvrtc import CompileError
-from tests.graph.test_fuse import Scan2d
+from tests.graph.test_fuse import ByConvolution, Scan2d, SquareOrders
 
 _reason = cpu.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -200,6 +201,107 @@ def test_what_is_read_twice_is_no_code() -> None:
         assert [("codes" in n.kwargs) for n in graph.nodes if n.target is linear_call] == [not twice, False]
 
 
+class Edge(nn.Module):
+    """Two layers and what is between them."""
+
+    def __init__(self, between: Callable[[Any, Tensor], Tensor], last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.last, self.between = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 8) if last is None else last,
+            between,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.between(self, self.first(x))
+
+
+@pytest.mark.parametrize(
+    ("between", "last", "coded"),
+    [
+        (lambda m, y: m.last(y.view(6, 8)), None, False),  # of which it is not known where channels end up
+        (lambda m, y: m.last(y.transpose(0, 1).contiguous()), None, True),
+        (lambda m, y: y + m.last(y), None, False),
+        (lambda m, y: m.last(torch.flatten(input=y, end_dim=1)), None, False),
+        (lambda m, y: m.last(y.transpose(1, 2)), nn.Linear(3, 5), None),
+        (lambda m, y: m.last(y.permute(2, 0, 1)[:, None]), nn.Conv2d(1, 4, 1), False),
+        (lambda m, y: m.last(y.transpose(1, 2)[..., None]), nn.Conv2d(8, 4, 1), False),
+        (lambda m, y: m.last(y.view(torch.float32)), None, False),
+    ],
+)
+def test_what_goes_through_moves(between: Any, last: Any, coded: bool | None) -> None:
+    """``coded`` None: if there are no factors, which would be of another axis."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6)
+    config = QConfig.recommended(4, 4, keep_first_last=False)
+    assert config.smooth  # so that there are factors
+    model = converted(Edge(between, last), config, x)
+    graph = deploy(record(model).graph, model, cuda)
+    calls = [n for n in graph.nodes if n.target is linear_call]
+    assert calls
+    written = [n.kwargs["codes"] for n in calls if "codes" in n.kwargs]
+    assert sum("coded" in n.kwargs for n in graph.nodes) == len(written)
+    assert len(written) == coded if coded is not None else all(c[2] is None for c in written)
+
+
+def test_integers_that_are_added() -> None:
+    """Are no codes."""
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 8)
+
+        def forward(self, x: Tensor, flags: Tensor) -> Tensor:
+            return self.layer(x) + flags
+
+    torch.manual_seed(0)
+    x, flags = torch.randn(2, 3, 6), torch.randint(-3, 4, (2, 3, 8), dtype=torch.int8)
+    config = QConfig.recommended(8, 8, keep_first_last=False)
+    prepared = ssmquant.prepare(Added(), config, example_inputs=(x, flags))
+    prepared(x, flags)  # ranges start
+    model = ssmquant.convert(prepared.eval())
+    with torch.no_grad(), use_backend("chunked", op="fuse"):
+        want = model(x, flags)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, flags), want)
+
+
+@pytest.mark.parametrize("kind", [SquareOrders, ByConvolution])
+def test_scans_in_orders_that_are_alike_at_one_size(kind: Any) -> None:
+    """At others the graph that is not fused runs; so it does where sizes of projections are not known."""
+    torch.manual_seed(0)
+    model = converted(kind(), QConfig.recommended(8, 8, keep_first_last=False), torch.randn(2, 3, 6, 6))
+    for size in ((6, 6), (5, 7)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad(), use_backend("chunked", op="fuse"):
+            want = model(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), want, rtol=0, atol=2e-3 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("form", ["shape", "residual", "gate"])
+def test_scans_whose_result_is_read_in_other_ways_are_summed(form: str) -> None:
+    class Read(Scan2d):
+        def merged(self, y: Tensor, H: int, W: int) -> Tensor:
+            y = super().merged(y, H, W)
+            rows = y.transpose(1, 2)
+            if form == "shape":
+                b, d, n = y.shape
+                return y.view(b, n, d).transpose(1, 2) if n < 0 else self.linear(rows.reshape(b, n, d)).mT
+            if form == "residual":
+                return (rows + self.linear(self.norm(rows))).mT
+            return self.linear(rows * F.silu(rows)).mT
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 6)
+    model = converted(Read(), QConfig.recommended(8, 8, keep_first_last=False), x)
+    graph = deploy(record(model).graph, model, cuda)
+    cores = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "scan_core"]
+    assert len(cores) == 1
+    assert "apart" not in cores[0].kwargs
+
+
 def test_activations_that_are_watched_are_followed_by_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that has to be called itself gives floats, which are encoded behind it."""
     torch.manual_seed(0)
@@ -236,6 +338,24 @@ def test_kernels_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(deployed, "blend", fails)
     with pytest.warns(UserWarning, match="without kernels of its own: no such instruction$"):
         assert torch.equal(model(x), want)
+    assert torch.equal(model(x), want)
+    assert not record(model).kernels(model)
+
+
+def test_kernels_that_cannot_be_compiled_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make("mambair", QConfig.recommended(4, 4))
+    with use_backend("chunked", op="fuse"):
+        want = model(x)
+    model(x)
+
+    def fails(*args: Any, **kwargs: Any) -> Tensor:
+        raise CompileError("another variant")
+
+    monkeypatch.setattr(deployed, "blend", fails)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="another variant"):
+            model(x)
     assert torch.equal(model(x), want)
 
 

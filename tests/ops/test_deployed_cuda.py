@@ -244,6 +244,12 @@ def test_shapes() -> None:
         assert blocks * shape.lanes * shape.columns >= channels
         case = Case(shape, 16, 48, True, 16, 2, True)
         assert case.shared(True) < 99 * 1024  # of a block on any GPU since sm_80
+    for channels, states in ((8, 16), (16, 32), (6, 64)):  # where many chunks would need too much of it
+        torch.manual_seed(0)
+        operands = Operands(1, 400, channels, states, 4, paths=1)
+        steps = cuda.pack(*operands.steps)
+        made = Scan(operands.size, operands.operands(lambda g: g, lambda t: t, steps))
+        assert made.case.shared(True) <= 96 * 1024
 
 
 def test_scans_that_are_too_large() -> None:

@@ -50,9 +50,9 @@ __all__ = [
 ]
 
 NAME = "cpu"
-DYNAMIC = BY_ROW = True
 BETWEEN = 0
 """No codes go from one call to the next: values are in the cache."""
+DYNAMIC = BY_ROW = True
 """Whether ranges may depend on the data: of a sample, or of a row."""
 MOST_STATES = 256
 MOST_RANK = 2**16

@@ -1,4 +1,4 @@
-"""Deployed models on a GPU, by Triton and, for scans and depthwise convolutions, CUDA C++, by the names of ``cpu``.
+"""Deployed models on a GPU, by the names of ``cpu``: Triton, and CUDA C++ for what takes most of the time.
 
 All take float32 tensors without gradients. Quantizers are static: a model whose ranges depend on the data keeps its
 modules there. Results do not depend on how blocks are scheduled.
@@ -424,6 +424,8 @@ class Core:
         u, codes = memory[: rows * columns], memory[rows * columns : rows * (columns + width)]
         bad = memory[rows * (columns + width) :]
         p, of_x, of_u = self.projection, self.of_x, self.of_u
+        if samples == 1 and rows * max(columns, width) >= _MOST:  # which are counted by 31 bits
+            samples, each = batch, pixels
         if cuda_thin.takes(p, x):
             cuda_thin.codes_of_core(
                 x, (samples, each), of_x, of_u, p, self.made, u, columns, codes, width, bad

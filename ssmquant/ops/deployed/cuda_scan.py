@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ _HELD = 4, 8, 16
 _FEW_STATES = 4  # that need few registers
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
 _MOST = 2**31 - 2**16  # elements of a sample
+_MOST_SHARED = 96 * 1024  # bytes that a block has on any GPU since sm_80
 _MOST_BLOCKS = 2**16 - 1  # of a grid's second axis
 _LOG2E = 1.4426950408889634
 
@@ -239,24 +240,25 @@ class Scan:
         o, ranks, a = operands, operands.ranks, operands.a
         directions, device = len(o.order), a.device
         row = directions * len(arrangement(ranks, a.shape[1], (0, 0, 0))) // 4
-        if (
-            pixels * max(channels + 16, row) >= _MOST
-            or batch * directions * -(-channels // _MOST_LANES) > _MOST_BLOCKS
-        ):
-            raise InputError(
-                f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
-            )
+        large = f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
+        if pixels * max(channels + 16, row) >= _MOST:
+            raise InputError(large)
         self.size, self.device, self.apart = size, device, apart
         self.paths, ways = paths_of(o.order)
         if shape is None:
             walks = len(self.paths) if apart else 1
             shape = choose(batch, pixels, channels, a.shape[1], walks, _processors(device))
+        self.chunks = -(-pixels // shape.steps)
+        self.blocks = -(-channels // (shape.lanes * shape.columns))
+        if batch * directions * self.blocks > _MOST_BLOCKS:
+            raise InputError(large)
         ladder, rates = _rates(a, directions)
         levels = 0 if o.of_delta is None else o.of_delta.qmax - o.of_delta.qmin + 1
         levels = -(-levels // 2) * 2 if levels <= _MOST_LEVELS else 0
         self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus)
-        self.chunks = -(-pixels // shape.steps)
-        self.blocks = -(-channels // (shape.lanes * shape.columns))
+        while self.case.shared(True) > _MOST_SHARED and shape.chunks > 1:
+            shape = replace(shape, chunks=shape.chunks // 2)
+            self.case = replace(self.case, shape=shape)
 
         d = torch.float64
         k, c = (directions, channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 
@@ -89,8 +90,9 @@ def _launch(rows: int, samples: int, params: _Params, device: torch.device, **de
     resident = _RESIDENT if definitions["INPUTS"] <= _FEW_INPUTS else _RESIDENT // 2
     definitions |= {"WARPS": _WARPS, "SPLIT": split, "RESIDENT": resident}
     grid = -(-rows // (16 * (_WARPS // split))), samples
-    kernels = nvrtc.load(_source(*definitions.items()), device)
-    kernels.launch("thin", grid, 32 * _WARPS, 0, params, device)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernels = nvrtc.load(_source(*definitions.items()), device)
+        kernels.launch("thin", grid, 32 * _WARPS, 0, params, device)
 
 
 def project(
