@@ -6,12 +6,12 @@
 // and a norm's sums are over four lanes. Of every 16 outputs it has four neighbours too, since weights lie so that two
 // products of 8 outputs give it these. SPLIT warps share the outputs of the same rows, where there are few.
 //
-// After cuda_math.cu and definitions of: INPUTS, OUTPUTS; CODED: the
-// input is codes, int8 from 0 and -1 for NaN; PARTS: tensors whose sum it is; NORM: 1 layer norm, 2 RMS norm, 3 factors alone;
-// HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL; HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so many of the first outputs
-// are written as codes, apart from the others; CORE: 1 all outputs are, each by a quantizer of its own, and the input's codes
-// and NaN too, 2: its codes are those of a single quantizer, which are multiplied; VEC: inputs that are read at once; AT_ONCE:
-// outputs that are read and written so; FACTORS: of what is written as codes; WARPS, SPLIT; RESIDENT: blocks of a multiprocessor, what registers are limited for.
+// After cuda_math.cu and definitions of: INPUTS, OUTPUTS; CODED: the input is codes, int8 from 0 and -1 for NaN; PARTS: tensors
+// whose sum it is; NORM: 1 layer norm, 2 RMS norm, 3 factors alone; HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL;
+// HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so many of the first outputs are written as codes, apart from the others; FACTORS:
+// of these before; CORE: 1 all outputs are, each by a quantizer of its own, and the input's codes and NaN too, 2: its codes are
+// those of a single quantizer, which are multiplied; VEC: inputs that are read at once; AT_ONCE: outputs; WARPS, SPLIT;
+// RESIDENT: blocks of a multiprocessor, what registers are limited for.
 
 #ifndef EMULATED
 __device__ __forceinline__ int total_of(unsigned x, int sum) {  // of four bytes, with signs
@@ -313,9 +313,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) thin(const Param
                 if (k + 3 >= INPUTS) word = k >= INPUTS ? 0 : word & 0xffffffffu >> 8 * (k + 4 - INPUTS);
                 sums[r] = total_of(word, sums[r]);
                 code[i / 8][i / 4 % 2 * 2 + r] = word;
-                if (CORE && split == 0 && row < p.rows && k < INPUTS)  // u_row is a multiple of 16, which k does not reach beyond
+                if (CORE && split == 0 && row < p.rows && k < INPUTS) {  // rows of u are multiples of 16 long
+                    const unsigned from = unsigned((CORE == 1 ? p.next_min : p.qmin) & 255) * 0x01010101u;
                     *reinterpret_cast<unsigned *>(p.u + (sample * p.rows + row) * p.u_row + k) =
-                        less(joined(others[0], others[1], others[2], others[3]), unsigned((CORE == 1 ? p.next_min : p.qmin) & 255) * 0x01010101u);
+                        less(joined(others[0], others[1], others[2], others[3]), from);
+                }
             }
         }
     }
