@@ -35,7 +35,6 @@ __device__ __forceinline__ float softplus(float x) {
     return fmaf(2.0f * s, q, fmaxf(x, 0.0f));
 }
 
-
 __device__ __forceinline__ float silu(float x) { return x * recip(1.0f + exp2_(-x * LOG2E)); }
 
 // By the error function of Abramowitz and Stegun 7.1.26, to 1.5e-7.

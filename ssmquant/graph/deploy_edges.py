@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ssmquant.graph.deploy_calls import conv2d_call, gated_linear_call, linear_call
 from ssmquant.graph.deploy_layers import is_core
 from ssmquant.graph.deploy_scans import order_at_trace
+from ssmquant.graph.gains import axes_of
 from ssmquant.graph.moves import is_cast
 from ssmquant.graph.orders import PathsOf, shape_of
 from ssmquant.graph.sites import op_name
@@ -221,17 +222,12 @@ def _occurrences(user: fx.Node, node: fx.Node) -> int:
 def _keep_channels(made: fx.Node, moves: list[fx.Node], reader: fx.Node) -> bool:
     """Whether outputs of a layer are what the factors of its reader's inputs are of."""
     axes = len(shape_of(made) or ())
-    order = list(range(axes))  # of the layer's axes
+    order = tuple(range(axes))  # of the layer's axes
     for node in moves:
-        name, args = op_name(node), node.args[1:]
-        if name == "permute":
-            wanted: Any = args[0] if len(args) == 1 else args
-            order = [order[i] for i in wanted]
-        elif name == "transpose":
-            a, b = (*args, *node.kwargs.values())
-            order[a], order[b] = order[b], order[a]  # type: ignore[index]
-        elif name != "contiguous" and not is_cast(node):
+        moved = tuple(range(axes)) if is_cast(node) else axes_of(node, axes)
+        if moved is None:
             return False
+        order = tuple(order[i] for i in moved)
     first, last = (1 if n.target is conv2d_call else axes - 1 for n in (made, reader))
     return axes > 0 and order[last] == first
 

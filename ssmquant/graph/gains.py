@@ -16,7 +16,7 @@ from ssmquant.graph.sites import op_name
 from ssmquant.modules import ActivationQuantizer
 from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["fold_gains", "foldable", "gains_in_sight", "product_of", "times"]
+__all__ = ["axes_of", "fold_gains", "foldable", "gains_in_sight", "product_of", "times"]
 
 _NORMS = nn.LayerNorm, nn.RMSNorm
 _QUESTIONS = {"size", "dim"}
@@ -35,14 +35,14 @@ def _norm_of(point: Point) -> str | None:
             return None
         above = node.args[0]
         dims = len(shape_of(above) or ())
-        order = _axes(node, dims)
+        order = axes_of(node, dims)
         if order is None:
             return None
         readers, node, axis = {node}, above, order[axis]
     return None
 
 
-def _axes(node: fx.Node, dims: int) -> tuple[int, ...] | None:
+def axes_of(node: fx.Node, dims: int) -> tuple[int, ...] | None:
     """Which axis of its argument each axis of ``node`` is, if it does nothing but move whole axes."""
     name, args = op_name(node), cast(tuple[Any, ...], node.args[1:])
     if node.kwargs or not all(isinstance(a, (int, tuple, list)) for a in args):

@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "name_of",
     "sealed",
+    "specialised",
     "store",
 ]
 
@@ -55,6 +56,12 @@ def cuda_text(*names: str) -> str:
     """Files of ``csrc``, without their ".cu", one behind the other."""
     folder = files("ssmquant").joinpath("csrc")
     return "\n".join(folder.joinpath(f"{name}.cu").read_text(encoding="utf-8") for name in names)
+
+
+@functools.cache
+def specialised(name: str, *definitions: tuple[str, int]) -> str:
+    """A file of ``csrc``, without its ".cu", behind what CUDA kernels share and definitions of its constants."""
+    return "".join(f"#define {k} {v}\n" for k, v in definitions) + cuda_text("cuda_math", name)
 
 
 def name_of(source: str, arch: int) -> str:

@@ -5,27 +5,23 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import warnings
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import QConfig, Rule, zoo
 from ssmquant.graph.deploy import deploy
-from ssmquant.graph.deploy_calls import linear_call
 from ssmquant.graph.orders import Unfit
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.modules import deployed
 from ssmquant.ops import selective_scan, use_backend
-from ssmquant.ops.deployed import Norm, cpu, cuda
-from ssmquant.ops.nvrtc import CompileError
-from tests.graph.test_fuse import ByConvolution, Scan2d, SquareOrders
+from ssmquant.ops.deployed import cpu
+from tests.graph.test_fuse import Scan2d
 
 _reason = cpu.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -89,274 +85,6 @@ def fused(model: Any, x: Tensor) -> Tensor:
 def names(model: Any) -> list[str]:
     graph = deploy(record(model).graph, model, cpu)
     return [getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"]
-
-
-def test_channel_attention_on_a_gpu() -> None:
-    """Is one call, which hooks of its modules turn into calls of these."""
-    model, _ = make("mambair", QConfig.recommended(4, 4))
-    graph = deploy(record(model).graph, model, cuda)
-    calls = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "excite_call"]
-    assert len(calls) == 2
-    modules = [model.get_submodule(str(n.target)) for n in calls[0].args[1:]]
-    x = torch.randn(2, modules[1].in_channels, 4, 5)
-    plain = nn.Sequential(*modules)
-    before = plain(x)
-    modules[2].register_forward_hook(lambda module, args, out: out + 1)
-    target: Any = calls[0].target
-    assert torch.equal(target(x, *modules), plain(x))
-    assert not torch.equal(plain(x), before)
-
-
-def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that no layer takes in are one call each, which hooks turn into a call of the module."""
-    model, _ = make("mambair", QConfig.recommended(4, 4))
-    assert "normalize" not in names(model)
-    graph = deploy(record(model).graph, model, cuda)
-    calls = [n for n in graph.nodes if n.target is deployed.normalize]
-    modules = [model.get_submodule(str(n.args[1][0].target)) for n in calls]
-    assert modules == [model.patch_embed.norm, model.norm]
-    assert not any(n.op == "call_module" and n.target in ("patch_embed.norm", "norm") for n in graph.nodes)
-    norm = modules[0]
-    launched: list[Any] = []
-
-    def kernel(x: Tensor, norm: Norm) -> Tensor:
-        launched.append(norm)
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps).contiguous()
-
-    monkeypatch.setattr(cuda, "normalize", kernel)
-    monkeypatch.setattr(deployed, "engine_of", lambda _: cuda)
-    image = torch.randn(2, 20, 35).transpose(1, 2)
-    before = deployed.normalize(image, (norm,))
-    assert torch.equal(before, norm(image))
-    assert len(launched) == 1
-    handle = norm.register_forward_hook(lambda module, args, out: out + 1)
-    assert torch.equal(deployed.normalize(image, (norm,)), before + 1)
-    handle.remove()
-    assert len(launched) == 1
-
-
-def test_norms_that_are_functions_on_a_gpu() -> None:
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 5)
-            self.both = nn.LayerNorm((3, 6))
-
-        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            y = self.first(x)
-            a, b = F.layer_norm(y, (6,), eps=1e-3), F.rms_norm(y, (6,), eps=1e-4)
-            return self.last(F.layer_norm(y, (6,))), a + a, b, self.both(y), F.layer_norm(y, (3, 6))
-
-    torch.manual_seed(0)
-    model = converted(Normed(), QConfig.recommended(8, 8, keep_first_last=False), torch.randn(2, 3, 6))
-    graph = deploy(record(model).graph, model, cuda)
-    calls = [n.args[1] for n in graph.nodes if n.target is deployed.normalize]
-    assert calls == [(False, None, None, 1e-3), (True, None, None, 1e-4)]
-    assert [n.args[1] for n in graph.nodes if n.target is F.layer_norm] == [(3, 6)]
-
-
-def test_codes_go_from_call_to_call_on_a_gpu() -> None:
-    """What one quantizer alone reads, of at most 7 bits; parts of a scan go to the layer that reads their sum."""
-    for bits in (7, 8):
-        model, _ = make("mambair", QConfig.recommended(bits, bits))
-        graph = deploy(record(model).graph, model, cuda)
-        assert not any(
-            n.kwargs for n in deploy(record(model).graph, model, cpu).nodes if "call" in str(n.target)
-        )
-        written = [n for n in graph.nodes if "codes" in n.kwargs]
-        cores = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "scan_core"]
-        assert [n.kwargs["apart"] for n in cores] == [2] * 2
-        assert [("u" in n.kwargs) for n in cores] == [bits == 7] * 2
-        summed = [n for n in graph.nodes if "more" in n.kwargs]
-        assert [n.target.__name__ for n in summed] == ["gated_linear_call"] * 2
-        if bits == 8:
-            assert not written
-            continue
-        calls = ["linear_call", "conv2d_call", "linear_call", "conv2d_call", "conv2d_call"]
-        assert [n.target.__name__ for n in written] == calls * 2
-        columns, factors = ([n.kwargs["codes"][i] for n in written] for i in (1, 2))
-        inner = model.layers[0].residual_group.blocks[0].self_attention.d_inner
-        assert columns == [inner, *[None] * 4] * 2
-        assert [f is not None for f in factors] == [False, False, False, True, False] * 2
-        assert [("also" in n.kwargs) for n in written] == [False, True, False, False, False] * 2
-        readers = {str(n.kwargs["codes"][0].target) for n in written}
-        assert all(deployed.static(model.get_submodule(name)) for name in readers)
-
-
-def test_what_is_read_twice_is_no_code() -> None:
-    class Twice(nn.Module):
-        def __init__(self, twice: bool) -> None:
-            super().__init__()
-            self.first, self.last, self.twice = nn.Linear(6, 8), nn.Linear(8, 5), twice
-
-        def forward(self, x: Tensor) -> Any:
-            y = self.first(x)
-            return (self.last(y), y + 1) if self.twice else self.last(y)
-
-    for twice in (False, True):
-        torch.manual_seed(0)
-        x = torch.randn(2, 3, 6)
-        model = converted(Twice(twice), QConfig.recommended(4, 4, keep_first_last=False), x)
-        graph = deploy(record(model).graph, model, cuda)
-        assert [("codes" in n.kwargs) for n in graph.nodes if n.target is linear_call] == [not twice, False]
-
-
-class Edge(nn.Module):
-    """Two layers and what is between them."""
-
-    def __init__(self, between: Callable[[Any, Tensor], Tensor], last: nn.Module | None = None) -> None:
-        super().__init__()
-        self.first, self.last, self.between = (
-            nn.Linear(6, 8),
-            nn.Linear(8, 8) if last is None else last,
-            between,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.between(self, self.first(x))
-
-
-@pytest.mark.parametrize(
-    ("between", "last", "coded"),
-    [
-        (lambda m, y: m.last(y.view(6, 8)), None, False),  # of which it is not known where channels end up
-        (lambda m, y: m.last(y.transpose(0, 1).contiguous()), None, True),
-        (lambda m, y: y + m.last(y), None, False),
-        (lambda m, y: m.last(torch.flatten(input=y, end_dim=1)), None, False),
-        (lambda m, y: m.last(y.transpose(1, 2)), nn.Linear(3, 5), None),
-        (lambda m, y: m.last(y.permute(2, 0, 1)[:, None]), nn.Conv2d(1, 4, 1), False),
-        (lambda m, y: m.last(y.transpose(1, 2)[..., None]), nn.Conv2d(8, 4, 1), False),
-        (lambda m, y: m.last(y.view(torch.float32)), None, False),
-    ],
-)
-def test_what_goes_through_moves(between: Any, last: Any, coded: bool | None) -> None:
-    """``coded`` None: if there are no factors, which would be of another axis."""
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 6)
-    config = QConfig.recommended(4, 4, keep_first_last=False)
-    assert config.smooth  # so that there are factors
-    model = converted(Edge(between, last), config, x)
-    graph = deploy(record(model).graph, model, cuda)
-    calls = [n for n in graph.nodes if n.target is linear_call]
-    assert calls
-    written = [n.kwargs["codes"] for n in calls if "codes" in n.kwargs]
-    assert sum("coded" in n.kwargs for n in graph.nodes) == len(written)
-    assert len(written) == coded if coded is not None else all(c[2] is None for c in written)
-
-
-def test_integers_that_are_added() -> None:
-    """Are no codes."""
-
-    class Added(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(6, 8)
-
-        def forward(self, x: Tensor, flags: Tensor) -> Tensor:
-            return self.layer(x) + flags
-
-    torch.manual_seed(0)
-    x, flags = torch.randn(2, 3, 6), torch.randint(-3, 4, (2, 3, 8), dtype=torch.int8)
-    config = QConfig.recommended(8, 8, keep_first_last=False)
-    prepared = ssmquant.prepare(Added(), config, example_inputs=(x, flags))
-    prepared(x, flags)  # ranges start
-    model = ssmquant.convert(prepared.eval())
-    with torch.no_grad(), use_backend("chunked", op="fuse"):
-        want = model(x, flags)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x, flags), want)
-
-
-@pytest.mark.parametrize("kind", [SquareOrders, ByConvolution])
-def test_scans_in_orders_that_are_alike_at_one_size(kind: Any) -> None:
-    """At others the graph that is not fused runs; so it does where sizes of projections are not known."""
-    torch.manual_seed(0)
-    model = converted(kind(), QConfig.recommended(8, 8, keep_first_last=False), torch.randn(2, 3, 6, 6))
-    for size in ((6, 6), (5, 7)):
-        x = torch.randn(2, 3, *size)
-        with torch.no_grad(), use_backend("chunked", op="fuse"):
-            want = model(x)
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), want, rtol=0, atol=2e-3 * float(want.abs().max()))
-
-
-@pytest.mark.parametrize("form", ["shape", "residual", "gate"])
-def test_scans_whose_result_is_read_in_other_ways_are_summed(form: str) -> None:
-    class Read(Scan2d):
-        def merged(self, y: Tensor, H: int, W: int) -> Tensor:
-            y = super().merged(y, H, W)
-            rows = y.transpose(1, 2)
-            if form == "shape":
-                b, d, n = y.shape
-                return y.view(b, n, d).transpose(1, 2) if n < 0 else self.linear(rows.reshape(b, n, d)).mT
-            if form == "residual":
-                return (rows + self.linear(self.norm(rows))).mT
-            return self.linear(rows * F.silu(rows)).mT
-
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 5, 6)
-    model = converted(Read(), QConfig.recommended(8, 8, keep_first_last=False), x)
-    graph = deploy(record(model).graph, model, cuda)
-    cores = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "scan_core"]
-    assert len(cores) == 1
-    assert "apart" not in cores[0].kwargs
-
-
-def test_activations_that_are_watched_are_followed_by_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that has to be called itself gives floats, which are encoded behind it."""
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 6)
-    net = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 5))
-    model = converted(net, QConfig.recommended(4, 4, keep_first_last=False), x)
-    graph = deploy(record(model).graph, model, cuda)
-    call = next(n for n in graph.nodes if "codes" in n.kwargs)
-    module = model.get_submodule(str(call.kwargs["codes"][0].target))
-    factors = attrgetter(call.kwargs["codes"][2].target)(model)
-    model.get_submodule(str(call.args[5].target)).register_forward_hook(lambda m, args, out: out + 0.25)
-    args: Any = fx.node.map_arg(call.args[1:], lambda n: attrgetter(n.target)(model))
-    floats = deployed.linear(x, *args)
-    monkeypatch.setattr(cpu, "encode", encoded)
-    codes = deployed.linear(x, *args, codes=(module, None, factors))
-    assert codes.dtype == torch.int8
-    grid = deployed.grid_of(module, lambda: floats, 0)
-    assert torch.equal(codes, encoded(floats * factors, grid))
-
-
-def encoded(y: Tensor, grid: Any) -> Tensor:
-    return (((y + grid.shift) / grid.scale).clamp(grid.qmin, grid.qmax).round() - grid.qmin).to(torch.int8)
-
-
-def test_kernels_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = make("mambair", QConfig.recommended(4, 4))
-    with use_backend("chunked", op="fuse"):
-        want = model(x)
-    record(model).fused.clear()
-
-    def fails(*args: Any, **kwargs: Any) -> Tensor:
-        raise CompileError("no such instruction\nand more")
-
-    monkeypatch.setattr(deployed, "blend", fails)
-    with pytest.warns(UserWarning, match="without kernels of its own: no such instruction$"):
-        assert torch.equal(model(x), want)
-    assert torch.equal(model(x), want)
-    assert not record(model).kernels(model)
-
-
-def test_kernels_that_cannot_be_compiled_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = make("mambair", QConfig.recommended(4, 4))
-    with use_backend("chunked", op="fuse"):
-        want = model(x)
-    model(x)
-
-    def fails(*args: Any, **kwargs: Any) -> Tensor:
-        raise CompileError("another variant")
-
-    monkeypatch.setattr(deployed, "blend", fails)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="another variant"):
-            model(x)
-    assert torch.equal(model(x), want)
 
 
 # ---- what it is made of ----------------------------------------------------------------------------------------------

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ssmquant
@@ -25,239 +23,15 @@ from ssmquant.errors import InputError
 from ssmquant.graph import runtime
 from ssmquant.modules import deployed, deployed_scans, deployed_values
 from ssmquant.ops import nvrtc, use_backend
-from ssmquant.ops.deployed import Codes, Grid, Norm, ScanOperands, cpu, cuda, cuda_depthwise, cuda_thin
-from ssmquant.ops.deployed.cuda_scan import Case, Scan, Shape, arrangement, choose
-from tests.ops import emulator
+from ssmquant.ops.deployed import Grid, Norm, cpu, cuda, cuda_depthwise, cuda_thin
+from ssmquant.ops.deployed.cuda_scan import Case, choose
+from tests.ops.deployed_cuda import Operands, as_codes, emulated, poison, same_codes, there_is
 from tests.ops.interpreted import in_process, make_interpreter_work
 from tests.ops.test_deployed import close, make_grid, off_ties
 
 _reason = cpu.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-FEW = settings(max_examples=8)
-SMALL = Shape(columns=2, lanes=3, chunks=3, steps=16, group=2)
-
-
-def emulated(source: str, late: bool = False) -> emulator.Emulated:
-    kinds = {"scan_ends": "deployed_scan", "depthwise(": "deployed_depthwise", "thin(": "deployed_thin"}
-    return emulator.load(source, late, next(kind for name, kind in kinds.items() if name in source))
-
-
-@pytest.fixture(params=[False, True], ids=["", "late"])
-def by_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA kernels run on the CPU, in memory that is NaN where nothing has been written."""
-    if emulator.COMPILER is None:
-        pytest.skip("needs g++ or clang++ on Linux")
-    monkeypatch.setattr(nvrtc, "load", lambda source, _: emulated(source, request.param))
-    poison(monkeypatch.setattr)
-
-
-def poison(setattr_: Any) -> None:
-    fresh = torch.empty
-
-    def empty(*shape: Any, **options: Any) -> Tensor:
-        made = fresh(*shape, **options)
-        return made.fill_(math.nan if made.is_floating_point() else 101)
-
-    setattr_(torch, "empty", empty)
-
-
-# ---- scans -----------------------------------------------------------------------------------------------------------
-
-
-def levels(grid: Grid) -> int:
-    return grid.qmax - grid.qmin + 1
-
-
-def as_codes(x: Tensor, grid: Grid) -> Tensor:
-    """As they go from one kernel to the next."""
-    u = (
-        ((x.double() + grid.shift.double().cpu()) / grid.scale.double().cpu())
-        .clamp(grid.qmin, grid.qmax)
-        .round()
-    )
-    return torch.where(u.isnan(), -1, u - grid.qmin).to(torch.int8)
-
-
-def same_codes(got: Tensor, want: Tensor) -> None:
-    """But for values that are next to a tie."""
-    assert got.dtype == torch.int8
-    off = (got.cpu().int() - want.int()).abs()
-    assert int(off.max()) <= 1
-    assert float(off.float().mean()) <= 0.01
-    assert torch.equal(got.cpu() < 0, want < 0)
-
-
-def there_is(grid: Grid, device: str) -> Grid:
-    return Grid(grid.scale.to(device), grid.shift.to(device), grid.qmin, grid.qmax)
-
-
-def codes_of(t: Tensor) -> Codes:
-    """As ``cpu`` wants them."""
-    wide = F.pad(t, (0, -t.shape[-1] % 16))
-    memory = torch.zeros(wide.numel() + 64, dtype=torch.uint8)
-    memory[: wide.numel()] = wide.flatten()
-    return Codes(memory[: wide.numel()].view(wide.shape), t.sum(-1, dtype=torch.int32))
-
-
-class Operands:
-    """Of a scan: ``order`` has rows and the same turned round, as images have them, or one row."""
-
-    def __init__(
-        self, batch: int, pixels: int, channels: int, states: int, rank: int, *, bits: int = 4, paths: int = 2,
-        turned: bool = True, ladder: int = 2, quantized: bool = True, softplus: bool = True, device: str = "cpu",
-    ) -> None:  # fmt: skip
-        self.device = device
-        k = self.directions = paths * (1 + turned)
-        self.size, self.states, self.rank = (batch, pixels, channels), states, rank
-        self.of_x, self.of_u, self.of_rank, self.of_b, self.of_c, of_delta = (
-            make_grid(bits, 1) for _ in range(6)
-        )
-        half = 2 ** (bits - 1)
-        self.of_delta = Grid(of_delta.scale * 2, of_delta.shift + 2, -half, half - 1) if quantized else None
-        self.u = torch.randint(0, 2**bits, (batch, pixels, 1, channels), dtype=torch.uint8)
-        rows = self.rows = rank + 2 * states
-        self.codes = torch.randint(0, 2**bits, (batch, pixels, k, rows), dtype=torch.uint8)
-        every = torch.arange(1, states + 1).float()
-        rates = {2: 0.7 * every, 1: 0.2 + 0.5 * every, 0: torch.rand(k * channels, states) + 0.1}[ladder]
-        self.a = -rates.expand(k * channels, states).contiguous()
-        self.skip, self.bias = torch.randn(k * channels), torch.randn(k * channels) * 0.3 - 2
-        order = torch.stack([torch.arange(pixels), *(torch.randperm(pixels) for _ in range(paths - 1))])
-        self.order = torch.cat((order, order.flip(1)) if turned else (order,)).int().contiguous()
-        self.softplus = softplus
-        self.steps = self.weight((k, channels, rank), bits, 0.1)
-        self.projection = self.weight((k * rows, channels), bits, 0.3)
-
-    @staticmethod
-    def weight(shape: tuple[int, ...], bits: int, size: float) -> tuple[Tensor, Tensor, Tensor]:
-        half = 2 ** (bits - 1)
-        signed = torch.randint(-half, half, shape, dtype=torch.int8)
-        scale = size * (torch.rand(shape[:-1]) + 0.1) / half
-        return signed, scale, scale * torch.rand(shape[:-1])
-
-    def to(self, t: Tensor) -> Tensor:
-        return t.to(self.device)
-
-    def grid(self, g: Grid | None) -> Any:
-        return None if g is None else Grid(self.to(g.scale), self.to(g.shift), g.qmin, g.qmax)
-
-    def scan_on_cpu(self) -> Tensor:
-        low, b, c = self.codes.split([self.rank, self.states, self.states], -1)
-        return cpu.scan(
-            (codes_of(self.u), self.of_u), (codes_of(low), self.of_rank), cpu.pack(*self.steps, steps=True),
-            self.of_delta, self.a, (codes_of(b), self.of_b), (codes_of(c), self.of_c), self.skip, self.bias,
-            self.softplus, self.order,
-        )  # fmt: skip
-
-    def scan(self, shape: Shape | None = None, bad: Tensor | None = None, apart: bool = False) -> Tensor:
-        batch, pixels, channels = self.size
-        g, to = self.grid, self.to
-        steps = cuda.pack(*map(to, self.steps))
-        made = Scan(self.size, self.operands(g, to, steps), apart, shape)
-        at = torch.tensor(arrangement(self.rank, self.states, (0, self.rank, self.rank + self.states)))
-        arranged = (self.codes[..., at.clamp(min=0)] * (at >= 0)).to(torch.uint8).flatten(0, 1).flatten(1)
-        u = self.u.view(batch * pixels, channels)
-        wide = (to(F.pad(t, (0, -t.shape[1] % 16)).contiguous()) for t in (u, arranged))
-        bad = torch.zeros(batch * pixels, dtype=torch.uint8) if bad is None else bad
-        y = made(*wide, to(bad)).cpu()
-        return y.sum(0) if apart else y
-
-    def core(self, engine: Any, one: bool = False, **options: bool) -> Any:
-        """``one``: quantizer of the image for the projection and the scans."""
-        g, to = (self.grid, self.to) if engine is cuda else (lambda x: x, lambda t: t)
-        projection, steps = (
-            engine.pack(*map(to, self.projection)),
-            engine.pack(*map(to, self.steps), steps=True),
-        )
-        places = 0, self.rank, self.rank + self.states
-        of_x = None if one else g(self.of_x)
-        return engine.Core(self.size, of_x, projection, places, self.operands(g, to, steps), **options)
-
-    def operands(self, g: Any, to: Any, steps: Any) -> ScanOperands:
-        return ScanOperands(
-            g(self.of_u), g(self.of_rank), steps, g(self.of_delta), to(self.a), g(self.of_b), g(self.of_c),
-            to(self.skip), to(self.bias), self.softplus, to(self.order), self.rank,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("options", "shape"),
-    [
-        ({}, SMALL),
-        ({"bits": 2, "ladder": 1}, SMALL),
-        ({"bits": 8}, Shape(1, 6, 2, 32, segments=1)),
-        ({"quantized": False, "paths": 1, "turned": False}, Shape(2, 3, 1, 64)),
-        ({"ladder": 0, "paths": 3, "turned": False}, Shape(2, 2, 4, 16, segments=4, held=4)),
-        ({"bits": 8, "ladder": 0}, None),
-    ],
-)
-def test_scans(by_cpu: None, options: dict[str, Any], shape: Shape | None) -> None:
-    torch.manual_seed(0)
-    operands = Operands(2, 59, 6, 5, 6, **options)
-    want = operands.scan_on_cpu()
-    close(operands.scan(shape), want)
-    close(operands.scan(shape, apart=True), want.double())
-
-
-@FEW
-@given(
-    st.integers(1, 2), st.sampled_from([1, 15, 16, 17, 49, 64, 80]), st.sampled_from([1, 4, 7, 12]),
-    st.sampled_from([1, 2, 5]), st.sampled_from([1, 4, 6]), st.integers(0, 1000),
-)  # fmt: skip
-def test_scans_of_any_size(batch: int, pixels: int, channels: int, states: int, rank: int, seed: int) -> None:
-    if emulator.COMPILER is None:
-        pytest.skip("needs g++ or clang++ on Linux")
-    torch.manual_seed(seed)
-    columns = 4 if channels % 4 == 0 else 1
-    operands = Operands(batch, pixels, channels, states, rank)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvrtc, "load", lambda source, _: emulated(source))
-        close(operands.scan(Shape(columns, min(3, channels // columns), 2, 16)), operands.scan_on_cpu())
-
-
-def test_a_nan_reaches_what_comes_after_it(by_cpu: None) -> None:
-    torch.manual_seed(0)
-    operands = Operands(2, 40, 6, 3, 4, paths=1, turned=False)
-    bad = torch.zeros(80, dtype=torch.uint8)
-    bad[17] = 1
-    got, want = operands.scan(SMALL, bad), operands.scan_on_cpu()
-    assert got[0, 17:].isnan().all()
-    close(got[0, :17], want[0, :17].double())
-    close(got[1], want[1].double())
-
-
-def test_shapes() -> None:
-    for batch, pixels, channels in (
-        (1, 4096, 72),
-        (1, 230400, 72),
-        (64, 49, 768),
-        (64, 197, 384),
-        (3, 5, 7),
-        (1, 1, 1),
-    ):
-        shape = choose(batch, pixels, channels, 16, 2, 132)
-        assert shape.steps % shape.stage == 0
-        assert shape.stage % shape.group == 0
-        assert channels % shape.columns == 0
-        assert shape.lanes * shape.chunks <= 256
-        blocks = -(-channels // (shape.lanes * shape.columns))
-        assert blocks * shape.lanes * shape.columns >= channels
-        case = Case(shape, 16, 48, True, 16, 2, True)
-        assert case.shared(True) < 99 * 1024  # of a block on any GPU since sm_80
-    for channels, states in ((8, 16), (16, 32), (6, 64)):  # where many chunks would need too much of it
-        torch.manual_seed(0)
-        operands = Operands(1, 400, channels, states, 4, paths=1)
-        steps = cuda.pack(*operands.steps)
-        made = Scan(operands.size, operands.operands(lambda g: g, lambda t: t, steps))
-        assert made.case.shared(True) <= 96 * 1024
-
-
-def test_scans_that_are_too_large() -> None:
-    grid, weights = make_grid(4, 1), cuda.pack(*Operands.weight((1, 64, 4), 4, 1.0))
-    order = torch.empty(1, 2**25, dtype=torch.int32, device="meta")
-    args = grid, grid, weights, grid, -torch.ones(64, 2), grid, grid, None, None, True, order, 4
-    with pytest.raises(InputError, match="more than the kernels for GPUs count"):
-        Scan((1, 2**25, 64), ScanOperands(*args))
 
 
 # ---- depthwise convolutions ------------------------------------------------------------------------------------------
@@ -776,7 +550,9 @@ def test_cuda_compiles_for_an_h100() -> None:
                 "FACTORS": codes,
                 "ALSO": codes,
             }
-            assert nvrtc.compile_source(cuda_depthwise._source(*tile.items(), *own.items()), 90)
+            assert nvrtc.compile_source(
+                nvrtc.specialised("deployed_cuda/depthwise", *tile.items(), *own.items()), 90
+            )
 
 
 def test_what_there_is_no_kernel_for() -> None:
@@ -810,22 +586,6 @@ def test_on_a_gpu(check: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_scans_on_a_gpu() -> None:
-    torch.manual_seed(0)
-    for sizes, options in (
-        ((1, 4096, 72, 10, 4), {}),
-        ((2, 1000, 72, 10, 4), {"bits": 8}),
-        ((1, 500, 37, 10, 4), {"bits": 2, "ladder": 0}),
-        ((3, 196, 192, 1, 12), {"bits": 8, "ladder": 1}),
-        ((2, 197, 384, 16, 12), {"quantized": False, "paths": 1, "turned": False}),
-    ):
-        operands = Operands(*sizes, **options, device="cuda")
-        got, want = operands.scan(), operands.scan_on_cpu().double()
-        # At 8 bits step sizes are rounded to levels in the kernel: some lie on a tie, which moves their channel.
-        error = (got.double() - want).norm(dim=1) / want.norm(dim=1)
-        moved = (error > 5e-6).float().mean()
-        assert moved <= (0.05 if options.get("bits") == 8 else 0)
-        assert error.max() < 1e-3
-        assert torch.equal(got, operands.scan())
+def test_depthwise_on_a_gpu() -> None:
     for sizes in ((2, 19, 37, 72), (1, 1, 300, 33)):
         check_depthwise("cuda", sizes, (3, 3), (1, 1), "silu")

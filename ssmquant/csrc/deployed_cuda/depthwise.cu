@@ -8,8 +8,9 @@
 //
 // After cuda_math.cu and definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES (a multiple of PER and VEC), PER; HIGH,
 // WIDE, RUN (HIGH is a multiple of RUN * DOWN, or RUN is 1); ACT (1: SiLU, 2: GELU); CODED: x is codes; CODES: y is, by a
-// quantizer of its own, FACTORS before; ALSO: and by another one; VEC: channels that are read at once. TEAM threads read a line of the tile, and then one further
-// down; before a thread looks at any of it, it has asked for VEC channels at ROUNDS places of each of LINES lines.
+// quantizer of its own, FACTORS before; ALSO: and by another one; VEC: channels that are read at once. TEAM threads read a line
+// of the tile, and then one further down; before a thread looks at any of it, it has asked for VEC channels at ROUNDS places of
+// each of LINES lines.
 
 constexpr int COLUMN = LANES / PER;   // threads of one
 constexpr int THREADS = COLUMN * WIDE * (HIGH / RUN), UNROLLED = RUN < 4 ? RUN : 4;
@@ -45,7 +46,8 @@ struct Divisor { unsigned factor; int shift, count; };  // exact below 2^31
 
 struct Params {
     const void *x;
-    const float *scale, *shift, *weights, *bias, *next_scale, *next_shift, *next_factors;  // weights: (taps, channels); next: of y
+    const float *scale, *shift, *weights, *bias;                            // weights: (taps, channels)
+    const float *next_scale, *next_shift, *next_factors;                    // of y
     const float *also_scale, *also_shift;                                   // of z
     void *y;                                                                // (B, H, W, channels)
     signed char *z;                                                         // the same by another quantizer

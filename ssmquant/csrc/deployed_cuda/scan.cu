@@ -15,7 +15,7 @@
 // Step sizes of few levels, and the decays of the first state that go with them, are looked up (TABLE); further states have
 // the power of one ratio after the other (LADDER), whatever the levels are.
 //
-// After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT, LANES, CHUNKS, STAGE; QUANT: step sizes are
+// After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT (1 or 2), LANES, CHUNKS, STAGE; QUANT: step sizes are
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
 // memory is asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the chunks, in scan_carry, a
 // power of two; HELD: as many as a segment has, which fit into registers, or 0.
@@ -193,8 +193,7 @@ struct Walk {
             next.pixel[g] = steps[g * META + WORDS];
             const int pixel = next.pixel[g] < 0 ? 0 : next.pixel[g];
             const unsigned char *at = u + row_of(pixel, p.u_row);
-            if (CT == 4) next.u[g] = *reinterpret_cast<const unsigned *>(at);
-            else if (CT == 2) next.u[g] = *reinterpret_cast<const unsigned short *>(at);
+            if (CT == 2) next.u[g] = *reinterpret_cast<const unsigned short *>(at);
             else next.u[g] = *at;
             if (OUT && ADD) {
                 const Floats<CT> held = *reinterpret_cast<const Floats<CT> *>(y + row_of(pixel, p.channels));
@@ -312,11 +311,8 @@ struct Walk {
                         float out[CT];
 #pragma unroll
                         for (int c = 0; c < CT; ++c) out[c] = ADD ? (result[c] + odd[c]) + now.y[g][c] : result[c] + odd[c];
-#pragma unroll
-                        for (int c = 0; c < CT; c += 2) {
-                            if (CT == 1) store_if(now.pixel[g] >= 0, to, out[0]);
-                            else store_if(now.pixel[g] >= 0, to + c, out[c], out[(c + 1) % CT]);
-                        }
+                        if (CT == 1) store_if(now.pixel[g] >= 0, to, out[0]);
+                        else store_if(now.pixel[g] >= 0, to, out[0], out[CT - 1]);
                     }
                 }
             }

@@ -18,7 +18,7 @@ from ssmquant.errors import InputError
 from ssmquant.ops.deployed import cuda_scan, cuda_thin
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.cuda_depthwise import depthwise
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, ScanOperands, Weights
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, ScanOperands, Weights, kind_of
 from ssmquant.ops.selective_scan import cuda as float_scan
 
 __all__ = [
@@ -141,18 +141,18 @@ def _parts(x: Tensor, more: tuple[Tensor, ...]) -> tuple[Tensor, int, int]:
     evenly = all(t.data_ptr() - x.data_ptr() == (i + 1) * distance for i, t in enumerate(more))
     if alike and evenly and distance % x.element_size() == 0:
         return x, distance // x.element_size(), 1 + len(more)
-    return x + sum(more), 0, 1
+    return sum(more, x), 0, 1
 
 
-def pack(codes: Tensor, scale: Tensor, shift: Tensor, **_options: bool) -> Weights:
-    """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs)."""
+def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, steps: bool = False, **_options: bool) -> Weights:
+    """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs); ``steps``: of step sizes."""
     total = scale.double() * codes.sum(-1, dtype=torch.int64) - codes.shape[-1] * shift.double()
     scale, shift, total = (t.float().contiguous() for t in (scale, shift, total))
     codes = codes.contiguous()
+    weights, lacking = Weights(codes, scale, shift, total, codes.shape[-2]), -codes.shape[-1] % _VECTOR
     if codes.dim() == 2:
-        return _thin(Weights(codes, scale, shift, total, codes.shape[-2]))
-    tiles = F.pad(codes, (0, -codes.shape[-1] % _VECTOR))
-    return Weights(codes, scale, shift, total, codes.shape[-2], tiles=tiles)
+        return _thin(weights)
+    return weights if steps or not lacking else replace(weights, tiles=F.pad(codes, (0, lacking)))
 
 
 def _thin(weights: Weights) -> Weights:
@@ -218,7 +218,6 @@ def project(
             following, factors,
         )  # fmt: skip
         return y if codes is None else (made, y)
-    kind = 0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     tensors = (
         x, z, norm_weight, norm_bias, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift,
@@ -230,9 +229,9 @@ def project(
     numbers = rows, part, *x.stride(), *z_strides, *r_strides, float(eps), *ends
     bm, bn, bk, warps = _tile(samples * rows, inputs, outputs)
     constants = (
-        inputs, outputs, _off(grid), coded, parts, kind, norm_weight is not None, norm_bias is not None, z is not None,
-        bias is not None, held is not None, gain is not None, ACTIVATIONS[act], columns, factors is not None, bm,
-        bn, bk,
+        inputs, outputs, _off(grid), coded, parts, kind_of(norm), norm_weight is not None, norm_bias is not None,
+        z is not None, bias is not None, held is not None, gain is not None, ACTIVATIONS[act], columns,
+        factors is not None, bm, bn, bk,
     )  # fmt: skip
     blocks = -(-rows // bm), 1 if bk >= inputs else -(-outputs // bn), samples
     _launch("project", blocks, tensors, numbers, constants, warps)

@@ -129,12 +129,6 @@ def _at_once(t: Tensor) -> int:
     return next(n for n in (4, 2, 1) if all(p % n == 0 for p in places))
 
 
-@functools.cache
-def _source(*definitions: tuple[str, int]) -> str:
-    text = nvrtc.cuda_text("cuda_math", "deployed_cuda/depthwise")
-    return "".join(f"#define {k} {v}\n" for k, v in definitions) + text
-
-
 def depthwise(
     x: Tensor,
     grid: Grid,
@@ -185,7 +179,7 @@ def depthwise(
         "FACTORS": int(factors is not None),
         "ALSO": int(also is not None),
     }
-    source = _source(*tile.items(), *constants.items())
+    source = nvrtc.specialised("deployed_cuda/depthwise", *tile.items(), *constants.items())
     following = grid if codes is None else codes
     other = grid if also is None else also
     tensors = (

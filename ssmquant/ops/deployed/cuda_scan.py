@@ -89,9 +89,7 @@ class Case:
             "LADDER": self.ladder,
             "SOFTPLUS": int(self.softplus),
         }
-        return "".join(f"#define {k} {v}\n" for k, v in values.items()) + nvrtc.cuda_text(
-            "cuda_math", "deployed_cuda/scan"
-        )
+        return nvrtc.specialised("deployed_cuda/scan", *values.items())
 
     @property
     def threads(self) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, Weights
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, Weights, kind_of
 
 __all__ = ["affine", "codes_of_core", "project", "takes", "tiles"]
 
@@ -61,12 +59,6 @@ def takes(weights: Weights, *tensors: Tensor | None) -> bool:
     return weights.tiles is not None and lines and tensors[0] is not None and tensors[0].shape[0] < 2**16
 
 
-@functools.cache
-def _source(*definitions: tuple[str, int]) -> str:
-    text = nvrtc.cuda_text("cuda_math", "deployed_cuda/thin")
-    return "".join(f"#define {k} {v}\n" for k, v in definitions) + text
-
-
 def _fits(n: int, *tensors: Tensor | None) -> bool:
     """Whether ``n`` neighbours on the last axis of each tensor can be read at once."""
     for t in tensors:
@@ -82,17 +74,19 @@ def _pointers(**tensors: Tensor | None) -> dict[str, int]:
     return {n: t.data_ptr() for n, t in tensors.items() if t is not None}
 
 
-def _launch(rows: int, samples: int, params: _Params, device: torch.device, **definitions: int) -> None:
-    several = -(-rows // 16) * samples
+def _launch(x: Tensor, samples: tuple[int, int], params: _Params, **definitions: int) -> None:
+    """``x``: what is read; ``samples``: of how many rows each."""
+    several, rows = samples
+    warps = -(-rows // 16) * several
     split = 1
-    while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and several * split < _FEW_WARPS:
+    while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and warps * split < _FEW_WARPS:
         split *= 2
     resident = _RESIDENT if definitions["INPUTS"] <= _FEW_INPUTS else _RESIDENT // 2
     definitions |= {"WARPS": _WARPS, "SPLIT": split, "RESIDENT": resident}
-    grid = -(-rows // (16 * (_WARPS // split))), samples
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernels = nvrtc.load(_source(*definitions.items()), device)
-        kernels.launch("thin", grid, 32 * _WARPS, 0, params, device)
+    grid = -(-rows // (16 * (_WARPS // split))), several
+    with torch.cuda.device_of(x):
+        kernels = nvrtc.load(nvrtc.specialised("deployed_cuda/thin", *definitions.items()), x.device)
+        kernels.launch("thin", grid, 32 * _WARPS, 0, params, x.device)
 
 
 def project(
@@ -138,9 +132,9 @@ def project(
         eps=0.0 if norm is None else norm.eps,
     )  # fmt: skip
     _launch(
-        samples[1], samples[0], params, x.device, INPUTS=inputs, OUTPUTS=outputs,
+        x, samples, params, INPUTS=inputs, OUTPUTS=outputs,
         CODED=int(x.dtype == torch.int8), PARTS=parts,
-        NORM=0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1, HAS_W=int(norm_weight is not None),
+        NORM=kind_of(norm), HAS_W=int(norm_weight is not None),
         HAS_B=int(norm_bias is not None), GATE=int(z is not None), HAS_BIAS=int(bias is not None),
         RESIDUAL=int(residual is not None), HAS_GAIN=int(gain is not None), ACT=ACTIVATIONS[act],
         CODES=0 if codes is None else codes.shape[2], FACTORS=int(factors is not None), CORE=0, VEC=vector,
@@ -179,7 +173,7 @@ def codes_of_core(
     )  # fmt: skip
     at_once = next(n for n in (4, 2, 1) if _fits(n, *made))
     _launch(
-        samples[1], samples[0], params, x.device, INPUTS=x.shape[2], OUTPUTS=outputs,
+        x, samples, params, INPUTS=x.shape[2], OUTPUTS=outputs,
         CODED=int(x.dtype == torch.int8), PARTS=1, NORM=0, HAS_W=0, HAS_B=0, GATE=0, HAS_BIAS=0, RESIDUAL=0,
         HAS_GAIN=0, ACT=0, CODES=outputs, FACTORS=0, CORE=2 if of_u is of_x else 1, VEC=vector, AT_ONCE=at_once,
     )  # fmt: skip

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 
-__all__ = ["ACTIVATIONS", "Codes", "Grid", "Norm", "RowGrid", "ScanOperands", "Weights", "signed_codes"]
+__all__ = [
+    "ACTIVATIONS",
+    "Codes",
+    "Grid",
+    "Norm",
+    "RowGrid",
+    "ScanOperands",
+    "Weights",
+    "kind_of",
+    "signed_codes",
+]
 
 
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
@@ -64,6 +74,11 @@ class Norm:
     eps: float
     rms: bool = False
     factors: bool = False
+
+
+def kind_of(norm: Norm | None) -> int:
+    """The number that kernels have for it."""
+    return 0 if norm is None else 3 if norm.factors else 2 if norm.rms else 1
 
 
 @dataclass(frozen=True, eq=False)
