@@ -22,7 +22,22 @@ __device__ __forceinline__ float min_nan(float x, float y) {
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
     return z;
 }
+__device__ __forceinline__ void copy_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+template <int BYTES>                                 // to shared memory, behind the program's back; zeros if not there
+__device__ __forceinline__ void copy(void *to, const void *from, bool there) {
+    if constexpr (BYTES == 16)                       // past L1: no other block reads the same soon
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(unsigned(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? BYTES : 0) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :: "r"(unsigned(__cvta_generic_to_shared(to))), "l"(from), "n"(BYTES), "r"(there ? BYTES : 0) : "memory");
+}
 #endif
+
+// The lowest bytes of four integers as one.
+__device__ __forceinline__ unsigned joined(int a, int b, int c, int d) {
+    return bytes_of(bytes_of(a, b, 0x0040), bytes_of(c, d, 0x0040), 0x5410);
+}
 
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
 constexpr float LOG2E = 1.44269504088896341f;

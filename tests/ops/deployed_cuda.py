@@ -114,7 +114,10 @@ class Operands:
             self.softplus, self.order,
         )  # fmt: skip
 
-    def scan(self, shape: Shape | None = None, bad: Tensor | None = None, apart: bool = False) -> Tensor:
+    def scan(
+        self, shape: Shape | None = None, bad: Tensor | None = None, apart: bool = False, wide: bool = True
+    ) -> Tensor:
+        """``wide``: zeros behind the codes of a pixel."""
         batch, pixels, channels = self.size
         g, to = self.grid, self.to
         steps = cuda.pack(*map(to, self.steps))
@@ -122,9 +125,9 @@ class Operands:
         at = torch.tensor(arrangement(self.rank, self.states, (0, self.rank, self.rank + self.states)))
         arranged = (self.codes[..., at.clamp(min=0)] * (at >= 0)).to(torch.uint8).flatten(0, 1).flatten(1)
         u = self.u.view(batch * pixels, channels)
-        wide = (to(F.pad(t, (0, -t.shape[1] % 16)).contiguous()) for t in (u, arranged))
+        of_u, of_pixels = (to(F.pad(t, (0, -t.shape[1] % 16)).contiguous()) for t in (u, arranged))
         bad = torch.zeros(batch * pixels, dtype=torch.uint8) if bad is None else bad
-        y = made(*wide, to(bad)).cpu()
+        y = made(of_u if wide else to(u), of_pixels, to(bad)).cpu()
         return y.sum(0) if apart else y
 
     def core(self, engine: Any, one: bool = False, **options: bool) -> Any:

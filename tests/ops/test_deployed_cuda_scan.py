@@ -30,13 +30,14 @@ SMALL = Shape(columns=2, lanes=3, chunks=3, steps=16, group=2)
         ({"bits": 2, "ladder": 1}, SMALL),
         ({"bits": 8}, Shape(1, 6, 2, 32, segments=1)),
         ({"quantized": False, "paths": 1, "turned": False}, Shape(2, 3, 1, 64)),
-        ({"ladder": 0, "paths": 3, "turned": False}, Shape(2, 2, 4, 16, segments=4, held=4)),
+        ({"ladder": 0, "paths": 3, "turned": False}, Shape(2, 3, 4, 16, segments=4, held=4)),
         ({"bits": 8, "ladder": 0}, None),
     ],
 )
 def test_scans(by_cpu: None, options: dict[str, Any], shape: Shape | None) -> None:
     torch.manual_seed(0)
     operands = Operands(2, 59, 6, 5, 6, **options)
+    operands.bias[::3] += 6  # steps after which nothing is left of what was before
     want = operands.scan_on_cpu()
     close(operands.scan(shape), want)
     close(operands.scan(shape, apart=True), want.double())
@@ -44,7 +45,7 @@ def test_scans(by_cpu: None, options: dict[str, Any], shape: Shape | None) -> No
 
 @FEW
 @given(
-    st.integers(1, 2), st.sampled_from([1, 15, 16, 17, 49, 64, 80]), st.sampled_from([1, 4, 7, 12]),
+    st.integers(1, 2), st.sampled_from([1, 15, 16, 17, 49, 64, 80]), st.sampled_from([1, 4, 7, 32]),
     st.sampled_from([1, 2, 5]), st.sampled_from([1, 4, 6]), st.integers(0, 1000),
 )  # fmt: skip
 def test_scans_of_any_size(batch: int, pixels: int, channels: int, states: int, rank: int, seed: int) -> None:
@@ -55,7 +56,29 @@ def test_scans_of_any_size(batch: int, pixels: int, channels: int, states: int, 
     operands = Operands(batch, pixels, channels, states, rank)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nvrtc, "load", lambda source, _: emulated(source))
-        close(operands.scan(Shape(columns, min(3, channels // columns), 2, 16)), operands.scan_on_cpu())
+        lanes = min(8, channels // columns)
+        close(operands.scan(Shape(columns, lanes, 2, 16)), operands.scan_on_cpu())
+
+
+@pytest.mark.parametrize("ladder", [1, 2])
+def test_scans_that_forget(by_cpu: None, ladder: int) -> None:
+    """Chunks are left as soon as nothing of what came before them matters."""
+    torch.manual_seed(0)
+    operands = Operands(1, 200, 6, 5, 6, ladder=ladder)
+    operands.bias += 8
+    close(operands.scan(Shape(2, 3, 2, 64)), operands.scan_on_cpu())
+
+
+def test_blocks_of_channels_begin_where_copies_do() -> None:
+    with pytest.raises(InputError, match="a block of 4 channels"):
+        Operands(1, 40, 6, 3, 4).scan(Shape(2, 2, 2, 16))
+
+
+@pytest.mark.parametrize("channels", [8, 12, 7])
+def test_rows_of_codes_of_any_length(by_cpu: None, channels: int) -> None:
+    torch.manual_seed(0)
+    operands = Operands(1, 40, channels, 3, 4)
+    close(operands.scan(wide=False), operands.scan_on_cpu())
 
 
 def test_a_nan_reaches_what_comes_after_it(by_cpu: None) -> None:

@@ -50,9 +50,9 @@ struct Params {
     const float *next_scale, *next_shift, *next_factors;                    // of y
     const float *also_scale, *also_shift;                                   // of z
     void *y;                                                                // (B, H, W, channels)
-    signed char *z;                                                         // the same by another quantizer
+    signed char *z;                                                         // the same by another quantizer, rows of z_row
     long long x_batch;
-    int x_down, x_right, x_channel, height, width, channels, qmin, qmax, next_min, next_max, also_min, also_max;
+    int x_down, x_right, x_channel, z_row, height, width, channels, qmin, qmax, next_min, next_max, also_min, also_max;
     Divisor across, blocks;                                                 // tiles of a line, blocks of channels
 };
 
@@ -155,9 +155,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
     const float next_inverse = 1.0f / next_scale, next_moved = next_shift * next_inverse;
     const float least = float(p.next_min), most = float(p.next_max);
     const float *from = values + (line * BROAD + column) * LANES + lane;
-    Result *y = static_cast<Result *>(p.y) + (long long)sample * (p.height * p.width * p.channels) +
-                (((top + line) * p.width + left + column) * p.channels + channel);
-    signed char *z = ALSO ? p.z + (y - static_cast<Result *>(p.y)) : nullptr;
+    const int pixels = p.height * p.width, pixel = (top + line) * p.width + left + column;
+    Result *y = static_cast<Result *>(p.y) + (long long)sample * (pixels * p.channels) + (pixel * p.channels + channel);
+    signed char *z = ALSO ? p.z + (long long)sample * (pixels * p.z_row) + (pixel * p.z_row + channel) : nullptr;
     const float also_inverse = ALSO ? 1.0f / p.also_scale[0] : 1.0f, also_moved = ALSO ? p.also_shift[0] * also_inverse : 0.0f;
     const int below = (p.height - top - line + DOWN - 1) / DOWN, lines = below < RUN ? below : RUN;
     Floats<PER> window[KH][KW];
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
         *reinterpret_cast<Output *>(y) = Output(joined(code));
         if (ALSO) {
             *reinterpret_cast<Output *>(z) = Output(joined(other));
-            z += DOWN * p.width * p.channels;
+            z += DOWN * p.width * p.z_row;
         }
 #else
         Output result;

@@ -3,10 +3,14 @@
 //
 // A lane owns CT neighbouring channels of one chunk of time and walks along it, step after step: no scan over lanes, and
 // everything that depends on a channel alone stays in registers. Lanes of a block share LANES * CT channels and CHUNKS
-// chunks that follow each other. What a step's pixel has in common for all channels (B, C, the low rank of the step
-// sizes) is decoded to shared memory, STAGE steps at a time, while those after them are on their way. Three kernels:
+// chunks that follow each other. Codes of u and of step sizes are copied to shared memory, STAGE steps at a time, while
+// those before them are worked on; B and C, which all channels share, are decoded on their way there. Four kernels:
 //
-//   scan_ends   what each chunk adds to the state, from zero, and how much time it takes
+//   scan_steps  codes of step sizes from their low rank, once for all passes; values where they are not quantized
+//   scan_ends   what each chunk adds to the state, from zero, and how much time it takes. Evenly spaced rates: from the
+//               last step back, with the decay of all steps behind, which needs no state until the product with B, and
+//               only as long as that decay leaves more than 2^-32: next to states of the same size float32 cannot
+//               hold that
 //   scan_carry  the states that enter chunks
 //   scan_out    from there on once more, with results. Directions along the same path of pixels (one forward, one back)
 //               are walked by the same lane, one after the other, so that sums at a pixel have one order. Paths are
@@ -17,7 +21,7 @@
 //
 // After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT (1 or 2), LANES, CHUNKS, STAGE; QUANT: step sizes are
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
-// memory is asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the chunks, in scan_carry, a
+// results are asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the chunks, in scan_carry, a
 // power of two; HELD: as many as a segment has, which fit into registers, or 0.
 
 #ifndef EMULATED
@@ -38,6 +42,12 @@ __device__ __forceinline__ unsigned place_of(const float *p) {
 __device__ __forceinline__ void load_pair(unsigned at, float &x, float &y) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at));
 }
+// The thread's number, from which nothing is computed ahead and kept in registers.
+__device__ __forceinline__ int this_thread() {
+    int x = threadIdx.x;
+    asm volatile("" : "+r"(x));
+    return x;
+}
 // A store without a branch.
 __device__ __forceinline__ void store_if(bool there, float *to, float x) {
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(int(there)), "l"(to), "f"(x) : "memory");
@@ -49,18 +59,28 @@ __device__ __forceinline__ void store_if(bool there, float *to, float x, float y
 
 constexpr int WORDS = (RANK + 3) / 4, PAIRS = (STATES + 1) / 2, EACH = WORDS + PAIRS;  // words of a direction's codes
 constexpr int THREADS = (LANES * CHUNKS + 31) / 32 * 32;
-constexpr int PLACES = CHUNKS * STAGE;                             // steps that are decoded at once
-constexpr int ITEMS = (PLACES * EACH + THREADS - 1) / THREADS;     // words of them, for each thread
-constexpr int META = (WORDS + 1 + 3) / 4 * 4;                      // words of the low rank, the pixel
+constexpr int PLACES = CHUNKS * STAGE;                             // steps that are in shared memory at once, twice
 constexpr int RATES = LADDER ? 2 : STATES;
 constexpr int COLUMNS = SEGMENTS < 16 ? 256 / SEGMENTS : 16;       // states of channels of a block, in scan_carry
 constexpr int LEVEL = (CT * LANES * 2 + 31) / 32 * 32;  // values of a level: so that banks do not depend on the level
-constexpr int up4(int n) { return (n + 3) / 4 * 4; }
+constexpr int OF_STEP = QUANT ? 1 : 4;                             // bytes of a step size
+constexpr int up(int n, int m) { return (n + m - 1) / m * m; }
+// Bytes of what a step has of its own in shared memory: u, step sizes, and codes of B and C.
+constexpr int U_ROW = up(LANES * CT, 16), STEP_ROW = up(LANES * CT * OF_STEP, 16), RECORD = U_ROW + STEP_ROW + up(4 * PAIRS, 16);
+constexpr int OF_U = U_ROW / 16, COPIED = OF_U + STEP_ROW / 16, VECTORS = COPIED + PAIRS;  // copies of 16 bytes, and of four
+// Threads that work for one step: a power of two, at least n if there are so many.
+__host__ __device__ constexpr int spanned(int n, int span = 1) { return span >= n || 2 * span > THREADS ? span : spanned(n, 2 * span); }
+constexpr float LEAST_DECAY = 1.0f / 4294967296.0f;
 template <int N> struct alignas(4 * N) Floats { float x[N]; };
+struct alignas(16) Place {
+    float scale, offset;  // of codes of B
+    int source, pixel;    // where it is copied from, and its result goes to, or -1
+};
 
 struct Params {
     const unsigned char *u, *bad;          // (B * L, u_row); (B * L): pixels that had a NaN
     const unsigned *codes;                 // (B * L, row): of each direction WORDS of the low rank, and B and C in turn
+    unsigned char *sizes;                  // of steps: (B * L, K, size_row), codes from 0 or floats
     const int *order, *ways;               // (K, L): the pixel of each step; (K): its row of order, twice, and 1 if back
     const float *scales;                   // scale and offset of u, B, C, and of step sizes
     const float *table;                    // (K, blocks, TABLE, LEVEL): of CT, LANES, step size and decay; TABLE even
@@ -69,11 +89,11 @@ struct Params {
     const float *rates;                    // / ln 2; LADDER: (K, 2, D), of the first state and between states, else (K, N, D)
     const float *bias, *skip;              // (K, D)
     float *ends, *totals, *y;              // (K, B, S, N, D), (K, B, S, D), (B, L, D)
-    int u_row, row;
+    int u_row, row, size_row;              // size_row: bytes of a pixel and direction
     int batch, pixels, channels, chunks, chunk, blocks;  // chunk: steps, a multiple of STAGE
     const int *paths;                      // (P, 2): directions along a path, forward and back or -1
     long long part;                        // elements between results of paths
-    int qmin, qmax, path, add;             // scan_out: the first path; whether y holds something
+    int directions, qmin, qmax, path, add; // scan_out: the first path; whether y holds something
 };
 
 extern __shared__ char shared[];
@@ -89,117 +109,153 @@ __device__ __forceinline__ float byte_of(unsigned word, int i) { return float(in
 // where nobody asks for what follows, and first on the way back, where the state is still zero.
 template <bool OUT>
 struct Walk {
-    static constexpr int VALUES = up4(OUT ? 2 * STATES : STATES);  // of a step: of B, or of B and C in turn
-    float *values;                                                 // [PLACES][VALUES]
-    int *meta;                                                     // [PLACES][META]
-    float *table;                                                  // [TABLE][LEVEL], of channel lane * CT + ct at (ct, lane)
+    static constexpr bool BEHIND = !OUT && LADDER;                        // from the last step back
+    static constexpr int VALUES = up(OUT ? 2 * STATES : STATES, 4);       // of a step: of B, or of B and C in turn
+    static constexpr int FINDS = (PLACES + THREADS - 1) / THREADS;        // steps whose pixels a thread looks up
+    float *values;                                                        // [PLACES][VALUES]
+    float *table;                                                         // [TABLE][LEVEL], of channel lane * CT + ct at (ct, lane)
+    unsigned char *records;                                               // [2][PLACES][RECORD]
+    Place *places;                                                        // [2][PLACES]
     const Params &p;
-    const unsigned char *u, *bad;                                  // the sample's
+    const unsigned char *u, *bad;                                         // the sample's
     const unsigned *codes;
     float *y;
     int sample, block, chunk, in_chunk, lane, channel;
     bool real;
 
-    static constexpr int bytes() { return 4 * (PLACES * (VALUES + META) + TABLE * LEVEL); }
+    static constexpr int bytes() { return 4 * (PLACES * VALUES + TABLE * LEVEL) + 2 * PLACES * (RECORD + int(sizeof(Place))); }
 
     __device__ __forceinline__ Walk(const Params &params, int sample, int block) : p(params), sample(sample), block(block) {
         values = reinterpret_cast<float *>(shared);
-        meta = reinterpret_cast<int *>(values + PLACES * VALUES);
-        table = reinterpret_cast<float *>(meta + PLACES * META);
+        table = values + PLACES * VALUES;
+        records = reinterpret_cast<unsigned char *>(table + TABLE * LEVEL);
+        places = reinterpret_cast<Place *>(records + 2 * PLACES * RECORD);
         in_chunk = threadIdx.x / LANES;
         lane = threadIdx.x % LANES;
         chunk = blockIdx.x * CHUNKS + in_chunk;
         channel = (block * LANES + lane) * CT;
         real = in_chunk < CHUNKS && chunk < p.chunks && channel < p.channels;
         const long long first = (long long)sample * p.pixels;
-        u = p.u + first * p.u_row + channel, bad = p.bad + first;
+        u = p.u + first * p.u_row, bad = p.bad + first;
         codes = p.codes + first * p.row, y = p.y + first * p.channels + channel;
     }
 
-    __device__ __forceinline__ void read_table(int k) {
+    __device__ __forceinline__ void read_table(int k) const {
         constexpr int FOURS = TABLE * LEVEL / 4, EVERY = (FOURS + THREADS - 1) / THREADS;
         const Floats<4> *from = reinterpret_cast<const Floats<4> *>(p.table) + ((long long)k * p.blocks + block) * FOURS;
-        Floats<4> held[EVERY > 0 ? EVERY : 1];
 #pragma unroll
-        for (int i = 0; i < EVERY; ++i)
-            if (threadIdx.x + i * THREADS < FOURS) held[i] = from[threadIdx.x + i * THREADS];
-#pragma unroll
-        for (int i = 0; i < EVERY; ++i)
-            if (threadIdx.x + i * THREADS < FOURS) reinterpret_cast<Floats<4> *>(table)[threadIdx.x + i * THREADS] = held[i];
-    }
-
-    // What steps have in common for all channels, on its way to shared memory: pixels two stages ahead, codes one.
-    struct Fetch {
-        int step[ITEMS], pixel[ITEMS];  // the step at the beginning of the walk; the pixel, or -1
-        unsigned word[ITEMS];
-        bool odd[ITEMS];
-    };
-    __device__ __forceinline__ void begin(Fetch &f, bool back) const {
-#pragma unroll
-        for (int i = 0; i < ITEMS; ++i) {
-            const int place = (threadIdx.x + i * THREADS) / EACH, chunk = blockIdx.x * CHUNKS + place / STAGE;
-            const int step = chunk * p.chunk + (back ? p.chunk - 1 - place % STAGE : place % STAGE);
-            f.step[i] = place < PLACES && chunk < p.chunks ? step : 1 << 30;
-        }
-    }
-    __device__ __forceinline__ void find(Fetch &f, const int *order, bool back, int at) const {
-#pragma unroll
-        for (int i = 0; i < ITEMS; ++i) {
-            const int step = back ? f.step[i] - at : f.step[i] + at;
-            f.pixel[i] = step < p.pixels ? order[step] : -1;
-        }
-    }
-    __device__ __forceinline__ void load(Fetch &f, const unsigned *of_direction) const {
-#pragma unroll
-        for (int i = 0; i < ITEMS; ++i) {
-            const bool there = f.pixel[i] >= 0;
-            f.word[i] = there ? of_direction[f.pixel[i] * p.row + (threadIdx.x + i * THREADS) % EACH] : 0;
-            f.odd[i] = there && bad[f.pixel[i]];
-        }
-    }
-    __device__ __forceinline__ void put(const Fetch &f, const int (&pixel)[ITEMS], const float (&s)[4]) const {
-#pragma unroll
-        for (int i = 0; i < ITEMS; ++i) {
-            const int place = (threadIdx.x + i * THREADS) / EACH, item = (threadIdx.x + i * THREADS) % EACH;
-            if (place >= PLACES) continue;
-            if (item < WORDS) {
-                meta[place * META + item] = int(f.word[i]);
-                if (item == 0) meta[place * META + WORDS] = pixel[i];
-                continue;
-            }
-            const float none = f.odd[i] ? as_float(0x7fffffff) : 0.0f;
-            const bool there = pixel[i] >= 0;
-            const float b0 = there ? fmaf(byte_of(f.word[i], 0), s[0], s[1]) + none : 0.0f;
-            const float b1 = there ? fmaf(byte_of(f.word[i], 2), s[0], s[1]) + none : 0.0f;
-            if (OUT) {
-                const float c0 = fmaf(byte_of(f.word[i], 1), s[2], s[3]), c1 = fmaf(byte_of(f.word[i], 3), s[2], s[3]);
-                *reinterpret_cast<Floats<4> *>(values + place * VALUES + (item - WORDS) * 4) = {b0, c0, b1, c1};
-            } else {
-                *reinterpret_cast<Floats<2> *>(values + place * VALUES + (item - WORDS) * 2) = {b0, b1};
-            }
+        for (int i = 0; i < EVERY; ++i) {
+            const int at = threadIdx.x + i * THREADS;
+            if (at < FOURS) copy<16>(reinterpret_cast<Floats<4> *>(table) + at, from + at, true);
         }
     }
 
-    // Codes of u, and what y holds, at the next steps.
+    // The pixels of the steps that are `at` behind the beginning of the walk, one stage for each place.
+    struct Pixels { int of[FINDS]; };
+    __device__ __forceinline__ Pixels find(const int *order, bool back, int at) const {
+        const int thread = this_thread();
+        Pixels found;
+#pragma unroll
+        for (int i = 0; i < FINDS; ++i) {
+            const int place = thread + i * THREADS, chunk = blockIdx.x * CHUNKS + place / STAGE;
+            const int past = at + place % STAGE, step = chunk * p.chunk + (back ? p.chunk - 1 - past : past);
+            found.of[i] = place < PLACES && past < p.chunk && chunk < p.chunks && step < p.pixels ? order[step] : -1;
+        }
+        return found;
+    }
+    // Bits: which of them had a NaN.
+    __device__ __forceinline__ unsigned odd(const Pixels &found) const {
+        unsigned bits = 0;
+#pragma unroll
+        for (int i = 0; i < FINDS; ++i) bits |= unsigned(found.of[i] >= 0 ? bad[found.of[i]] : 0) << i;
+        return bits;
+    }
+    __device__ __forceinline__ void keep(const Pixels &found, unsigned odd, int turn) const {
+        const int thread = this_thread();
+#pragma unroll
+        for (int i = 0; i < FINDS; ++i) {
+            const int place = thread + i * THREADS;
+            if (place >= PLACES) break;
+            const float none = as_float(0x7fffffff);
+            const int pixel = found.of[i];
+            const bool nan = odd >> i & 1;
+            places[turn * PLACES + place] = {pixel < 0 ? 0.0f : nan ? none : p.scales[2], pixel < 0 ? 0.0f : nan ? none : p.scales[3],
+                                             pixel < 0 ? 0 : pixel, pixel};
+        }
+    }
+
+    // Copies vectors of BYTES, `begin` to `end` of each step's: a thread has always the same ones.
+    template <int BYTES, int COUNT, class Source> __device__ __forceinline__ void bring(int turn, int to, Source source) const {
+        constexpr int SPAN = spanned(COUNT), STEPS = THREADS / SPAN;
+        const int thread = this_thread(), begin = thread / SPAN;
+        if (THREADS % SPAN && begin >= STEPS) return;
+        const Place *from = places + turn * PLACES + begin;
+#pragma unroll
+        for (int round = 0; round < COUNT; round += SPAN) {
+            const int v = round + thread % SPAN;
+            int each;
+            const unsigned char *const of_pixel = source(v, each);
+            if (v >= COUNT || !of_pixel) break;
+            unsigned char *at = records + (turn * PLACES + begin) * RECORD + to + BYTES * v;
+#pragma unroll
+            for (int i = 0; i < PLACES; i += STEPS) {
+                if (i + STEPS > PLACES && begin + i >= PLACES) break;
+                copy<BYTES>(at + i * RECORD, of_pixel + row_of(from[i].source, each), true);
+            }
+        }
+    }
+    // Begins to copy what the steps of a stage have of their own.
+    __device__ __forceinline__ void start(int turn, int k) const {
+        const int first = block * LANES * CT;
+        bring<16, COPIED>(turn, 0, [&](int v, int &each) -> const unsigned char * {
+            const int of_u = first + 16 * v, of_steps = first * OF_STEP + 16 * (v - OF_U);
+            if (v < OF_U) return each = p.u_row, of_u < each ? u + of_u : nullptr;
+            const unsigned char *sizes = p.sizes + ((long long)sample * p.pixels * p.directions + k) * p.size_row;
+            return each = p.directions * p.size_row, of_steps < p.size_row ? sizes + of_steps : nullptr;
+        });
+        bring<4, PAIRS>(turn, U_ROW + STEP_ROW, [&](int v, int &each) {
+            return each = 4 * p.row, reinterpret_cast<const unsigned char *>(codes + k * EACH + WORDS + v);
+        });
+    }
+
+    // Decodes B and C of a stage.
+    __device__ __forceinline__ void put(int turn) const {
+        constexpr int SPAN = spanned(PAIRS), STEPS = THREADS / SPAN;
+        const int thread = this_thread(), begin = thread / SPAN;
+        const float c_scale = p.scales[4], c_offset = p.scales[5];
+#pragma unroll
+        for (int round = 0; round < PAIRS; round += SPAN) {
+            const int pair = round + thread % SPAN;
+            if (pair >= PAIRS) break;
+            const unsigned char *from = records + (turn * PLACES + begin) * RECORD + U_ROW + STEP_ROW + 4 * pair;
+            const Place *of_step = places + turn * PLACES + begin;
+            float *to = values + begin * VALUES + pair * (OUT ? 4 : 2);
+#pragma unroll
+            for (int i = 0; i < PLACES; i += STEPS) {
+                if (i + STEPS > PLACES && begin + i >= PLACES) break;
+                const unsigned word = *reinterpret_cast<const unsigned *>(from + i * RECORD);
+                const Floats<2> s = *reinterpret_cast<const Floats<2> *>(of_step + i);
+                const float b0 = fmaf(byte_of(word, 0), s.x[0], s.x[1]), b1 = fmaf(byte_of(word, 2), s.x[0], s.x[1]);
+                if (OUT) {
+                    const float c0 = fmaf(byte_of(word, 1), c_scale, c_offset), c1 = fmaf(byte_of(word, 3), c_scale, c_offset);
+                    *reinterpret_cast<Floats<4> *>(to + i * VALUES) = {b0, c0, b1, c1};
+                } else {
+                    *reinterpret_cast<Floats<2> *>(to + i * VALUES) = {b0, b1};
+                }
+            }
+        }
+    }
+
+    // What y holds at the next steps.
     struct Ahead {
-        int pixel[GROUP];
-        unsigned u[GROUP];
         float y[GROUP][CT];
     };
-    template <bool ADD>
-    __device__ __forceinline__ void ask(Ahead &next, const int *steps) const {
+    __device__ __forceinline__ void ask(Ahead &next, const Place *steps) const {
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
-            next.pixel[g] = steps[g * META + WORDS];
-            const int pixel = next.pixel[g] < 0 ? 0 : next.pixel[g];
-            const unsigned char *at = u + row_of(pixel, p.u_row);
-            if (CT == 2) next.u[g] = *reinterpret_cast<const unsigned short *>(at);
-            else next.u[g] = *at;
-            if (OUT && ADD) {
-                const Floats<CT> held = *reinterpret_cast<const Floats<CT> *>(y + row_of(pixel, p.channels));
+            const Floats<CT> held = *reinterpret_cast<const Floats<CT> *>(y + row_of(steps[g].source, p.channels));
 #pragma unroll
-                for (int c = 0; c < CT; ++c) next.y[g][c] = held.x[c];
-            }
+            for (int c = 0; c < CT; ++c) next.y[g][c] = held.x[c];
         }
     }
 
@@ -208,87 +264,97 @@ struct Walk {
     __device__ __forceinline__ void run(int k) {
         const int way = p.ways[k];
         const int *order = p.order + (long long)(way / 2) * p.pixels;
-        const unsigned *of_direction = codes + k * EACH;
-        const bool back = way & 1;
+        const bool back = (way & 1) != int(BEHIND);
         const long long mine = ((long long)k * p.batch + sample) * p.chunks + chunk;
-        int weight[CT][WORDS];
-        float affine[CT][3], rate[CT][RATES], offset[CT], skip[CT], total[CT], h[CT][STATES];
+        float rate[CT][RATES], offset[CT], skip[CT], total[CT], h[CT][STATES];
+        float reach[CT], ratios[CT];  // BEHIND: products of the decays of the first state, and of their ratios, of all steps behind
 #pragma unroll
         for (int c = 0; c < CT; ++c) {
             const int d = channel + c;
 #pragma unroll
-            for (int w = 0; w < WORDS; ++w) weight[c][w] = real ? p.words[((long long)k * WORDS + w) * p.channels + d] : 0;
-#pragma unroll
-            for (int i = 0; i < 3; ++i) affine[c][i] = real ? p.affine[((long long)k * 3 + i) * p.channels + d] : 0.0f;
-#pragma unroll
             for (int n = 0; n < RATES; ++n) rate[c][n] = real ? p.rates[((long long)k * RATES + n) * p.channels + d] : 0.0f;
             offset[c] = p.scales[7] + (real && p.bias ? p.bias[(long long)k * p.channels + d] : 0.0f);
             skip[c] = OUT && real && p.skip ? p.skip[(long long)k * p.channels + d] : 0.0f;
-            total[c] = 0.0f;
+            total[c] = 0.0f, reach[c] = ratios[c] = 1.0f;
 #pragma unroll
             for (int n = 0; n < STATES; ++n)
                 h[c][n] = OUT && real && p.chunks > 1 ? p.ends[(mine * STATES + n) * p.channels + d] : 0.0f;
         }
-        const float su = p.scales[0], ou = p.scales[1], sd = p.scales[6], least = float(p.qmin), most = float(p.qmax);
-        // In bytes; it wraps round, and back again.
-        const unsigned of_table = TABLE ? place_of(table) + lane * 8 - unsigned(as_int(MAGIC) + p.qmin) * (LEVEL * 4u) : 0;
-        const float of_codes[4] = {p.scales[2], p.scales[3], p.scales[4], p.scales[5]};
-        Fetch f;
-        begin(f, back);
-        find(f, order, back, 0);
+        const float su = p.scales[0], ou = p.scales[1], sd = p.scales[6];
+        const unsigned of_table = TABLE ? place_of(table) + lane * 8 : 0;
+        Pixels found = find(order, back, 0);
         __syncthreads();
         if (TABLE) read_table(k);
-        load(f, of_direction);
-        for (int at = 0; at < p.chunk; at += STAGE) {
-            int pixel[ITEMS];
+        keep(found, odd(found), 0);
+        found = find(order, back, STAGE);
+        unsigned of_found = odd(found);
+        Pixels further = find(order, back, 2 * STAGE);
+        __syncthreads();
+        start(0, k);
+        int turn = 0;
+        for (int at = 0; at < p.chunk; at += STAGE, turn ^= 1) {
+            copy_done();
+            if (BEHIND && SOFTPLUS) {
+                bool gone = true;
 #pragma unroll
-            for (int i = 0; i < ITEMS; ++i) pixel[i] = f.pixel[i];
-            const bool more = at + STAGE < p.chunk;
-            if (more) find(f, order, back, at + STAGE);
+                for (int c = 0; c < CT; ++c) gone = gone && reach[c] < LEAST_DECAY && ratios[c] <= 1.0f;
+                if (__syncthreads_and(gone || !real)) break;
+            } else {
+                __syncthreads();
+            }
+            put(turn);
+            keep(found, of_found, turn ^ 1);
             __syncthreads();
-            put(f, pixel, of_codes);
-            __syncthreads();
-            if (more) load(f, of_direction);
+            if (at + STAGE < p.chunk) {
+                found = further, of_found = odd(found);
+                further = find(order, back, at + 3 * STAGE);
+                start(turn ^ 1, k);
+            }
             if (!real) continue;
+            const int first = turn * PLACES + in_chunk * STAGE;
             const float *v = values + in_chunk * STAGE * VALUES;
-            const int *m = meta + in_chunk * STAGE * META;
+            const unsigned char *us = records + first * RECORD + lane * CT, *steps = records + first * RECORD + U_ROW + lane * CT * OF_STEP;
+            const Place *at_place = places + first;
             Ahead now, next;
-            ask<ADD>(next, m);
+            if (OUT && ADD) ask(next, at_place);
 #pragma unroll 1
             for (int s = 0; s < STAGE; s += GROUP) {
-                now = next;
-                if (s + GROUP < STAGE) ask<ADD>(next, m + (s + GROUP) * META);
+                if (OUT && ADD) {
+                    now = next;
+                    if (s + GROUP < STAGE) ask(next, at_place + s + GROUP);
+                }
 #pragma unroll
                 for (int g = 0; g < GROUP; ++g) {
                     const float *of_step = v + (s + g) * VALUES;
-                    const int *of_meta = m + (s + g) * META;
-                    int sum = 0;
-#pragma unroll
-                    for (int w = 0; w < WORDS; ++w) sum = dot4(unsigned(of_meta[w]), 0x01010101, sum);
+                    const unsigned char *u_at = us + (s + g) * RECORD, *step_at = steps + (s + g) * RECORD;
+                    const unsigned u_word = CT == 2 ? *reinterpret_cast<const unsigned short *>(u_at) : *u_at;
+                    unsigned step_word = 0;
+                    if (QUANT) step_word = CT == 2 ? *reinterpret_cast<const unsigned short *>(step_at) : *step_at;
                     float result[CT], odd[CT], drive[CT], decay[2][CT], ratio[CT], dt[CT];  // states in turn, two chains
 #pragma unroll
                     for (int c = 0; c < CT; ++c) {
-                        int dot = 0;
-#pragma unroll
-                        for (int w = 0; w < WORDS; ++w) dot = dot4(unsigned(of_meta[w]), weight[c][w], dot);
-                        float x = fmaf(affine[c][0], float(dot), fmaf(affine[c][1], float(sum), affine[c][2]));
-                        if (QUANT) x = fminf(fmaxf(x, least), most);
                         if (TABLE) {
-                            load_pair(unsigned(as_int(x + MAGIC)) * (LEVEL * 4u) + of_table + c * LANES * 8, dt[c], decay[0][c]);
+                            load_pair((step_word >> 8 * c & 255) * (LEVEL * 4u) + of_table + c * LANES * 8, dt[c], decay[0][c]);
                         } else {
-                            if (QUANT) x = fmaf((x + MAGIC) - MAGIC, sd, offset[c]);
-                            dt[c] = step_size(x);
+                            dt[c] = step_size(QUANT ? fmaf(byte_of(step_word, c), sd, offset[c]) : reinterpret_cast<const float *>(step_at)[c]);
                             decay[0][c] = exp2_(dt[c] * rate[c][0]);
                         }
-                        if (LADDER && STATES > 1) {
-                            ratio[c] = LADDER == 2 ? decay[0][c] : exp2_(dt[c] * rate[c][1]);
-                            decay[1][c] = decay[0][c] * ratio[c];
-                            ratio[c] *= ratio[c];
-                        }
-                        const float u = fmaf(byte_of(now.u[g], c), su, ou);
+                        const float u = fmaf(byte_of(u_word, c), su, ou);
                         drive[c] = dt[c] * u;
                         result[c] = skip[c] * u, odd[c] = 0.0f;
                         if (!OUT) total[c] += dt[c];
+                        if (LADDER && STATES > 1) ratio[c] = LADDER == 2 ? decay[0][c] : exp2_(dt[c] * rate[c][1]);
+                        if (BEHIND) {  // from here on "decay" is what the step adds to a state for a B of 1
+                            const float all = LADDER == 2 ? reach[c] : ratios[c], first = decay[0][c];
+                            decay[0][c] = drive[c] * reach[c];
+                            decay[1][c] = decay[0][c] * all;
+                            reach[c] *= first;
+                            if (LADDER == 1 && STATES > 1) ratios[c] *= ratio[c];
+                            ratio[c] = all * all;
+                        } else if (LADDER && STATES > 1) {
+                            decay[1][c] = decay[0][c] * ratio[c];
+                            ratio[c] *= ratio[c];
+                        }
                     }
                     constexpr int AT_ONCE = OUT ? 2 : 4;  // states whose values are read together
 #pragma unroll
@@ -301,31 +367,76 @@ struct Walk {
                                 const int n = n0 + i;
                                 float &a = decay[n % 2][c], &sum = n % 2 ? odd[c] : result[c];
                                 if (!LADDER && n > 0) a = exp2_(dt[c] * rate[c][n % RATES]);
-                                h[c][n] = fmaf(a, h[c][n], drive[c] * four.x[OUT ? 2 * i : i]);
+                                if (BEHIND) h[c][n] = fmaf(four.x[i], a, h[c][n]);
+                                else h[c][n] = fmaf(a, h[c][n], drive[c] * four.x[OUT ? 2 * i : i]);
                                 if (OUT) sum = fmaf(four.x[(2 * i + 1) % 4], h[c][n], sum);
                                 if (LADDER && n + 2 < STATES) a *= ratio[c];
                             }
                     }
                     if (OUT) {
-                        float *const to = y + row_of(now.pixel[g] < 0 ? 0 : now.pixel[g], p.channels);
+                        const int here = at_place[s + g].pixel;
+                        float *const to = y + row_of(here < 0 ? 0 : here, p.channels);
                         float out[CT];
 #pragma unroll
                         for (int c = 0; c < CT; ++c) out[c] = ADD ? (result[c] + odd[c]) + now.y[g][c] : result[c] + odd[c];
-                        if (CT == 1) store_if(now.pixel[g] >= 0, to, out[0]);
-                        else store_if(now.pixel[g] >= 0, to, out[0], out[CT - 1]);
+                        if (CT == 1) store_if(here >= 0, to, out[0]);
+                        else store_if(here >= 0, to, out[0], out[CT - 1]);
                     }
                 }
             }
         }
-        if (OUT || !real) return;
+        if (!OUT && real) {
 #pragma unroll
-        for (int c = 0; c < CT; ++c) {
-            p.totals[mine * p.channels + channel + c] = total[c];
+            for (int c = 0; c < CT; ++c) {
+                p.totals[mine * p.channels + channel + c] = total[c];
 #pragma unroll
-            for (int n = 0; n < STATES; ++n) p.ends[(mine * STATES + n) * p.channels + channel + c] = h[c][n];
+                for (int n = 0; n < STATES; ++n) p.ends[(mine * STATES + n) * p.channels + channel + c] = h[c][n];
+            }
         }
     }
 };
+
+// Four channels of one direction a thread, pixel after pixel. blockIdx.y: of channels.
+extern "C" __global__ void __launch_bounds__(256) scan_steps(const Params p) {
+    constexpr int EVERY = 16;  // pixels of a thread
+    const int quads = (p.channels + 3) / 4, all = p.directions * quads, lanes = all < 256 ? all : 256, rows = 256 / lanes;
+    const int column = blockIdx.y * lanes + threadIdx.x % lanes, k = column / quads, d = column % quads * 4;
+    if (int(threadIdx.x) / lanes >= rows || column >= all) return;
+    int weight[4][WORDS];
+    float affine[4][3];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const bool there = d + c < p.channels;
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) weight[c][w] = there ? p.words[((long long)k * WORDS + w) * p.channels + d + c] : 0;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) affine[c][i] = there ? p.affine[((long long)k * 3 + i) * p.channels + d + c] : 0.0f;
+    }
+    const float least = float(p.qmin), most = float(p.qmax);
+    const long long count = (long long)p.batch * p.pixels;
+    long long at = (long long)blockIdx.x * (rows * EVERY) + threadIdx.x / lanes;
+    const unsigned *from = p.codes + at * p.row + k * EACH;
+    unsigned char *to = p.sizes + (at * p.directions + k) * p.size_row + d * OF_STEP;
+#pragma unroll 4
+    for (int i = 0; i < EVERY; ++i, at += rows, from += (long long)rows * p.row, to += (long long)rows * p.directions * p.size_row) {
+        if (at >= count) break;
+        unsigned word[WORDS];
+        int sum = 0, made[4];
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) word[w] = from[w], sum = dot4(word[w], 0x01010101, sum);
+        Floats<4> x;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            int dot = 0;
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) dot = dot4(word[w], weight[c][w], dot);
+            x.x[c] = fmaf(affine[c][0], float(dot), fmaf(affine[c][1], float(sum), affine[c][2]));
+            made[c] = as_int((fminf(fmaxf(x.x[c], least), most) + MAGIC) - least);
+        }
+        if (QUANT) *reinterpret_cast<unsigned *>(to) = joined(made[0], made[1], made[2], made[3]);
+        else *reinterpret_cast<Floats<4> *>(to) = x;
+    }
+}
 
 // blockIdx.y: direction, sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const Params p) {

@@ -62,10 +62,7 @@ __device__ __forceinline__ int bits_of(float x, float inverse, float moved, floa
     return as_int(fminf(fmaxf(u, least), most) + MAGIC);
 }
 
-// The lowest bytes of four integers as one, and one number less in each.
-__device__ __forceinline__ unsigned joined(int a, int b, int c, int d) {
-    return bytes_of(bytes_of(a, b, 0x0040), bytes_of(c, d, 0x0040), 0x5410);
-}
+// One number less in each byte.
 __device__ __forceinline__ unsigned less(unsigned x, unsigned y) {
     return ((x | 0x80808080u) - (y & 0x7f7f7f7fu)) ^ ((x ^ ~y) & 0x80808080u);
 }

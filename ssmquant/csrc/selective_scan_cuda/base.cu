@@ -32,16 +32,6 @@ __device__ __forceinline__ float widen(BF16 x) { return __uint_as_float(unsigned
 __device__ __forceinline__ void narrow(float x, float &y) { y = x; }
 __device__ __forceinline__ void narrow(float x, F16 &y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ __forceinline__ void narrow(float x, BF16 &y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-__device__ __forceinline__ void copy_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-template <int BYTES>                                 // to shared memory, behind the program's back; zeros if not there
-__device__ __forceinline__ void copy(void *to, const void *from, bool there) {
-    if constexpr (BYTES == 16)                       // past L1: no other block reads the same soon
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(unsigned(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? BYTES : 0) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                     :: "r"(unsigned(__cvta_generic_to_shared(to))), "l"(from), "n"(BYTES), "r"(there ? BYTES : 0) : "memory");
-}
 #endif
 
 constexpr int LS = 32 / LC;                          // segments of a tile

@@ -440,6 +440,8 @@ class Core:
         return self._given(x, of_scan) if coded else u.view(rows, columns), codes.view(rows, width), bad
 
     def _given(self, x: Tensor, of_scan: Tensor | None) -> Tensor:
-        """Codes that another kernel has written, as the scan wants them."""
-        u = (x if of_scan is None else of_scan).contiguous()
-        return u.view(torch.uint8).view(-1, self.shape[2])
+        """Codes that another kernel has written, as the scan wants them: (B * L, D), any stride."""
+        u = x if of_scan is None else of_scan
+        if u.stride(2) != 1 or (len(u) > 1 and u.stride(0) != u.shape[1] * u.stride(1)):
+            u = u.contiguous()
+        return u.view(torch.uint8).flatten(0, 1)

@@ -34,7 +34,7 @@ class _Params(ctypes.Structure):
             for n in "x scale shift weights bias next_scale next_shift next_factors also_scale also_shift y z".split()
         ),
         ("x_batch", ctypes.c_longlong),
-        *((n, ctypes.c_int) for n in "x_down x_right x_channel height width channels".split()),
+        *((n, ctypes.c_int) for n in "x_down x_right x_channel z_row height width channels".split()),
         *((n, ctypes.c_int) for n in "qmin qmax next_min next_max also_min also_max".split()),
         *((n, _Divisor) for n in ("across", "blocks")),
     )
@@ -147,13 +147,15 @@ def depthwise(
         x: float32, or codes by ``grid``: int8 from 0 and -1 for NaN.
         codes: what is returned as such codes, by a grid of at most 128 levels; None: float32.
         factors: of what becomes codes, (channels,).
-        also: another grid, by which codes without factors are returned too, behind those by ``codes``.
+        also: another grid, by which codes without factors are returned too, behind those by ``codes``. In memory their
+            pixels begin at multiples of 16 bytes, as scans want them.
 
     Raises:
         InputError: an image has 2**31 elements or more, or there are too many.
     """
     y = torch.empty(x.shape, dtype=torch.float32 if codes is None else torch.int8, device=x.device)
-    z = None if also is None else torch.empty_like(y)
+    z_row = -(-x.shape[3] // 16) * 16
+    z = None if also is None else torch.empty(*x.shape[:3], z_row, dtype=y.dtype, device=x.device)
     if x.shape[1] == 1 and kernel[0] == 1:  # threads go along columns
         x, kernel, dilation = x.transpose(1, 2), kernel[::-1], dilation[::-1]
     if max(x.stride()[1:]) >= 2**31:
@@ -164,7 +166,7 @@ def depthwise(
     tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), stored)
     across, blocks = -(-width // tile["WIDE"]), -(-channels // tile["LANES"])
     launched = -(-height // tile["HIGH"]) * across, batch * blocks
-    if height * width * channels >= 2**31 or launched[1] >= 2**16:
+    if height * width * z_row >= 2**31 or launched[1] >= 2**16:
         raise InputError(
             f"deployed: {tuple(x.shape)} is more than the kernels for GPUs count: use tiles, or fewer at once"
         )
@@ -187,10 +189,10 @@ def depthwise(
         y, z,
     )  # fmt: skip
     params = _Params(
-        *(None if t is None else t.data_ptr() for t in tensors), *x.stride(), height, width, channels,
-        grid.qmin, grid.qmax, following.qmin, following.qmax, other.qmin, other.qmax, _divisor(across),
+        *(None if t is None else t.data_ptr() for t in tensors), *x.stride(), z_row, height, width,
+        channels, grid.qmin, grid.qmax, following.qmin, following.qmax, other.qmin, other.qmax, _divisor(across),
         _divisor(blocks),
     )  # fmt: skip
     with torch.cuda.device_of(y):
         nvrtc.load(source, x.device).launch("depthwise", launched, threads, shared, params, x.device)
-    return y if z is None else (y, z)
+    return y if z is None else (y, z[..., :channels])

@@ -29,6 +29,12 @@ _MOST = 2**31 - 2**16  # elements of a sample
 _MOST_SHARED = 96 * 1024  # bytes that a block has on any GPU since sm_80
 _MOST_BLOCKS = 2**16 - 1  # of a grid's second axis
 _LOG2E = 1.4426950408889634
+_COPIED = 16  # bytes: where the channels of a block begin
+_EVERY = 16  # pixels of a thread of ``scan_steps``, as in the source
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,9 @@ class Shape:
     chunks: int
     steps: int
     stage: int = 16
-    """Steps that are decoded at once."""
+    """Steps that are in shared memory at once, twice."""
     group: int = 4
-    """Steps whose memory is asked for together; divides ``stage``."""
+    """Steps whose results are asked for together; divides ``stage``."""
     resident: int = 2
     """Blocks of a multiprocessor, what registers are limited for."""
     segments: int = 32
@@ -53,7 +59,7 @@ class Shape:
     @property
     def level(self) -> int:
         """Values of a level of the step sizes' table, as in the source."""
-        return -(-self.columns * self.lanes * 2 // 32) * 32
+        return _up(self.columns * self.lanes * 2, 32)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Case:
     @property
     def threads(self) -> int:
         """Of a block."""
-        return -(-self.shape.lanes * self.shape.chunks // 32) * 32
+        return _up(self.shape.lanes * self.shape.chunks, 32)
 
     @property
     def columns(self) -> int:
@@ -104,10 +110,11 @@ class Case:
     def shared(self, out: bool) -> int:
         """Bytes of shared memory of a block, as the source lays it out."""
         s = self.shape
-        values = -(-(2 * self.states if out else self.states) // 4) * 4
-        meta = -(-(-(-self.rank // 4) + 1) // 4) * 4
-        table = self.levels * s.level
-        return 4 * (s.chunks * s.stage * (values + meta) + table)
+        values = _up(2 * self.states if out else self.states, 4)
+        channels = s.lanes * s.columns
+        record = _up(channels, 16) + _up(channels * (1 if self.quantized else 4), 16)
+        record += _up(4 * -(-self.states // 2), 16)
+        return s.chunks * s.stage * (4 * values + 2 * (record + 16)) + 4 * self.levels * s.level
 
 
 _source = functools.cache(Case.source)
@@ -136,7 +143,7 @@ def choose(batch: int, pixels: int, channels: int, states: int, walks: int, proc
     resident, stage = 4 if few else 2, 16
     whole = pixels <= _SHORT and batch * walks * every >= 32 * _FEW_WARPS * processors
     blocks = -(-every // (_MOST_LANES // 2 if whole else _MOST_LANES))
-    lanes = -(-every // blocks)
+    lanes = every if blocks == 1 else _up(-(-every // blocks), _COPIED // columns)
     if whole:
         return Shape(columns, lanes, 1, -(-pixels // stage) * stage, stage, resident=resident, segments=1)
 
@@ -166,13 +173,13 @@ class _Params(ctypes.Structure):
     _fields_ = (
         *(
             (n, ctypes.c_void_p)
-            for n in "u bad codes order ways scales table words affine rates bias skip".split()
+            for n in "u bad codes sizes order ways scales table words affine rates bias skip".split()
         ),
         *((n, ctypes.c_void_p) for n in "ends totals y".split()),
-        *((n, ctypes.c_int) for n in "u_row row batch pixels channels chunks chunk blocks".split()),
+        *((n, ctypes.c_int) for n in "u_row row size_row batch pixels channels chunks chunk blocks".split()),
         ("paths", ctypes.c_void_p),
         ("part", ctypes.c_longlong),
-        *((n, ctypes.c_int) for n in "qmin qmax path add".split()),
+        *((n, ctypes.c_int) for n in "directions qmin qmax path add".split()),
     )
 
 
@@ -211,7 +218,7 @@ def _rates(a: Tensor, directions: int) -> tuple[int, Tensor]:
 def arrangement(ranks: int, states: int, places: tuple[int, int, int]) -> list[int]:
     """Which row of a direction's projection each of its codes is of, -1 for none: the low rank, then B and C in turn.
 
-    Both fill whole words of four codes, and what follows them is aligned.
+    Both fill whole words of four codes.
     """
     rank, b, c = places
     low = [rank + i if i < ranks else -1 for i in range(-(-ranks // 4) * 4)]
@@ -248,6 +255,8 @@ class Scan:
             shape = choose(batch, pixels, channels, a.shape[1], walks, _processors(device))
         self.chunks = -(-pixels // shape.steps)
         self.blocks = -(-channels // (shape.lanes * shape.columns))
+        if self.blocks > 1 and shape.lanes * shape.columns % _COPIED:
+            raise InputError(f"a block of {shape.lanes * shape.columns} channels: {_COPIED} are copied at once")
         if batch * directions * self.blocks > _MOST_BLOCKS:
             raise InputError(large)
         ladder, rates = _rates(a, directions)
@@ -265,18 +274,16 @@ class Scan:
         affine = torch.stack((scale * w, -scale * shift, origin * total), 1)
         biases = torch.zeros(k, c, dtype=d, device=device) if o.bias is None else o.bias.to(d).view(k, c)
         table = None
-        of_steps = torch.zeros(2, dtype=d, device=device)
         if o.of_delta is None:
             affine[:, 2] += biases
         else:
             affine[:, 2] += o.of_delta.shift.to(d)
             affine = affine / o.of_delta.scale.to(d)
-            of_steps = torch.cat((o.of_delta.scale, -o.of_delta.shift)).to(d)
             if levels:
                 at = torch.arange(o.of_delta.qmin, o.of_delta.qmin + levels, dtype=d, device=device).view(
                     1, -1, 1
                 )
-                dt = at * of_steps[0] + of_steps[1] + biases[:, None]
+                dt = at * o.of_delta.scale.to(d) - o.of_delta.shift.to(d) + biases[:, None]
                 dt = F.softplus(dt, threshold=50) if o.softplus else dt
                 table = torch.stack((dt, torch.exp2(dt * rates[:, :1])), 3)
                 whole = self.blocks * shape.lanes * shape.columns
@@ -285,14 +292,15 @@ class Scan:
                 )
                 table = table.permute(0, 2, 1, 4, 3, 5).flatten(3)
                 table = F.pad(table, (0, shape.level - table.shape[3]))
-        of_codes = [t for g in (o.of_u, o.of_b, o.of_c) for t in (g.scale, g.qmin * g.scale - g.shift)]
+        grids = [g for g in (o.of_u, o.of_b, o.of_c, o.of_delta) if g is not None]
+        of_codes = [t.to(d) for g in grids for t in (g.scale, g.qmin * g.scale.to(d) - g.shift.to(d))]
         words = -(-ranks // 4)
         packed = F.pad(o.steps.codes, (0, 4 * words - ranks)).view(k, c, words, 4).view(torch.int32)
         tensors = {
             "order": o.order.contiguous(),
             "ways": torch.tensor(ways, dtype=torch.int32, device=device),
             "paths": torch.tensor(self.paths, dtype=torch.int32, device=device),
-            "scales": torch.cat((*(t.to(d) for t in of_codes), of_steps)),
+            "scales": F.pad(torch.cat(of_codes), (0, 8 - len(of_codes))),
             "table": table,
             "words": packed.squeeze(3).transpose(1, 2),
             "affine": affine,
@@ -308,16 +316,23 @@ class Scan:
         self._params = _Params(
             **{n: t.data_ptr() for n, t in self._kept.items()},
             batch=batch, pixels=pixels, channels=channels, blocks=self.blocks, chunks=self.chunks, chunk=shape.steps,
+            directions=directions,
             qmin=0 if o.of_delta is None else o.of_delta.qmin, qmax=0 if o.of_delta is None else o.of_delta.qmax,
         )  # fmt: skip
 
     def __call__(self, u: Tensor, codes: Tensor, bad: Tensor) -> Tensor:
-        """(B, L, D), float32, of (B * L, columns), (B * L, width) and (B * L,), all uint8; ``apart``: (P, B, L, D)."""
+        """(B, L, D), float32, of (B * L, columns), (B * L, width) and (B * L,), all uint8; ``apart``: (P, B, L, D).
+
+        ``u`` is copied where its rows do not begin at multiples of 16 bytes.
+        """
+        row = u.stride(0)
+        if row % _COPIED or row < self.size[2] or u.data_ptr() % _COPIED:
+            u = F.pad(u, (0, -u.shape[1] % _COPIED)).clone()
         size = (len(self.paths), *self.size) if self.apart else self.size
         y = torch.empty(size, dtype=torch.float32, device=self.device)
         params = _Params.from_buffer_copy(self._params)
         params.u, params.codes, params.bad, params.y = (t.data_ptr() for t in (u, codes, bad, y))
-        params.u_row, params.row = u.shape[1], codes.shape[1] // 4
+        params.u_row, params.row = u.stride(0), codes.shape[1] // 4
         with torch.cuda.device_of(y):
             self._run(params)
         return y
@@ -327,6 +342,13 @@ class Scan:
         case, directions, device = self.case, len(self._kept["order"]), self.device
         across, chunks = -(-self.chunks // case.shape.chunks), self.chunks
         launch = nvrtc.load(_source(case), device).launch
+        params.size_row = _up(channels * (1 if case.quantized else 4), _COPIED)
+        sizes = torch.empty(batch * pixels * directions * params.size_row, dtype=torch.uint8, device=device)
+        params.sizes = sizes.data_ptr()
+        columns = directions * -(-channels // 4)
+        lanes = min(columns, 256)
+        grid = -(-batch * pixels // (256 // lanes * _EVERY)), -(-columns // lanes)
+        launch("scan_steps", grid, 256, 0, params, device)
         if chunks > 1:
             states = directions * batch * chunks * case.states * channels
             ends = torch.empty(states + directions * batch * chunks * channels, device=device)
@@ -340,11 +362,5 @@ class Scan:
         params.part = batch * pixels * channels if self.apart else 0
         for first in range(0, len(self.paths), at_once):
             params.path, params.add = first, int(first > 0)
-            launch(
-                "scan_out",
-                (across, at_once * batch * self.blocks),
-                case.threads,
-                case.shared(True),
-                params,
-                device,
-            )
+            grid = across, at_once * batch * self.blocks
+            launch("scan_out", grid, case.threads, case.shared(True), params, device)
