@@ -34,6 +34,15 @@ __device__ __forceinline__ void copy(void *to, const void *from, bool there) {
 }
 #endif
 
+// Of kernels that are launched "early": waits for all that the one before has done. What comes before it in a kernel must
+// not depend on others. The next one's blocks are not let in before this one's are done (griddepcontrol.launch_dependents):
+// they would fill the multiprocessors that are free first, and leave the others idle.
+__device__ __forceinline__ void kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The lowest bytes of four integers as one.
 __device__ __forceinline__ unsigned joined(int a, int b, int c, int d) {
     return bytes_of(bytes_of(a, b, 0x0040), bytes_of(c, d, 0x0040), 0x5410);

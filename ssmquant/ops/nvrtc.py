@@ -44,8 +44,32 @@ _PREBUILT = Path(__file__).parents[1] / "lib"
 _OPTIONS = ("-std=c++17", "--fmad=true")
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_EARLY_ARCH = 90  # from which on kernels can begin while others end
 _lock = threading.Lock()
 _announced = False
+
+
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute``."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        *((n, ctypes.c_uint) for n in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )  # fmt: skip
 
 
 class CompileError(SsmquantError):
@@ -235,8 +259,8 @@ def _check(driver: ctypes.CDLL, status: int, what: str) -> None:
 class Kernels:
     """The kernels of one cubin on one device."""
 
-    def __init__(self, cubin: bytes) -> None:
-        """Load into the current context.
+    def __init__(self, cubin: bytes, arch: int = 0) -> None:
+        """Load into the current context, of a device sm_``arch``.
 
         Raises:
             CompileError: it is no cubin for this device.
@@ -249,6 +273,7 @@ class Kernels:
             "cannot load a kernel",
         )
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
+        self._early = (_Attribute * 1)(_Attribute(id=_PROGRAMMATIC, value=1)) if arch >= _EARLY_ARCH else None
         self._context = ctypes.c_void_p()
         self._driver.cuCtxGetCurrent(ctypes.byref(self._context))
 
@@ -270,8 +295,13 @@ class Kernels:
         shared: int,
         params: ctypes.Structure,
         device: torch.device,
+        early: bool = False,
     ) -> None:
         """Queue ``name`` on the current stream of ``device``; ``params`` is its one argument, ``shared`` in bytes.
+
+        ``early``: in a CUDA graph its blocks may be made while the kernel before it ends, for which it waits itself
+        (``kernel_before`` in ``cuda_math.cu``), if the device can do that. What it reads before has to be there when
+        the graph is captured.
 
         Raises:
             CompileError: the device refuses the launch.
@@ -279,11 +309,18 @@ class Kernels:
         array = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
         function = self._function(name, shared)
-        arguments = (function, *grid, 1, threads, 1, 1, shared, stream, array, None)
-        status = self._driver.cuLaunchKernel(*arguments)
+
+        def once() -> int:
+            if early and self._early is not None and torch.cuda.is_current_stream_capturing():
+                config = _Config(*grid, 1, threads, 1, 1, shared, stream, self._early, 1)
+                return int(self._driver.cuLaunchKernelEx(ctypes.byref(config), function, array, None))
+            arguments = (function, *grid, 1, threads, 1, 1, shared, stream, array, None)
+            return int(self._driver.cuLaunchKernel(*arguments))
+
+        status = once()
         if status == _INVALID_CONTEXT:  # of a thread that has not used CUDA yet
             self._driver.cuCtxSetCurrent(self._context)
-            status = self._driver.cuLaunchKernel(*arguments)
+            status = once()
         _check(self._driver, status, f"cannot launch {name}")
 
 
@@ -295,7 +332,7 @@ def _load(source: str, index: int) -> Kernels:
         torch.cuda.mem_get_info(index)  # makes the context of this device exist, under fake tensors too
         cubin, path = _cubin(source, arch)
         try:
-            return Kernels(cubin)
+            return Kernels(cubin, arch)
         except CompileError:
             if path is None or cache.compiling_is_forbidden():
                 raise
@@ -303,7 +340,7 @@ def _load(source: str, index: int) -> Kernels:
         cubin = compile_source(source, arch)
         with contextlib.suppress(OSError):
             cache.publish(cache.folder() / name_of(source, arch), sealed(cubin))
-        return Kernels(cubin)
+        return Kernels(cubin, arch)
 
 
 def load(source: str, device: torch.device) -> Kernels:

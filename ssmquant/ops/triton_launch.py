@@ -27,6 +27,13 @@ def _one_gpu() -> bool:
     return torch.cuda.device_count() == 1
 
 
+@functools.cache
+def _begins_early(index: int | None) -> bool:
+    if index is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
 def power(n: int) -> int:
     """The least power of two that is not below ``n``."""
     return 1 << max(n - 1, 0).bit_length()
@@ -38,10 +45,12 @@ class Kernel:
     Args:
         kernel: what ``triton.jit`` made.
         exact: products and sums are not contracted to fused multiply-adds.
+        early: its last constant says whether its blocks may be made while the kernel before it ends, for which it then
+            waits first of all: on GPUs since sm_90.
     """
 
-    def __init__(self, kernel: Any, exact: bool = True) -> None:
-        self.kernel, self.exact = kernel, exact
+    def __init__(self, kernel: Any, exact: bool = True, early: bool = False) -> None:
+        self.kernel, self.exact, self.early = kernel, exact, early
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
@@ -62,6 +71,9 @@ class Kernel:
             with torch.cuda.device(index):
                 self(grid, tensors, numbers, constants, warps, dtypes)
             return
+        early = self.early and _begins_early(index)
+        if self.early:
+            constants = (*constants, int(early))
         # Triton specialises on which addresses are multiples of 16, and which integers are so or 1.
         aligned = 1
         for t in tensors:
@@ -72,6 +84,8 @@ class Kernel:
             compiled[grid](*tensors, *numbers, *constants, stream=driver.active.get_current_stream(index))
             return
         options = {"num_warps": warps, "enable_fp_fusion": not self.exact}
+        if early:
+            options["launch_pdl"] = True
         try:
             compiled = self.kernel[grid](*tensors, *numbers, *constants, **options)
         except (CompilationError, OutOfResources, PTXASError) as error:

@@ -471,7 +471,7 @@ def compile_for_h100() -> None:
 
         def __call__(self, _: Any, tensors: Any, numbers: Any, constants: Any, warps: int) -> None:
             names = [p.name for p in self.kernel.params]
-            values: dict[str, Any] = dict(zip(names, (*tensors, *numbers, *constants), strict=True))
+            values: dict[str, Any] = dict(zip(names, (*tensors, *numbers, *constants, 1), strict=True))
             fixed = {n: v for n, v in values.items() if n.isupper() or (isinstance(v, int) and v == 1)}
             signature = {}
             for n, v in values.items():
@@ -479,9 +479,10 @@ def compile_for_h100() -> None:
                 signature[n] = (
                     "constexpr" if n in fixed else kinds[v.dtype] if isinstance(v, Tensor) else number
                 )
-            target, options = GPUTarget("cuda", 90, 32), {"num_warps": warps}
+            target, options = GPUTarget("cuda", 90, 32), {"num_warps": warps, "launch_pdl": True}
             made = triton.compile(ASTSource(self.kernel, signature, fixed), target=target, options=options)
             assert made.asm["cubin"]
+            assert "griddepcontrol.wait" in made.asm["ptx"]
             built.add(self.name)
 
     cuda._kernel = Compiled  # type: ignore[assignment]

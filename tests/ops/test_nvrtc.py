@@ -154,7 +154,7 @@ class Compiled(list[tuple[str, int]]):
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
     """A machine with a GPU, whose driver loads what begins with "whole" and is not for another GPU."""
 
-    def load(cubin: bytes) -> bytes:
+    def load(cubin: bytes, arch: int) -> bytes:
         if not cubin.startswith(b"whole"):
             raise CompileError("cannot load a kernel: device kernel image is invalid")
         return cubin
@@ -303,6 +303,31 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanted == [[8, 99], [8, 100]]
 
 
+@pytest.mark.parametrize(("arch", "capturing"), [(80, True), (90, False), (90, True)])
+def test_kernels_begin_early_in_graphs(
+    arch: int, capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of them what a kernel reads ahead may have just been written."""
+
+    class Looks(Driver):
+        def cuLaunchKernelEx(self, config: Any, *args: Any) -> int:
+            c = config._obj
+            seen.append((c.grid_x, c.grid_y, c.grid_z, c.block_x, c.block_y, c.block_z, c.shared, c.stream))
+            seen.extend((c.count, c.attributes[0].id, c.attributes[0].value))
+            return 0
+
+    seen: list[Any] = []
+    driver = Looks()
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    nvrtc.Kernels(b"cubin", arch).launch("scan", (7, 3), 64, 99, Params(1), DEVICE, early=True)
+    plainly = [name for name, *_ in driver.calls if name == "cuLaunchKernel"]
+    assert len(plainly) == int(arch < 90 or not capturing)
+    assert seen == ([] if plainly else [(7, 3, 1, 64, 1, 1, 99, 5), 1, 6, 1])
+    assert ctypes.sizeof(nvrtc._Attribute) == 72  # as in cuda.h
+
+
 def test_a_thread_that_has_not_used_cuda_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     class NewThread(Driver):
         def cuLaunchKernel(self, *args: Any) -> int:
@@ -371,6 +396,6 @@ def test_tries_to_compile_before_it_promises(compiled: Compiled, monkeypatch: py
     nvrtc._load.cache_clear()
     monkeypatch.setenv("SSMQUANT_NO_COMPILE", "1")
     assert str(unavailable(states=3)).startswith("SSMQUANT_NO_COMPILE forbids compiling")
-    monkeypatch.setattr(nvrtc, "Kernels", lambda cubin: ctypes.CDLL("no such driver"))
+    monkeypatch.setattr(nvrtc, "Kernels", lambda cubin, arch: ctypes.CDLL("no such driver"))
     assert "no such driver" in str(unavailable())
     nvrtc._load.cache_clear()

@@ -10,8 +10,8 @@
 //   scan_ends   what each chunk adds to the state, from zero, and how much time it takes. Evenly spaced rates: from the
 //               last step back, with the decay of all steps behind, which needs no state until the product with B, and
 //               only as long as that decay leaves more than 2^-32: next to states of the same size float32 cannot
-//               hold that
-//   scan_carry  the states that enter chunks
+//               hold that. Chunks of a block, a group, are put together there
+//   scan_carry  the states that enter groups of chunks
 //   scan_out    from there on once more, with results. Directions along the same path of pixels (one forward, one back)
 //               are walked by the same lane, one after the other, so that sums at a pixel have one order. Paths are
 //               walked at once, each with results of its own, or one after the other, which add up.
@@ -21,7 +21,7 @@
 //
 // After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT (1 or 2), LANES, CHUNKS, STAGE; QUANT: step sizes are
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
-// results are asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the chunks, in scan_carry, a
+// results are asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the groups, in scan_carry, a
 // power of two; HELD: as many as a segment has, which fit into registers, or 0.
 
 #ifndef EMULATED
@@ -88,9 +88,10 @@ struct Params {
     const float *affine;                   // (K, 3, D): factors of their products and of sums of codes, and an offset
     const float *rates;                    // / ln 2; LADDER: (K, 2, D), of the first state and between states, else (K, N, D)
     const float *bias, *skip;              // (K, D)
-    float *ends, *totals, *y;              // (K, B, S, N, D), (K, B, S, D), (B, L, D)
+    float *befores, *times;                // (K, B, S, N, D), (K, B, S, D): of what comes before a chunk in its group; CHUNKS > 1
+    float *ends, *totals, *y;              // of groups: (K, B, G, N, D), (K, B, G, D); (B, L, D)
     int u_row, row, size_row;              // size_row: bytes of a pixel and direction
-    int batch, pixels, channels, chunks, chunk, blocks;  // chunk: steps, a multiple of STAGE
+    int batch, pixels, channels, chunks, groups, chunk, blocks;  // chunk: steps, a multiple of STAGE
     const int *paths;                      // (P, 2): directions along a path, forward and back or -1
     long long part;                        // elements between results of paths
     int directions, qmin, qmax, path, add; // scan_out: the first path; whether y holds something
@@ -123,7 +124,9 @@ struct Walk {
     int sample, block, chunk, in_chunk, lane, channel;
     bool real;
 
-    static constexpr int bytes() { return 4 * (PLACES * VALUES + TABLE * LEVEL) + 2 * PLACES * (RECORD + int(sizeof(Place))); }
+    static constexpr int OF_GROUP = OUT ? 0 : CHUNKS * (STATES + 1) * LANES * CT;  // values, when the walk is over
+    static constexpr int WALKING = PLACES * VALUES + TABLE * LEVEL + PLACES * (RECORD + int(sizeof(Place))) / 2;
+    static constexpr int bytes() { return 4 * (WALKING > OF_GROUP ? WALKING : OF_GROUP); }
 
     __device__ __forceinline__ Walk(const Params &params, int sample, int block) : p(params), sample(sample), block(block) {
         values = reinterpret_cast<float *>(shared);
@@ -265,7 +268,6 @@ struct Walk {
         const int way = p.ways[k];
         const int *order = p.order + (long long)(way / 2) * p.pixels;
         const bool back = (way & 1) != int(BEHIND);
-        const long long mine = ((long long)k * p.batch + sample) * p.chunks + chunk;
         float rate[CT][RATES], offset[CT], skip[CT], total[CT], h[CT][STATES];
         float reach[CT], ratios[CT];  // BEHIND: products of the decays of the first state, and of their ratios, of all steps behind
 #pragma unroll
@@ -277,9 +279,9 @@ struct Walk {
             skip[c] = OUT && real && p.skip ? p.skip[(long long)k * p.channels + d] : 0.0f;
             total[c] = 0.0f, reach[c] = ratios[c] = 1.0f;
 #pragma unroll
-            for (int n = 0; n < STATES; ++n)
-                h[c][n] = OUT && real && p.chunks > 1 ? p.ends[(mine * STATES + n) * p.channels + d] : 0.0f;
+            for (int n = 0; n < STATES; ++n) h[c][n] = 0.0f;
         }
+        if (OUT && real && p.chunks > 1) enter(k, rate, h);
         const float su = p.scales[0], ou = p.scales[1], sd = p.scales[6];
         const unsigned of_table = TABLE ? place_of(table) + lane * 8 : 0;
         Pixels found = find(order, back, 0);
@@ -385,23 +387,85 @@ struct Walk {
                 }
             }
         }
-        if (!OUT && real) {
+        if (!OUT) leave(k, way & 1, total, h);
+    }
+
+    // The decays of all states of a channel over some time.
+    __device__ __forceinline__ static void decays(const float (&rate)[RATES], float time, float (&a)[STATES]) {
+        const float ratio = LADDER ? exp2_(rate[RATES - 1] * time) : 0.0f;
 #pragma unroll
-            for (int c = 0; c < CT; ++c) {
-                p.totals[mine * p.channels + channel + c] = total[c];
+        for (int n = 0; n < STATES; ++n) a[n] = LADDER && n > 0 ? a[n > 0 ? n - 1 : 0] * ratio : exp2_(rate[LADDER ? 0 : n] * time);
+    }
+
+    // The state before a chunk: of its group, as far as it is left, and of what comes before it in the group.
+    __device__ __forceinline__ void enter(int k, const float (&rate)[CT][RATES], float (&h)[CT][STATES]) const {
+        const long long path = (long long)k * p.batch + sample, of_group = path * p.groups + blockIdx.x, of_chunk = path * p.chunks + chunk;
 #pragma unroll
-                for (int n = 0; n < STATES; ++n) p.ends[(mine * STATES + n) * p.channels + channel + c] = h[c][n];
+        for (int c = 0; c < CT; ++c) {
+            const int d = channel + c;
+            float a[STATES];
+            if (CHUNKS > 1) decays(rate[c], p.times[of_chunk * p.channels + d], a);
+#pragma unroll
+            for (int n = 0; n < STATES; ++n) {
+                h[c][n] = p.groups > 1 ? p.ends[(of_group * STATES + n) * p.channels + d] : 0.0f;
+                if (CHUNKS > 1) h[c][n] = fmaf(a[n], h[c][n], p.befores[(of_chunk * STATES + n) * p.channels + d]);
             }
+        }
+    }
+
+    // Writes what comes before each chunk in its group, and what the group adds to the state.
+    __device__ __forceinline__ void leave(int k, bool back, const float (&total)[CT], const float (&h)[CT][STATES]) const {
+        constexpr int WIDTH = LANES * CT;
+        float *sums = reinterpret_cast<float *>(shared);  // [CHUNKS][STATES + 1][CT][LANES]
+        __syncthreads();
+#pragma unroll
+        for (int c = 0; c < CT; ++c) {
+            if (in_chunk >= CHUNKS) break;
+            float *to = sums + in_chunk * (STATES + 1) * WIDTH + c * LANES + lane;
+            to[STATES * WIDTH] = total[c];
+#pragma unroll
+            for (int n = 0; n < STATES; ++n) to[n * WIDTH] = h[c][n];
+        }
+        __syncthreads();
+        if (in_chunk >= CHUNKS || channel >= p.channels) return;
+        const long long path = (long long)k * p.batch + sample, of_group = path * p.groups + blockIdx.x, of_chunk = path * p.chunks + chunk;
+#pragma unroll 1
+        for (int c = 0; c < CT; ++c) {
+            const int d = channel + c;
+            float rate[RATES], before[STATES] = {}, time = 0.0f;
+#pragma unroll
+            for (int n = 0; n < RATES; ++n) rate[n] = p.rates[((long long)k * RATES + n) * p.channels + d];
+            const auto add = [&](int other) {
+                const float *from = sums + other * (STATES + 1) * WIDTH + c * LANES + lane;
+                float a[STATES];
+                decays(rate, from[STATES * WIDTH], a);
+                time += from[STATES * WIDTH];
+#pragma unroll
+                for (int n = 0; n < STATES; ++n) before[n] = fmaf(a[n], before[n], from[n * WIDTH]);
+            };
+            const int begin = back ? CHUNKS - 1 : 0, step = back ? -1 : 1;
+#pragma unroll 1
+            for (int other = begin; other != in_chunk; other += step) add(other);
+            if (CHUNKS > 1 && real) {
+                p.times[of_chunk * p.channels + d] = time;
+#pragma unroll
+                for (int n = 0; n < STATES; ++n) p.befores[(of_chunk * STATES + n) * p.channels + d] = before[n];
+            }
+            if (in_chunk != (back ? 0 : CHUNKS - 1)) continue;
+            add(in_chunk);
+            p.totals[of_group * p.channels + d] = time;
+#pragma unroll
+            for (int n = 0; n < STATES; ++n) p.ends[(of_group * STATES + n) * p.channels + d] = before[n];
         }
     }
 };
 
 // Four channels of one direction a thread, pixel after pixel. blockIdx.y: of channels.
 extern "C" __global__ void __launch_bounds__(256) scan_steps(const Params p) {
-    constexpr int EVERY = 16;  // pixels of a thread
+    constexpr int EVERY = 16, AT_ONCE = WORDS == 1 ? 8 : WORDS <= 4 ? 4 : 2;  // pixels of a thread
     const int quads = (p.channels + 3) / 4, all = p.directions * quads, lanes = all < 256 ? all : 256, rows = 256 / lanes;
     const int column = blockIdx.y * lanes + threadIdx.x % lanes, k = column / quads, d = column % quads * 4;
-    if (int(threadIdx.x) / lanes >= rows || column >= all) return;
+    if (int(threadIdx.x) / lanes >= rows || column >= all) return kernel_before();
     int weight[4][WORDS];
     float affine[4][3];
 #pragma unroll
@@ -413,33 +477,44 @@ extern "C" __global__ void __launch_bounds__(256) scan_steps(const Params p) {
         for (int i = 0; i < 3; ++i) affine[c][i] = there ? p.affine[((long long)k * 3 + i) * p.channels + d + c] : 0.0f;
     }
     const float least = float(p.qmin), most = float(p.qmax);
-    const long long count = (long long)p.batch * p.pixels;
-    long long at = (long long)blockIdx.x * (rows * EVERY) + threadIdx.x / lanes;
-    const unsigned *from = p.codes + at * p.row + k * EACH;
-    unsigned char *to = p.sizes + (at * p.directions + k) * p.size_row + d * OF_STEP;
-#pragma unroll 4
-    for (int i = 0; i < EVERY; ++i, at += rows, from += (long long)rows * p.row, to += (long long)rows * p.directions * p.size_row) {
-        if (at >= count) break;
-        unsigned word[WORDS];
-        int sum = 0, made[4];
+    const int count = p.batch * p.pixels, first = blockIdx.x * (rows * EVERY) + threadIdx.x / lanes, each = p.directions * p.size_row;
+    const unsigned *from = p.codes + k * EACH;
+    unsigned char *to = p.sizes + k * p.size_row + d * OF_STEP;
+    kernel_before();
+#pragma unroll 1
+    for (int begin = first; begin < first + rows * EVERY && begin < count; begin += rows * AT_ONCE) {
+        unsigned word[AT_ONCE][WORDS];
 #pragma unroll
-        for (int w = 0; w < WORDS; ++w) word[w] = from[w], sum = dot4(word[w], 0x01010101, sum);
-        Floats<4> x;
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const unsigned *at = from + row_of(begin + i * rows < count ? begin + i * rows : begin, p.row);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            int dot = 0;
-#pragma unroll
-            for (int w = 0; w < WORDS; ++w) dot = dot4(word[w], weight[c][w], dot);
-            x.x[c] = fmaf(affine[c][0], float(dot), fmaf(affine[c][1], float(sum), affine[c][2]));
-            made[c] = as_int((fminf(fmaxf(x.x[c], least), most) + MAGIC) - least);
+            for (int w = 0; w < WORDS; ++w) word[i][w] = at[w];
         }
-        if (QUANT) *reinterpret_cast<unsigned *>(to) = joined(made[0], made[1], made[2], made[3]);
-        else *reinterpret_cast<Floats<4> *>(to) = x;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            int sum = 0, made[4];
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) sum = dot4(word[i][w], 0x01010101, sum);
+            Floats<4> x;
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                int dot = 0;
+#pragma unroll
+                for (int w = 0; w < WORDS; ++w) dot = dot4(word[i][w], weight[c][w], dot);
+                x.x[c] = fmaf(affine[c][0], float(dot), fmaf(affine[c][1], float(sum), affine[c][2]));
+                made[c] = as_int((fminf(fmaxf(x.x[c], least), most) + MAGIC) - least);
+            }
+            if (begin + i * rows >= count) break;
+            unsigned char *result = to + row_of(begin + i * rows, each);
+            if (QUANT) *reinterpret_cast<unsigned *>(result) = joined(made[0], made[1], made[2], made[3]);
+            else *reinterpret_cast<Floats<4> *>(result) = x;
+        }
     }
 }
 
 // blockIdx.y: direction, sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const Params p) {
+    kernel_before();
     const int block = blockIdx.y % p.blocks, sample = blockIdx.y / p.blocks % p.batch;
     Walk<false> walk(p, sample, block);
     walk.run<false>(blockIdx.y / p.blocks / p.batch);
@@ -447,6 +522,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const 
 
 // blockIdx.y: path, sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_out(const Params p) {
+    kernel_before();
     const int block = blockIdx.y % p.blocks, sample = blockIdx.y / p.blocks % p.batch;
     const int path = p.path + blockIdx.y / p.blocks / p.batch, back = p.paths[2 * path + 1];
     Walk<true> walk(p, sample, block);
@@ -456,7 +532,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_out(const P
     if (back >= 0) walk.run<true>(back);
 }
 
-// From what chunks add to what enters them, in place. A thread has a segment of the chunks of one state of one channel.
+// From what groups add to what enters them, in place. A thread has a segment of the groups of one state of one channel.
 // blockIdx.y: direction, sample.
 extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(const Params p) {
     float *sums = reinterpret_cast<float *>(shared), *times = sums + COLUMNS * SEGMENTS;
@@ -471,13 +547,14 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(cons
     } else if (real) {
         rate = p.rates[((long long)k * STATES + n) * p.channels + channel];
     }
-    const int per = (p.chunks + SEGMENTS - 1) / SEGMENTS, first = segment * per;
-    const int end = !real ? first : first + per < p.chunks ? first + per : p.chunks;
-    float *ends = p.ends + (long long)blockIdx.y * p.chunks * width + column;
-    const float *totals = p.totals + (long long)blockIdx.y * p.chunks * p.channels + channel;
-    constexpr int AHEAD = HELD ? HELD : 8;  // chunks that are read at once: all of a segment, or some of them, and twice
+    const int per = (p.groups + SEGMENTS - 1) / SEGMENTS, first = segment * per;
+    const int end = !real ? first : first + per < p.groups ? first + per : p.groups;
+    kernel_before();
+    float *ends = p.ends + (long long)blockIdx.y * p.groups * width + column;
+    const float *totals = p.totals + (long long)blockIdx.y * p.groups * p.channels + channel;
+    constexpr int AHEAD = HELD ? HELD : 8;  // groups that are read at once: all of a segment, or some of them, and twice
     float add[AHEAD], t[AHEAD], h = 0.0f, time = 0.0f;
-    const auto at = [&](int j) { return (long long)(back ? p.chunks - 1 - j : j); };
+    const auto at = [&](int j) { return (long long)(back ? p.groups - 1 - j : j); };
     const auto read = [&](int j) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {

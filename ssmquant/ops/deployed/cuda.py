@@ -85,7 +85,7 @@ def _kernel(name: str) -> Any:
     from ssmquant.ops.deployed import triton_kernels
     from ssmquant.ops.triton_launch import Kernel
 
-    return Kernel(getattr(triton_kernels, name), exact=False)
+    return Kernel(getattr(triton_kernels, name), exact=False, early=True)
 
 
 def _launch(

@@ -194,5 +194,6 @@ def depthwise(
         _divisor(blocks),
     )  # fmt: skip
     with torch.cuda.device_of(y):
-        nvrtc.load(source, x.device).launch("depthwise", launched, threads, shared, params, x.device)
+        launch = nvrtc.load(source, x.device).launch
+        launch("depthwise", launched, threads, shared, params, x.device, early=True)
     return y if z is None else (y, z[..., :channels])

@@ -21,7 +21,7 @@ _MOST_LANES = 256
 _FEW_STEPS = 48
 _FEW_WARPS = 2.5  # of a multiprocessor
 _SHORT = 256  # steps
-_FEW_CHUNKS = 8  # of a segment
+_FEW_GROUPS = 8  # of a segment
 _HELD = 4, 8, 16
 _FEW_STATES = 4  # that need few registers
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
@@ -52,9 +52,9 @@ class Shape:
     resident: int = 2
     """Blocks of a multiprocessor, what registers are limited for."""
     segments: int = 32
-    """Of all chunks, in ``scan_carry``: a power of two, at most 64."""
+    """Of all groups of chunks, in ``scan_carry``: a power of two, at most 64."""
     held: int = 0
-    """So many chunks of a segment are kept in registers, if none has more; 0: all are read twice."""
+    """So many groups of a segment are kept in registers, if none has more; 0: all are read twice."""
 
     @property
     def level(self) -> int:
@@ -114,7 +114,8 @@ class Case:
         channels = s.lanes * s.columns
         record = _up(channels, 16) + _up(channels * (1 if self.quantized else 4), 16)
         record += _up(4 * -(-self.states // 2), 16)
-        return s.chunks * s.stage * (4 * values + 2 * (record + 16)) + 4 * self.levels * s.level
+        walking = s.chunks * s.stage * (4 * values + 2 * (record + 16)) + 4 * self.levels * s.level
+        return max(walking, 0 if out else 4 * s.chunks * (self.states + 1) * channels)
 
 
 _source = functools.cache(Case.source)
@@ -161,9 +162,10 @@ def choose(batch: int, pixels: int, channels: int, states: int, walks: int, proc
     parts = -(-pixels // steps)
     chunks = max(1, min(chunks, -(-batch * blocks * walks * parts // processors), parts))
     segments = 1
-    while segments < min(64, parts / _FEW_CHUNKS):
+    groups = -(-parts // chunks)
+    while segments < min(64, groups / _FEW_GROUPS):
         segments *= 2
-    held = next((n for n in _HELD if n * segments >= parts), 0)
+    held = next((n for n in _HELD if n * segments >= groups), 0)
     return Shape(columns, lanes, chunks, steps, stage, resident=resident, segments=segments, held=held)
 
 
@@ -175,8 +177,8 @@ class _Params(ctypes.Structure):
             (n, ctypes.c_void_p)
             for n in "u bad codes sizes order ways scales table words affine rates bias skip".split()
         ),
-        *((n, ctypes.c_void_p) for n in "ends totals y".split()),
-        *((n, ctypes.c_int) for n in "u_row row size_row batch pixels channels chunks chunk blocks".split()),
+        *((n, ctypes.c_void_p) for n in "befores times ends totals y".split()),
+        *((n, ctypes.c_int) for n in "u_row row size_row batch pixels channels chunks groups chunk blocks".split()),
         ("paths", ctypes.c_void_p),
         ("part", ctypes.c_longlong),
         *((n, ctypes.c_int) for n in "directions qmin qmax path add".split()),
@@ -246,7 +248,7 @@ class Scan:
         directions, device = len(o.order), a.device
         row = directions * len(arrangement(ranks, a.shape[1], (0, 0, 0))) // 4
         large = f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
-        if pixels * max(channels + 16, row) >= _MOST:
+        if pixels * max(channels + 16, row) >= _MOST or batch * pixels >= 2**31:
             raise InputError(large)
         self.size, self.device, self.apart = size, device, apart
         self.paths, ways = paths_of(o.order)
@@ -256,7 +258,9 @@ class Scan:
         self.chunks = -(-pixels // shape.steps)
         self.blocks = -(-channels // (shape.lanes * shape.columns))
         if self.blocks > 1 and shape.lanes * shape.columns % _COPIED:
-            raise InputError(f"a block of {shape.lanes * shape.columns} channels: {_COPIED} are copied at once")
+            raise InputError(
+                f"a block of {shape.lanes * shape.columns} channels: {_COPIED} are copied at once"
+            )
         if batch * directions * self.blocks > _MOST_BLOCKS:
             raise InputError(large)
         ladder, rates = _rates(a, directions)
@@ -340,8 +344,8 @@ class Scan:
     def _run(self, params: _Params) -> None:
         batch, pixels, channels = self.size
         case, directions, device = self.case, len(self._kept["order"]), self.device
-        across, chunks = -(-self.chunks // case.shape.chunks), self.chunks
-        launch = nvrtc.load(_source(case), device).launch
+        groups = -(-self.chunks // case.shape.chunks)
+        launch = functools.partial(nvrtc.load(_source(case), device).launch, early=True)
         params.size_row = _up(channels * (1 if case.quantized else 4), _COPIED)
         sizes = torch.empty(batch * pixels * directions * params.size_row, dtype=torch.uint8, device=device)
         params.sizes = sizes.data_ptr()
@@ -349,12 +353,17 @@ class Scan:
         lanes = min(columns, 256)
         grid = -(-batch * pixels // (256 // lanes * _EVERY)), -(-columns // lanes)
         launch("scan_steps", grid, 256, 0, params, device)
-        if chunks > 1:
-            states = directions * batch * chunks * case.states * channels
-            ends = torch.empty(states + directions * batch * chunks * channels, device=device)
-            params.ends, params.totals = ends.data_ptr(), ends[states:].data_ptr()
-            grid = across, directions * batch * self.blocks
+        params.groups = groups
+        if self.chunks > 1:
+            # Of chunks, what comes before them in their group, and of groups: states and times.
+            counts = self.chunks if case.shape.chunks > 1 else 0, groups
+            sizes_of = [directions * batch * n * channels * each for n in counts for each in (case.states, 1)]
+            ends = torch.empty(sum(sizes_of), device=device)
+            parts = ends.split(sizes_of)
+            params.befores, params.times, params.ends, params.totals = (t.data_ptr() for t in parts)
+            grid = groups, directions * batch * self.blocks
             launch("scan_ends", grid, case.threads, case.shared(False), params, device)
+        if groups > 1:
             threads = case.columns * case.shape.segments
             grid = -(-case.states * channels // case.columns), directions * batch
             launch("scan_carry", grid, threads, 8 * threads, params, device)
@@ -362,5 +371,5 @@ class Scan:
         params.part = batch * pixels * channels if self.apart else 0
         for first in range(0, len(self.paths), at_once):
             params.path, params.add = first, int(first > 0)
-            grid = across, at_once * batch * self.blocks
+            grid = groups, at_once * batch * self.blocks
             launch("scan_out", grid, case.threads, case.shared(True), params, device)

@@ -86,7 +86,7 @@ def _launch(x: Tensor, samples: tuple[int, int], params: _Params, **definitions:
     grid = -(-rows // (16 * (_WARPS // split))), several
     with torch.cuda.device_of(x):
         kernels = nvrtc.load(nvrtc.specialised("deployed_cuda/thin", *definitions.items()), x.device)
-        kernels.launch("thin", grid, 32 * _WARPS, 0, params, x.device)
+        kernels.launch("thin", grid, 32 * _WARPS, 0, params, x.device, early=True)
 
 
 def project(

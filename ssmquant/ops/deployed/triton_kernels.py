@@ -15,10 +15,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 __all__ = ["blend", "conv", "core_codes", "encode", "excite", "normalize", "pool", "project"]
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no fraction, rounding to even
+
+
+@triton.jit
+def _kernel_before(EARLY: tl.constexpr):
+    """Waits for all that the kernel before has done: see ``Kernel``."""
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit
@@ -57,12 +65,13 @@ def project(
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, CODED: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr, ACT: tl.constexpr, CODES: tl.constexpr, FACTORS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A block of a sample's rows by a block of outputs: norm, gate, codes, product, bias, activation, residual.
 
     NORM: 1 layer norm, 2 RMS norm, 3 factors alone. PARTS: tensors whose sum x is.
     """
+    _kernel_before(EARLY)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     here = m < rows
     sample = tl.program_id(2).to(tl.int64)
@@ -223,8 +232,10 @@ def _codes_of(v, scale, shift, qmin, qmax):
 def encode(
     x, factors, scale, shift, codes, rows, height, width, x_batch, x_down, x_right, x_column, qmin, qmax,
     COLUMNS: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Codes of an image as other kernels read them: (samples, height * width, WIDE), zeros behind COLUMNS."""
+    _kernel_before(EARLY)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     sample = tl.program_id(2).to(tl.int64)
@@ -243,13 +254,14 @@ def core_codes(
     x, of_x, of_u, weights, of_scale, of_shift, of_total, out_inverse, out_moved, out_least, out_most, u, codes, bad,
     rows, x_batch, x_row, x_column, u_row, code_row, qmin, qmax, u_least, u_most,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, SAME: tl.constexpr, CODED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The codes of an image, of its projection to low rank, B and C of all directions, and where a NaN was.
 
     of_x, of_u: scale and shift, SAME if they are one. Results are uint8 from 0; out_*: the quantizer of each output.
     Of an image that is CODED there is no ``u``: it is what its scans want.
     """
+    _kernel_before(EARLY)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     here = m < rows
     sample = tl.program_id(2).to(tl.int64)
@@ -362,13 +374,14 @@ def conv(
     step_down, step_right,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     DOWN: tl.constexpr, RIGHT: tl.constexpr, CODED: tl.constexpr, FACTORS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A dense convolution: a block of a sample's output pixels by a block of outputs.
 
     ``weights``: (taps, OUTPUTS, INPUTS) int8; ``of_total``: (taps, OUTPUTS). The border is no code but zero: its taps
     add nothing at all.
     """
+    _kernel_before(EARLY)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     here, out = m < pixels, n < OUTPUTS
@@ -424,9 +437,11 @@ def conv(
 
 @triton.jit
 def pool(
-    x, parts, rows, x_batch, x_row, x_column, CHANNELS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
-):
+    x, parts, rows, x_batch, x_row, x_column,
+    CHANNELS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Sums over a block of rows of a sample: (samples, blocks, CHANNELS)."""
+    _kernel_before(EARLY)
     block, sample = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BC)
     m = block * BM + tl.arange(0, BM)
@@ -441,8 +456,10 @@ def pool(
 def excite(
     parts, first, first_bias, second, second_bias, y, blocks, rows,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """``sigmoid(second @ relu(first @ mean + ..) + ..)`` of a sample's sums by block; matrices (outputs, inputs)."""
+    _kernel_before(EARLY)
     sample = tl.program_id(0)
     c, h = tl.arange(0, BC), tl.arange(0, BH)
     real = c < CHANNELS
@@ -466,9 +483,10 @@ def excite(
 @triton.jit
 def blend(
     x, gain, v, scale, y, rows, x_batch, x_row, v_batch, v_row,
-    COLUMNS: tl.constexpr, HAS_GAIN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    COLUMNS: tl.constexpr, HAS_GAIN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``x * gain + v * scale``."""
+    _kernel_before(EARLY)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = (m < rows)[:, None] & (c < COLUMNS)[None, :]
@@ -486,12 +504,13 @@ def blend(
 def normalize(
     x, weight, bias, y, rows, x_batch, x_row, x_column, eps,
     COLUMNS: tl.constexpr, DENSE: tl.constexpr, RMS: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A layer or RMS norm of a block of a sample's rows.
 
     A stride that is 1 is a constant, which reads follow; so is that of DENSE rows, which shows how they are aligned.
     """
+    _kernel_before(EARLY)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
     inside = (c < COLUMNS)[None, :]

@@ -34,7 +34,14 @@ class Emulated:
         self._late = late
 
     def launch(
-        self, name: str, grid: tuple[int, int], threads: int, shared: int, params: Any, device: torch.device
+        self,
+        name: str,
+        grid: tuple[int, int],
+        threads: int,
+        shared: int,
+        params: Any,
+        device: torch.device,
+        early: bool = False,
     ) -> None:
         """As of ``nvrtc.Kernels``, but the kernel has run when this returns."""
         status = self._library.launch(
