@@ -84,8 +84,8 @@ struct Params {
     const int *order, *ways;               // (K, L): the pixel of each step; (K): its row of order, twice, and 1 if back
     const float *scales;                   // scale and offset of u, B, C, and of step sizes
     const float *table;                    // (K, blocks, TABLE, LEVEL): of CT, LANES, step size and decay; TABLE even
-    const int *words;                      // (K, WORDS, D): weights of the step sizes, four a word
-    const float *affine;                   // (K, 3, D): factors of their products and of sums of codes, and an offset
+    const int *words;                      // (K, WORDS, up(D, 4)): weights of the step sizes, four a word
+    const float *affine;                   // (K, 3, up(D, 4)): factors of their products and of sums of codes, and an offset
     const float *rates;                    // / ln 2; LADDER: (K, 2, D), of the first state and between states, else (K, N, D)
     const float *bias, *skip;              // (K, D)
     float *befores, *times;                // (K, B, S, N, D), (K, B, S, D): of what comes before a chunk in its group; CHUNKS > 1
@@ -94,7 +94,8 @@ struct Params {
     int batch, pixels, channels, chunks, groups, chunk, blocks;  // chunk: steps, a multiple of STAGE
     const int *paths;                      // (P, 2): directions along a path, forward and back or -1
     long long part;                        // elements between results of paths
-    int directions, qmin, qmax, path, add; // scan_out: the first path; whether y holds something
+    int directions, stretch, qmin, qmax;
+    int path, add;                         // scan_out: the first path; whether y holds something
 };
 
 extern __shared__ char shared[];
@@ -460,51 +461,48 @@ struct Walk {
     }
 };
 
-// Four channels of one direction a thread, pixel after pixel. blockIdx.y: of channels.
+// Four channels of one direction a thread, pixel after pixel. blockIdx.x: `stretch` pixels; blockIdx.y: channels.
 extern "C" __global__ void __launch_bounds__(256) scan_steps(const Params p) {
-    constexpr int EVERY = 16, AT_ONCE = WORDS == 1 ? 8 : WORDS <= 4 ? 4 : 2;  // pixels of a thread
+    constexpr int AT_ONCE = WORDS == 1 ? 8 : WORDS <= 4 ? 4 : 2;  // pixels whose codes are asked for together
     const int quads = (p.channels + 3) / 4, all = p.directions * quads, lanes = all < 256 ? all : 256, rows = 256 / lanes;
     const int column = blockIdx.y * lanes + threadIdx.x % lanes, k = column / quads, d = column % quads * 4;
     if (int(threadIdx.x) / lanes >= rows || column >= all) return kernel_before();
-    int weight[4][WORDS];
-    float affine[4][3];
+    const auto four = [&](const void *of, int i) { return reinterpret_cast<const Floats<4> *>(of)[(long long)i * quads + d / 4]; };
+    Floats<4> weight[WORDS], affine[3];  // weights: words
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        const bool there = d + c < p.channels;
+    for (int w = 0; w < WORDS; ++w) weight[w] = four(p.words, k * WORDS + w);
 #pragma unroll
-        for (int w = 0; w < WORDS; ++w) weight[c][w] = there ? p.words[((long long)k * WORDS + w) * p.channels + d + c] : 0;
-#pragma unroll
-        for (int i = 0; i < 3; ++i) affine[c][i] = there ? p.affine[((long long)k * 3 + i) * p.channels + d + c] : 0.0f;
-    }
-    const float least = float(p.qmin), most = float(p.qmax);
-    const int count = p.batch * p.pixels, first = blockIdx.x * (rows * EVERY) + threadIdx.x / lanes, each = p.directions * p.size_row;
+    for (int i = 0; i < 3; ++i) affine[i] = four(p.affine, k * 3 + i);
+    const int count = p.batch * p.pixels, begins = blockIdx.x * p.stretch, ends = begins + p.stretch < count ? begins + p.stretch : count;
+    const int first = begins + threadIdx.x / lanes, each = p.directions * p.size_row, most = p.qmax - p.qmin;
     const unsigned *from = p.codes + k * EACH;
     unsigned char *to = p.sizes + k * p.size_row + d * OF_STEP;
     kernel_before();
 #pragma unroll 1
-    for (int begin = first; begin < first + rows * EVERY && begin < count; begin += rows * AT_ONCE) {
+    for (int begin = first; begin < ends; begin += rows * AT_ONCE) {
         unsigned word[AT_ONCE][WORDS];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            const unsigned *at = from + row_of(begin + i * rows < count ? begin + i * rows : begin, p.row);
+            const unsigned *at = from + row_of(begin + i * rows < ends ? begin + i * rows : begin, p.row);
 #pragma unroll
             for (int w = 0; w < WORDS; ++w) word[i][w] = at[w];
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            int sum = 0, made[4];
+            int sum = as_int(MAGIC), made[4];
 #pragma unroll
             for (int w = 0; w < WORDS; ++w) sum = dot4(word[i][w], 0x01010101, sum);
             Floats<4> x;
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                int dot = 0;
+                int dot = as_int(MAGIC);  // an integer and this float's bits are the bits of their sum
 #pragma unroll
-                for (int w = 0; w < WORDS; ++w) dot = dot4(word[i][w], weight[c][w], dot);
-                x.x[c] = fmaf(affine[c][0], float(dot), fmaf(affine[c][1], float(sum), affine[c][2]));
-                made[c] = as_int((fminf(fmaxf(x.x[c], least), most) + MAGIC) - least);
+                for (int w = 0; w < WORDS; ++w) dot = dot4(word[i][w], as_int(weight[w].x[c]), dot);
+                x.x[c] = fmaf(affine[0].x[c], as_float(dot) - MAGIC, fmaf(affine[1].x[c], as_float(sum) - MAGIC, affine[2].x[c]));
+                const int level = as_int(x.x[c] + MAGIC) - (as_int(MAGIC) + p.qmin);  // of what is far away too: on that side
+                made[c] = max(min(level, most), 0);
             }
-            if (begin + i * rows >= count) break;
+            if (begin + i * rows >= ends) break;
             unsigned char *result = to + row_of(begin + i * rows, each);
             if (QUANT) *reinterpret_cast<unsigned *>(result) = joined(made[0], made[1], made[2], made[3]);
             else *reinterpret_cast<Floats<4> *>(result) = x;

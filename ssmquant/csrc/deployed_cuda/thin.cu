@@ -78,17 +78,6 @@ template <int BYTES> __device__ __forceinline__ void ask(const void *p) {
 #endif
 }
 
-// The same of 16 rows, to the cache that all multiprocessors share; nobody may write them meanwhile but other kernels.
-template <int WIDTH> __device__ __forceinline__ void ask_rows(const float *x, long long row, int rows) {
-#ifndef EMULATED
-    const int r = threadIdx.x % 16, half = threadIdx.x / 16 % 2;
-    if (r >= rows) return;
-#pragma unroll
-    for (int begin = 0; begin < WIDTH; begin += 64)
-        if (begin + 32 * half < WIDTH) asm volatile("prefetch.global.L2 [%0];" ::"l"(x + r * row + begin + 32 * half));
-#endif
-}
-
 // What no thread writes: may be read ahead of what is written before.
 #ifdef EMULATED
 template <class T> inline T fixed(const T *p) { return *p; }
@@ -224,8 +213,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) thin(const Param
     kernel_before();
     if (first >= p.rows) return;
     const long long sample = blockIdx.y;
-    if (GATE) ask_rows<INPUTS>(p.z + sample * p.z_batch + first * p.z_row, p.z_row, p.rows - first);
-    if (RESIDUAL) ask_rows<OUTPUTS>(p.residual + sample * p.r_batch + first * p.r_row, p.r_row, p.rows - first);
     const float a = p.scale[0], b = p.shift[0], inverse = 1.0f / a, moved = b * inverse;
     const float least = float(p.qmin), most = float(p.qmax);
     unsigned code[KT][4];

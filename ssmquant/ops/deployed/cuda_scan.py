@@ -18,7 +18,7 @@ __all__ = ["Case", "Scan", "Shape", "arrangement", "choose", "paths_of"]
 
 _MOST_LEVELS = 16  # of step sizes that are looked up
 _MOST_LANES = 256
-_FEW_STEPS = 48
+_FEW_STEPS = 48, 24  # of many states, of few
 _FEW_WARPS = 2.5  # of a multiprocessor
 _SHORT = 256  # steps
 _FEW_GROUPS = 8  # of a segment
@@ -30,7 +30,9 @@ _MOST_SHARED = 96 * 1024  # bytes that a block has on any GPU since sm_80
 _MOST_BLOCKS = 2**16 - 1  # of a grid's second axis
 _LOG2E = 1.4426950408889634
 _COPIED = 16  # bytes: where the channels of a block begin
-_EVERY = 16  # pixels of a thread of ``scan_steps``, as in the source
+_STEPS_THREADS = 256  # of a block of ``scan_steps``, as in the source
+_STEPS_BLOCKS = 4  # of a multiprocessor
+_STEPS_PIXELS = 16  # of a thread, at least
 
 
 def _up(n: int, multiple: int) -> int:
@@ -133,7 +135,8 @@ def choose(batch: int, pixels: int, channels: int, states: int, walks: int, proc
     """Any shape is right, this one should be fast: whole warps, and enough blocks for each multiprocessor.
 
     Measured on an H200: more blocks hide more of what they wait for, but chunks of few steps cost more than that; of
-    short paths of many samples chunks cost more than they gain.
+    short paths of many samples chunks cost more than they gain. Of few states memory is what takes the time: on the way
+    back the results of a chunk have to be in the cache still.
 
     Args:
         walks: Paths that are walked at once.
@@ -146,7 +149,8 @@ def choose(batch: int, pixels: int, channels: int, states: int, walks: int, proc
     blocks = -(-every // (_MOST_LANES // 2 if whole else _MOST_LANES))
     lanes = every if blocks == 1 else _up(-(-every // blocks), _COPIED // columns)
     if whole:
-        return Shape(columns, lanes, 1, -(-pixels // stage) * stage, stage, resident=resident, segments=1)
+        group = 16 if few else 8
+        return Shape(columns, lanes, 1, _up(pixels, stage), stage, group, resident=resident, segments=1)
 
     def fill(count: int) -> tuple[float, int]:
         used = lanes * count
@@ -154,8 +158,8 @@ def choose(batch: int, pixels: int, channels: int, states: int, walks: int, proc
 
     chunks = max(range(1, max(1, _THREADS // lanes) + 1), key=fill)
     work = batch * blocks * pixels * walks
-    wanted = 2 * resident if few else resident  # blocks of a multiprocessor
-    while wanted > 1 and work // (wanted * processors * chunks) < _FEW_STEPS:
+    wanted = 6 * resident if few else resident  # blocks of a multiprocessor
+    while wanted > 1 and work // (wanted * processors * chunks) < _FEW_STEPS[few]:
         wanted //= 2
     steps = work // (wanted * processors * chunks)
     steps = max(1, min(-(-steps // stage), -(-pixels // stage))) * stage
@@ -166,7 +170,8 @@ def choose(batch: int, pixels: int, channels: int, states: int, walks: int, proc
     while segments < min(64, groups / _FEW_GROUPS):
         segments *= 2
     held = next((n for n in _HELD if n * segments >= groups), 0)
-    return Shape(columns, lanes, chunks, steps, stage, resident=resident, segments=segments, held=held)
+    group = 8 if few else 4
+    return Shape(columns, lanes, chunks, steps, stage, group, resident=resident, segments=segments, held=held)
 
 
 class _Params(ctypes.Structure):
@@ -181,7 +186,7 @@ class _Params(ctypes.Structure):
         *((n, ctypes.c_int) for n in "u_row row size_row batch pixels channels chunks groups chunk blocks".split()),
         ("paths", ctypes.c_void_p),
         ("part", ctypes.c_longlong),
-        *((n, ctypes.c_int) for n in "directions qmin qmax path add".split()),
+        *((n, ctypes.c_int) for n in "directions stretch qmin qmax path add".split()),
     )
 
 
@@ -306,8 +311,8 @@ class Scan:
             "paths": torch.tensor(self.paths, dtype=torch.int32, device=device),
             "scales": F.pad(torch.cat(of_codes), (0, 8 - len(of_codes))),
             "table": table,
-            "words": packed.squeeze(3).transpose(1, 2),
-            "affine": affine,
+            "words": F.pad(packed.squeeze(3).transpose(1, 2), (0, -c % 4)),
+            "affine": F.pad(affine, (0, -c % 4)),
             "rates": rates,
             "bias": None if o.of_delta is None else o.bias,
             "skip": o.skip,
@@ -350,9 +355,11 @@ class Scan:
         sizes = torch.empty(batch * pixels * directions * params.size_row, dtype=torch.uint8, device=device)
         params.sizes = sizes.data_ptr()
         columns = directions * -(-channels // 4)
-        lanes = min(columns, 256)
-        grid = -(-batch * pixels // (256 // lanes * _EVERY)), -(-columns // lanes)
-        launch("scan_steps", grid, 256, 0, params, device)
+        lanes = min(columns, _STEPS_THREADS)
+        across, rows = -(-columns // lanes), _STEPS_THREADS // lanes
+        most = max(1, _STEPS_BLOCKS * _processors(device) // across)
+        params.stretch = _up(max(-(-batch * pixels // most), rows * _STEPS_PIXELS), rows)
+        launch("scan_steps", (-(-batch * pixels // params.stretch), across), _STEPS_THREADS, 0, params, device)
         params.groups = groups
         if self.chunks > 1:
             # Of chunks, what comes before them in their group, and of groups: states and times.

@@ -215,6 +215,8 @@ inline int bytes_of(unsigned x, unsigned y, unsigned which) {
     }
     return int(z);
 }
+inline int min(int x, int y) { return x < y ? x : y; }
+inline int max(int x, int y) { return x < y ? y : x; }
 extern char shared[];
 inline unsigned place_of(const float *p) { return unsigned(reinterpret_cast<const char *>(p) - shared); }
 inline void load_pair(unsigned at, float &x, float &y) {
