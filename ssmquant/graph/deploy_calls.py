@@ -59,16 +59,17 @@ def conv2d_call(
     act: deployed.Act,
     last: bool,
     gain: Tensor | None = None,
+    residual: deployed.Residual = None,
     coded: bool = False,
     **between: Any,
 ) -> Any:
     """``deployed.conv2d`` in a graph; ``last``: channels may come last in memory."""
-    _check(x, coded=coded)
+    _check(x, *(residual or ())[:1], coded=coded)
     stride, padding, dilation = window
     sizes = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
     if min(cpu.conv_size(sizes, weight.shape[2:] or (1, 1), dilation, stride)) < 1:
         raise Unfit
-    y = deployed.conv2d(x, of_x, weight, bias, window, act, gain, **between)
+    y = deployed.conv2d(x, of_x, weight, bias, window, act, gain, residual, **between)
     return y if last else y.contiguous()
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ssmquant.graph.calls import MODE_DEPENDENT
 from ssmquant.graph.deploy_calls import (
     blend_call,
     conv2d_call,
@@ -45,6 +46,8 @@ _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.Re
 
 
 _OURS = (linear_call, gated_linear_call, blend_call, conv2d_call)
+_LENGTHS = {linear_call: 7, gated_linear_call: 6, conv2d_call: 8}
+"""Of the arguments of layers that no residual has been added to yet."""
 
 
 def is_core(node: fx.Node) -> bool:
@@ -366,31 +369,43 @@ class _Layers:
         return False
 
     def _residual(self, node: fx.Node, value: fx.Node, other: fx.Node) -> bool:
-        layer, between = value, []
-        while len(layer.users) == 1 and self._passes(layer):
-            between.append(layer)
-            layer = layer.args[0]  # type: ignore[assignment]
-        if layer.target not in (linear_call, gated_linear_call) or len(layer.users) != 1:
+        turned = _is_channels_first(value) and len(value.users) == 1  # rows of an image
+        layer: Any = value.args[0] if turned else value
+        if layer.target not in _LENGTHS or len(layer.args) != _LENGTHS[layer.target] or layer.kwargs:
             return False
-        if len(layer.args) != (7 if layer.target is linear_call else 6) or layer is other or layer.kwargs:
+        if len(layer.users) != 1 or layer is other or not self.is_fixed(value, *layer.args[:2], other):
             return False
-        if not self.is_fixed(*layer.args[:2], other):
-            return False
-        x, gain = self._scaled(other, node)
+        args = list(layer.args)
+        if layer.target is conv2d_call:
+            weight = self.model.get_submodule(str(args[2].target))
+            if turned or not deployed.is_pointwise(weight.shape[2:] or (1, 1), args[4]):
+                return False
+            args[6] = self._any_strides(node)
+        image = turned or layer.target is conv2d_call
+        x, gain = (other, None) if image else self._scaled(other, node)
         with self.graph.inserting_before(node):
-            new = self.graph.call_function(layer.target, (*layer.args, (x, gain)))
-        new.meta.update(layer.meta)
-        new.meta["shape"] = shape_of(node)
+            if turned:
+                x = self.graph.call_method("permute", (x, 0, 2, 3, 1))
+            made = new = self.graph.call_function(layer.target, (*args, (x, gain)))
+            if turned:
+                new = self.graph.call_method("permute", (made, 0, 3, 1, 2))
+                new = new if self._any_strides(node) else self.graph.call_method("contiguous", (new,))
+        shape = shape_of(layer)
+        new.meta.update(node.meta)
+        made.meta.update(layer.meta)
+        made.meta["shape"] = shape if turned else shape_of(node)
         node.replace_all_uses_with(new)
-        self._erase(node, *between, layer, other)
+        self._erase(node, value, layer, other)
         return True
 
-    def _passes(self, node: fx.Node) -> bool:
-        """Whether a module gives back what it gets: of a deployed model, which is in eval mode."""
+    def drop_identity(self, node: fx.Node) -> None:
+        """Leaves out a module that gives back what it gets: of a deployed model, which is in eval mode."""
         if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
-            return False
-        module = self.model.get_submodule(str(node.target))
-        return isinstance(module, (nn.Identity, nn.Dropout)) or type(module).__name__ == "DropPath"
+            return
+        kind = type(self.model.get_submodule(str(node.target)))
+        if kind in (nn.Identity, nn.Dropout) or kind.__name__ in MODE_DEPENDENT:
+            node.replace_all_uses_with(node.args[0])
+            self.graph.erase_node(node)
 
     def _scaled(self, node: fx.Node, user: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         """(x, gain) where ``node``, which only ``user`` reads, is x by a vector of its last axis."""
@@ -551,6 +566,8 @@ def deploy_layers(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) ->
     """Replaces the layers of ``graph``, in place; whether there was one."""
     layers = _Layers(graph, model, engine)
     changed = False
+    for node in list(graph.nodes):
+        layers.drop_identity(node)
     for node in list(graph.nodes):
         changed |= layers.layer(node) if node.target in (F.linear, F.conv2d) else layers.product(node)
     for node in list(graph.nodes):

@@ -327,6 +327,7 @@ def conv2d(
     window: Window,
     act: Act = None,
     gain: Tensor | None = None,
+    residual: Residual = None,
     *,
     codes: Between = None,
     also: nn.Module | None = None,
@@ -335,7 +336,7 @@ def conv2d(
 
     Dense, 1x1 without stride and padding (also of values that are clamped), or depthwise, which keeps the size. All are
     float32. ``act``: of the result of one of the last two; ``gain``, (C,): factors of x, for one of the first two.
-    ``codes``: see ``linear``, of all outputs of one of the last two. ``also``: of a depthwise one, a second quantizer,
+    ``residual``: of a 1x1, channels second as in the result, without factors; it is added behind ``act``. ``codes``: see ``linear``, of all outputs of one of the last two. ``also``: of a depthwise one, a second quantizer,
     of which there are codes too, in a tuple.
 
     Returns:
@@ -368,7 +369,8 @@ def conv2d(
     if is_pointwise(kernel, window):
         factors = None if gain is None else (gain,)
         own_codes: dict[str, Any] = {} if codes is None else {"codes": codes}
-        rows = linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors, act, 1, **own_codes)
+        added = None if residual is None else (residual[0].permute(0, 2, 3, 1), residual[1])
+        rows = linear(x.permute(0, 2, 3, 1), of_x, weight, bias, factors, act, 1, added, **own_codes)
         made: Tensor = rows.permute(0, 3, 1, 2)
         return made
     assert act is None

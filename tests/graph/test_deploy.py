@@ -18,6 +18,7 @@ from ssmquant import QConfig, Rule, zoo
 from ssmquant.graph.deploy import deploy
 from ssmquant.graph.orders import Unfit
 from ssmquant.graph.runtime import Record, runtime_of
+from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
 from ssmquant.ops import selective_scan, use_backend
 from ssmquant.ops.deployed import cpu
@@ -138,13 +139,15 @@ def plain_blend(x: Tensor, gain: Any, v: Tensor, scale: Tensor) -> Tensor:
 
 
 def plain_conv(
-    x: Tensor, of_x: Any, weight: Any, bias: Any, window: Any, act: Any = None, gain: Any = None
-) -> Tensor:
+    x: Tensor, of_x: Any, weight: Any, bias: Any, window: Any, act: Any = None, gain: Any = None,
+    residual: Any = None,
+) -> Tensor:  # fmt: skip
     x = x if gain is None else x * gain[:, None, None]
     w = weight() if len(weight.shape) == 4 else weight()[:, :, None, None]
     depthwise = w.shape[1] == 1 and w.shape[0] == x.shape[1]
     y = F.conv2d(quantized(x, of_x), w, bias, *window, w.shape[0] if depthwise else 1)
-    return activated(y, act)
+    y = activated(y, act)
+    return y if residual is None else y + residual[0]
 
 
 def plain_core(
@@ -247,8 +250,23 @@ def test_every_call_computes_what_it_stands_for(family: str, config: str, checke
         assert checked["sequence_core"] == 2 * depth
     elif family == "vmamba":
         assert checked["scan_core"] == 3
-        assert checked["conv2d"] >= 9
+        assert checked["conv2d"] >= 7
+        assert checked["linear"] >= 6
     assert checked["linear"] > 0
+
+
+def test_residuals_of_images_are_part_of_the_layers_before_them(checked: dict[str, int]) -> None:
+    """VMamba: 1x1 convolutions, with and without a norm before, behind what does nothing in eval mode."""
+    model, x = make("vmamba", QConfig.minmax(8, 8))
+    assert {"DropPath", "Identity"} <= {type(m).__name__ for m in model.modules()}
+    fused(model, x)
+    graph = deploy(record(model).graph, model, cpu)
+    called = [n for n in graph.nodes if n.op == "call_module"]
+    assert not [n for n in graph.nodes if op_name(n) in ("add", "contiguous")]
+    assert not [n for n in called if type(model.get_submodule(str(n.target))) in (nn.Identity, nn.Dropout)]
+    lengths = {"linear_call": 8, "conv2d_call": 9}  # with a residual
+    found = [n for n in graph.nodes if len(n.args) == lengths.get(getattr(n.target, "__name__", ""))]
+    assert len(found) == 6  # two of each block
 
 
 @pytest.mark.parametrize("family", ["mambair", "vmamba"])

@@ -200,8 +200,11 @@ def without_thin(check: Any, *args: Any) -> None:
 
 
 def check_projections(device: str) -> None:
-    for sizes in ((2, 1, 50, 60, 144), (4, 2, 17, 72, 60), (8, 1, 33, 300, 20)):
+    for sizes in ((2, 1, 50, 60, 144), (4, 2, 17, 72, 60), (8, 1, 33, 300, 20), (8, 2, 19, 40, 270)):
         without_thin(check_projection, device, *sizes, device == "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_MOST_OF_ROW", 250)  # more inputs than a block has at once
+        check_projection(device, 4, 2, 17, 300, 20, False)
 
 
 def check_thin(device: str) -> None:
@@ -462,7 +465,7 @@ def compile_for_h100() -> None:
 
     from ssmquant.ops.deployed import triton_kernels
 
-    kinds = {torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8"}
+    kinds = {torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
     built: set[str] = set()
 
     class Compiled:

@@ -59,6 +59,8 @@ MOST_COLUMNS = 1024
 """Of a norm: a block has them all."""
 _MOST = 2**31 - 2**16  # elements of a sample
 _VECTOR = 16  # codes that are read at once
+_FEW_COLUMNS = 256  # inputs and outputs of a linear layer that encodes its input itself
+_MOST_OF_ROW = 8192  # inputs that a block encodes at once
 
 
 @functools.cache
@@ -218,6 +220,10 @@ def project(
             following, factors,
         )  # fmt: skip
         return y if codes is None else (made, y)
+    if not coded and inputs <= _MOST_OF_ROW and max(inputs, outputs) > _FEW_COLUMNS:
+        found = _row_codes(x, part, parts, (samples, rows), grid, norm, z)
+        _multiply(*found, (samples, rows), grid, weights, bias, held, gain, act, y, made, following, factors)
+        return y if codes is None else (made, y)
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     tensors = (
         x, z, norm_weight, norm_bias, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift,
@@ -236,6 +242,70 @@ def project(
     blocks = -(-rows // bm), 1 if bk >= inputs else -(-outputs // bn), samples
     _launch("project", blocks, tensors, numbers, constants, warps)
     return y if codes is None else (made, y)
+
+
+def _row_codes(
+    x: Tensor,
+    part: int,
+    parts: int,
+    samples: tuple[int, int],
+    grid: Grid,
+    norm: Norm | None,
+    z: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Codes of what ``project`` multiplies, (rows, inputs) int8 with zeros behind, and sums of rows."""
+    count, rows = samples
+    inputs = x.shape[2]
+    wide, bk = -(-inputs // _VECTOR) * _VECTOR, _power(inputs, 32)
+    codes = torch.empty(count * rows, wide, dtype=torch.int8, device=x.device)
+    sums = torch.empty(count * rows, dtype=torch.int32, device=x.device)
+    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    bm = max(1, 4096 // bk)
+    z_strides = (0, 0) if z is None else z.stride()[:2]
+    constants = (
+        inputs, wide, _off(grid), parts, kind_of(norm), norm_weight is not None, norm_bias is not None, z is not None,
+        bm, bk,
+    )  # fmt: skip
+    tensors = x, z, norm_weight, norm_bias, grid.scale, grid.shift, codes, sums
+    numbers = rows, part, *x.stride(), *z_strides, float(eps), grid.qmin, grid.qmax
+    _launch("encode_rows", (-(-rows // bm), 1, count), tensors, numbers, constants)
+    return codes, sums
+
+
+def _multiply(
+    codes: Tensor,
+    sums: Tensor,
+    samples: tuple[int, int],
+    grid: Grid,
+    weights: Weights,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    act: str | None,
+    y: Tensor,
+    made: Tensor | None,
+    following: Grid,
+    factors: Tensor | None,
+) -> None:
+    """Writes ``y`` and ``made`` of what ``_row_codes`` gives: see ``project``."""
+    count, rows = samples
+    wide, (outputs, inputs) = codes.shape[1], weights.codes.shape
+    bn, bk = min(_power(outputs), 128), min(_power(inputs, 32), 128)
+    across = -(-outputs // bn)
+    bm = next((n for n in (128, 64) if -(-rows // n) * across * count >= 132), 32)
+    tensors = (
+        codes, sums, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift, weights.total, bias, residual,
+        gain, y, made, following.scale, following.shift, factors,
+    )  # fmt: skip
+    r_strides = (0, 0) if residual is None else residual.stride()[:2]
+    numbers = rows, *r_strides, grid.qmin, following.qmin, following.qmax
+    constants = (
+        inputs, wide, outputs, _off(grid), bias is not None, residual is not None, gain is not None, ACTIVATIONS[act],
+        0 if made is None else made.shape[2], factors is not None, bm, bn, bk,
+    )  # fmt: skip
+    _launch(
+        "multiply", (-(-rows // bm), across, count), tensors, numbers, constants, 8 if bm * bn >= 2**14 else 4
+    )
 
 
 def encode(x: Tensor, grid: Grid, factors: Tensor | None = None) -> Tensor:

@@ -17,9 +17,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-__all__ = ["blend", "conv", "core_codes", "encode", "excite", "normalize", "pool", "project"]
+__all__ = [
+    "blend", "conv", "core_codes", "encode", "encode_rows", "excite", "multiply", "normalize", "pool", "project",
+]  # fmt: skip
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no fraction, rounding to even
+_NAN_ROW = tl.constexpr(-(2**31))  # in place of the sum of a row's codes
 
 
 @triton.jit
@@ -88,18 +91,9 @@ def project(
     codes += sample * rows * CODES
     if BK >= INPUTS:  # codes are made once, for all outputs
         k = tl.arange(0, BK)
-        inside = (k < INPUTS)[None, :]
-        mask = here[:, None] & inside
-        v = _read(x_at, k, x_column, x_part, mask, PARTS)
-        if NORM == 1:
-            mean = tl.sum(v, 1) / INPUTS
-        if NORM % 3 != 0:
-            off = tl.where(inside, v - mean[:, None], 0.0)
-            factor = 1.0 / tl.sqrt_rn(tl.sum(off * off, 1) / INPUTS + eps)
-            v = (v - mean[:, None]) * factor[:, None]
-        code, sums, odd = _encoded(
-            v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin, INPUTS, OFF, CODED, HAS_W,
-            HAS_B, GATE,
+        code, sums, odd = _row_codes(
+            x_at, z_at, norm_weight, norm_bias, inverse, moved, lower, upper, here, k, x_column, x_part, eps, qmin,
+            INPUTS, OFF, CODED, PARTS, NORM, HAS_W, HAS_B, GATE,
         )  # fmt: skip
         for n0 in range(0, OUTPUTS, BN):
             n = n0 + tl.arange(0, BN)
@@ -146,6 +140,84 @@ def project(
             next_shift, next_factors, next_min, next_max, m, n, here, OUTPUTS, OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT,
             CODES, FACTORS,
         )  # fmt: skip
+
+
+@triton.jit
+def encode_rows(
+    x, z, norm_weight, norm_bias, scale, shift, codes, sums,
+    rows, x_part, x_batch, x_row, x_column, z_batch, z_row, eps, qmin, qmax,
+    INPUTS: tl.constexpr, WIDE: tl.constexpr, OFF: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
+    HAS_W: tl.constexpr, HAS_B: tl.constexpr, GATE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """What ``project`` multiplies, once for all blocks of outputs: codes, (samples, rows, WIDE) with zeros behind them,
+    and their sums, or the least integer for a row that has a NaN."""
+    _kernel_before(EARLY)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    here = m < rows
+    sample = tl.program_id(2).to(tl.int64)
+    a, b = tl.load(scale), tl.load(shift)
+    inverse = tl.div_rn(1.0, a)
+    k = tl.arange(0, BK)
+    code, total, odd = _row_codes(
+        x + sample * x_batch + m * x_row, z + sample * z_batch + m * z_row, norm_weight, norm_bias, inverse, b * inverse,
+        qmin + 0.0, qmax + 0.0, here, k, x_column, x_part, eps, qmin, INPUTS, OFF, False, PARTS, NORM, HAS_W, HAS_B, GATE,
+    )  # fmt: skip
+    to = codes + sample * rows * WIDE + m[:, None] * WIDE + k[None, :]
+    tl.store(to, code, mask=here[:, None] & (k < WIDE)[None, :])
+    tl.store(sums + sample * rows + m, tl.where(odd > 0, _NAN_ROW, total), mask=here)
+
+
+@triton.jit
+def multiply(
+    codes, sums, scale, shift, weights, of_scale, of_shift, of_total, bias, residual, gain, y, made, next_scale,
+    next_shift, next_factors,
+    rows, r_batch, r_row, qmin, next_min, next_max,
+    INPUTS: tl.constexpr, WIDE: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr, ACT: tl.constexpr, CODES: tl.constexpr, FACTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The rest of ``project``, of what ``encode_rows`` has made."""
+    _kernel_before(EARLY)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    here = m < rows
+    sample = tl.program_id(2).to(tl.int64)
+    at = codes + sample * rows * WIDE + m[:, None] * WIDE
+    acc = tl.zeros([BM, BN], tl.int32)
+    for k0 in range(0, INPUTS, BK):
+        k = k0 + tl.arange(0, BK)
+        code = tl.load(at + k[None, :], mask=here[:, None] & (k < WIDE)[None, :], other=0)
+        acc = tl.dot(code, _weights_at(weights, n, k, INPUTS, OUTPUTS), acc, out_dtype=tl.int32)
+    total = tl.load(sums + sample * rows + m, mask=here, other=0)
+    odd = (total == _NAN_ROW).to(tl.int32)
+    _finish(
+        acc, tl.where(odd > 0, 0, total), odd, tl.load(scale), tl.load(shift), qmin, of_scale, of_shift, of_total, bias,
+        gain, residual + sample * r_batch + m * r_row, y + sample * rows * (OUTPUTS - CODES),
+        made + sample * rows * CODES, next_scale, next_shift, next_factors, next_min, next_max, m, n, here, OUTPUTS, OFF,
+        HAS_BIAS, RESIDUAL, HAS_GAIN, ACT, CODES, FACTORS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _row_codes(
+    x_at, z_at, norm_weight, norm_bias, inverse, moved, lower, upper, here, k, x_column, x_part, eps, qmin,
+    INPUTS: tl.constexpr, OFF: tl.constexpr, CODED: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
+    HAS_W: tl.constexpr, HAS_B: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """``_encoded`` of rows whose inputs are all in one block, with the norm's statistics."""
+    inside = (k < INPUTS)[None, :]
+    mask = here[:, None] & inside
+    v = _read(x_at, k, x_column, x_part, mask, PARTS)
+    if NORM == 1:
+        v = v - (tl.sum(v, 1) / INPUTS)[:, None]
+    if NORM % 3 != 0:
+        off = tl.where(inside, v, 0.0)
+        v = v * (1.0 / tl.sqrt_rn(tl.sum(off * off, 1) / INPUTS + eps))[:, None]
+    return _encoded(
+        v, z_at, k, mask, norm_weight, norm_bias, inverse, moved, lower, upper, qmin, INPUTS, OFF, CODED, HAS_W, HAS_B,
+        GATE,
+    )  # fmt: skip
 
 
 @triton.jit
