@@ -377,7 +377,7 @@ class _Layers:
             return False
         args = list(layer.args)
         if layer.target is conv2d_call:
-            weight = self.model.get_submodule(str(args[2].target))
+            weight: Any = self.model.get_submodule(str(args[2].target))
             if turned or not deployed.is_pointwise(weight.shape[2:] or (1, 1), args[4]):
                 return False
             args[6] = self._any_strides(node)

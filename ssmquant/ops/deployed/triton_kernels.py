@@ -150,8 +150,10 @@ def encode_rows(
     HAS_W: tl.constexpr, HAS_B: tl.constexpr, GATE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """What ``project`` multiplies, once for all blocks of outputs: codes, (samples, rows, WIDE) with zeros behind them,
-    and their sums, or the least integer for a row that has a NaN."""
+    """What ``project`` multiplies, once for all blocks of outputs.
+
+    Codes, (samples, rows, WIDE) with zeros behind them, and their sums, or the least integer for a row that has a NaN.
+    """
     _kernel_before(EARLY)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     here = m < rows
@@ -160,8 +162,9 @@ def encode_rows(
     inverse = tl.div_rn(1.0, a)
     k = tl.arange(0, BK)
     code, total, odd = _row_codes(
-        x + sample * x_batch + m * x_row, z + sample * z_batch + m * z_row, norm_weight, norm_bias, inverse, b * inverse,
-        qmin + 0.0, qmax + 0.0, here, k, x_column, x_part, eps, qmin, INPUTS, OFF, False, PARTS, NORM, HAS_W, HAS_B, GATE,
+        x + sample * x_batch + m * x_row, z + sample * z_batch + m * z_row, norm_weight, norm_bias, inverse,
+        b * inverse, qmin + 0.0, qmax + 0.0, here, k, x_column, x_part, eps, qmin, INPUTS, OFF, False, PARTS, NORM,
+        HAS_W, HAS_B, GATE,
     )  # fmt: skip
     to = codes + sample * rows * WIDE + m[:, None] * WIDE + k[None, :]
     tl.store(to, code, mask=here[:, None] & (k < WIDE)[None, :])
@@ -194,8 +197,8 @@ def multiply(
     _finish(
         acc, tl.where(odd > 0, 0, total), odd, tl.load(scale), tl.load(shift), qmin, of_scale, of_shift, of_total, bias,
         gain, residual + sample * r_batch + m * r_row, y + sample * rows * (OUTPUTS - CODES),
-        made + sample * rows * CODES, next_scale, next_shift, next_factors, next_min, next_max, m, n, here, OUTPUTS, OFF,
-        HAS_BIAS, RESIDUAL, HAS_GAIN, ACT, CODES, FACTORS,
+        made + sample * rows * CODES, next_scale, next_shift, next_factors, next_min, next_max, m, n, here, OUTPUTS,
+        OFF, HAS_BIAS, RESIDUAL, HAS_GAIN, ACT, CODES, FACTORS,
     )  # fmt: skip
 
 
