@@ -336,9 +336,9 @@ def conv2d(
 
     Dense, 1x1 without stride and padding (also of values that are clamped), or depthwise, which keeps the size. All are
     float32. ``act``: of the result of one of the last two; ``gain``, (C,): factors of x, for one of the first two.
-    ``residual``: of a 1x1, channels second as in the result, without factors; it is added behind ``act``. ``codes``: see
-    ``linear``, of all outputs of one of the last two. ``also``: of a depthwise one, a second quantizer, of which there
-    are codes too, in a tuple.
+    ``residual``: of a 1x1, channels second as in the result, without factors; it is added behind ``act``. ``codes``:
+    see ``linear``, of all outputs of one of the last two. ``also``: of a depthwise one, a second quantizer, of which
+    there are codes too, in a tuple.
 
     Returns:
         (B, outputs, H, W), channels last.
