@@ -66,7 +66,11 @@ def test_scans_that_forget(by_cpu: None, ladder: int) -> None:
     torch.manual_seed(0)
     operands = Operands(1, 200, 6, 5, 6, ladder=ladder)
     operands.bias += 8
-    close(operands.scan(Shape(2, 3, 2, 64)), operands.scan_on_cpu())
+    shape, want = Shape(2, 3, 2, 64), operands.scan_on_cpu()
+    close(operands.scan(shape), want)
+    bad = torch.zeros(200, dtype=torch.uint8)
+    bad[3] = 1
+    assert operands.scan(shape, bad).isnan().all(-1).all(-1)
 
 
 def test_blocks_of_channels_begin_where_copies_do() -> None:

@@ -8,9 +8,8 @@
 //
 //   scan_steps  codes of step sizes from their low rank, once for all passes; values where they are not quantized
 //   scan_ends   what each chunk adds to the state, from zero, and how much time it takes. Evenly spaced rates: from the
-//               last step back, with the decay of all steps behind, which needs no state until the product with B, and
-//               only as long as that decay leaves more than 2^-32: next to states of the same size float32 cannot
-//               hold that. Chunks of a block, a group, are put together there
+//               last step back, with the decay of all steps behind, which takes two products a state instead of three.
+//               Chunks of a block, a group, are put together there
 //   scan_carry  the states that enter groups of chunks
 //   scan_out    from there on once more, with results. Directions along the same path of pixels (one forward, one back)
 //               are walked by the same lane, one after the other, so that sums at a pixel have one order. Paths are
@@ -67,10 +66,9 @@ constexpr int OF_STEP = QUANT ? 1 : 4;                             // bytes of a
 constexpr int up(int n, int m) { return (n + m - 1) / m * m; }
 // Bytes of what a step has of its own in shared memory: u, step sizes, and codes of B and C.
 constexpr int U_ROW = up(LANES * CT, 16), STEP_ROW = up(LANES * CT * OF_STEP, 16), RECORD = U_ROW + STEP_ROW + up(4 * PAIRS, 16);
-constexpr int OF_U = U_ROW / 16, COPIED = OF_U + STEP_ROW / 16, VECTORS = COPIED + PAIRS;  // copies of 16 bytes, and of four
+constexpr int OF_U = U_ROW / 16, COPIED = OF_U + STEP_ROW / 16;    // copies of 16 bytes
 // Threads that work for one step: a power of two, at least n if there are so many.
 __host__ __device__ constexpr int spanned(int n, int span = 1) { return span >= n || 2 * span > THREADS ? span : spanned(n, 2 * span); }
-constexpr float LEAST_DECAY = 1.0f / 4294967296.0f;
 template <int N> struct alignas(4 * N) Floats { float x[N]; };
 struct alignas(16) Place {
     float scale, offset;  // of codes of B
@@ -188,7 +186,7 @@ struct Walk {
         }
     }
 
-    // Copies vectors of BYTES, `begin` to `end` of each step's: a thread has always the same ones.
+    // Begins COUNT copies of BYTES for each step of a stage, of what `source` says of each: a thread has always the same ones.
     template <int BYTES, int COUNT, class Source> __device__ __forceinline__ void bring(int turn, int to, Source source) const {
         constexpr int SPAN = spanned(COUNT), STEPS = THREADS / SPAN;
         const int thread = this_thread(), begin = thread / SPAN;
@@ -297,14 +295,7 @@ struct Walk {
         int turn = 0;
         for (int at = 0; at < p.chunk; at += STAGE, turn ^= 1) {
             copy_done();
-            if (BEHIND && SOFTPLUS) {
-                bool gone = true;
-#pragma unroll
-                for (int c = 0; c < CT; ++c) gone = gone && reach[c] < LEAST_DECAY && ratios[c] <= 1.0f;
-                if (__syncthreads_and(gone || !real)) break;
-            } else {
-                __syncthreads();
-            }
+            __syncthreads();
             put(turn);
             keep(found, of_found, turn ^ 1);
             __syncthreads();
