@@ -31,7 +31,7 @@ def linear_call(
     **between: Any,
 ) -> Any:
     """``deployed.linear`` in a graph; ``coded``: x is codes; ``between``: what else ``deploy_edges`` adds."""
-    _check(x, *(residual or ())[:1], coded=coded)
+    _check(x, *(residual or ())[:1], *between.get("more", ()), coded=coded)
     return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual, **between)
 
 
@@ -46,7 +46,7 @@ def gated_linear_call(
     **between: Any,
 ) -> Any:
     """``deployed.gated_linear`` in a graph."""
-    _check(x, z, *(residual or ())[:1])
+    _check(x, z, *(residual or ())[:1], *between.get("more", ()))
     return deployed.gated_linear(x, z, norm, of_x, weight, bias, residual, **between)
 
 

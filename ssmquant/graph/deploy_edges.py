@@ -1,11 +1,13 @@
 """What goes from one call of a deployed graph to the next, where kernels can hand on less than floats.
 
 - Codes: what only one quantizer reads is written as its codes, a byte instead of four.
-- Parts: what a scan computes along paths of pixels at once is added up by the layer that reads the sum.
+- Parts: what a scan computes along paths of pixels at once is added up by the layer that reads the sum, and so are
+  two sequences, as those of both directions, and what the sum is divided by.
 """
 
 from __future__ import annotations
 
+import math
 from operator import attrgetter
 from typing import Any
 
@@ -171,6 +173,52 @@ class _Edges:
         read = all(op_name(n) == "getitem" and n.args[1] in (0, 1) for n in chunk.users)
         return (made, chunk, half[-1]) if read else None
 
+    def sums(self, reader: fx.Node) -> None:
+        """Leaves it to ``reader`` to add up two tensors, and to scale the sum."""
+        at, quantizer = (2, 3) if reader.target is gated_linear_call else (4, 1)  # norm
+        of_x: Any = reader.args[quantizer]
+        if reader.kwargs or not deployed.static(self.model.get_submodule(str(of_x.target))):
+            return
+        last: Any = reader
+        node: Any = reader.args[0]
+        factor = self._factor(node) if self._alone(node, last) else None
+        if factor is not None:
+            if reader.args[at] is not None:
+                return
+            last, node = node, node.args[0]
+        if not self._alone(node, last) or op_name(node) != "add" or len(node.args) != 2 or node.kwargs:
+            return
+        terms: Any = node.args
+        shapes = [shape_of(n) if isinstance(n, fx.Node) else None for n in (node, *terms)]
+        if None in shapes or len(set(shapes)) > 1 or terms[0] is terms[1]:
+            return
+        if any(n.meta.get("storage") in self.written for n in (node, *terms)):
+            return
+        args = [terms[0], *reader.args[1:]]
+        if factor is not None:
+            args[at] = (factor,)
+        reader.args = tuple(args)
+        reader.kwargs = {"more": (terms[1],)}
+        for gone in (last, node) if last is not reader else (node,):
+            self.graph.erase_node(gone)
+
+    def _alone(self, node: Any, reader: fx.Node) -> bool:
+        """Whether a node is read by ``reader`` alone, and once."""
+        known = isinstance(node, fx.Node) and list(node.users) == [reader] and not node.meta.get("mutates")
+        return known and _occurrences(reader, node) == 1
+
+    def _factor(self, node: fx.Node) -> float | None:
+        """The number that a value is multiplied with; of divisions by powers of two, where that is the same."""
+        name = op_name(node)
+        if name not in ("mul", "truediv", "div") or len(node.args) != 2 or node.kwargs:
+            return None
+        number = node.args[1]
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            return None
+        if name == "mul":
+            return float(number)
+        return 1.0 / number if abs(math.frexp(number)[0]) == 0.5 else None
+
     def parts(self, reader: fx.Node) -> None:
         """Leaves it to ``reader`` to add up what a scan computes along paths at once."""
         way = self._way(reader)
@@ -242,3 +290,4 @@ def deploy_edges(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> 
     for node in list(graph.nodes):
         if node.target in (linear_call, gated_linear_call):
             edges.parts(node)
+            edges.sums(node)

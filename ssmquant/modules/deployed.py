@@ -26,6 +26,7 @@ from ssmquant.modules.deployed_values import (
     engine_of,
     goes_between,
     grid_of,
+    in_a_call,
     inner,
     kept,
     matrix,
@@ -154,7 +155,8 @@ of these columns before (None: none)."""
 Act = nn.Module | str | None
 """``"silu"`` or ``"gelu"``, or a module that was one of these when the graph was made."""
 LastNorm = tuple[Any, ...] | None
-"""None, ``(module,)``, or ``(rms, weight, bias, eps)``: a norm over the last axis. ``(gain,)``: factors alone."""
+"""None, ``(module,)``, or ``(rms, weight, bias, eps)``: a norm over the last axis. ``(gain,)``: factors alone, a tensor
+or one number for all."""
 NORMS = nn.LayerNorm, nn.RMSNorm
 NORM_FUNCTIONS = F.layer_norm, F.rms_norm, torch.rms_norm
 
@@ -218,8 +220,12 @@ def _fused_norm(
     """
     if norm is None:
         return x, None, more
-    if isinstance(norm[0], Tensor):
-        factors = Norm(norm[0].to(x.dtype).contiguous(), None, 0.0, factors=True)
+    gain = norm[0]
+    if isinstance(gain, float):
+        size, device, number = x.shape[-1], x.device, gain
+        gain = in_a_call(("factor", number, size, device), lambda: torch.full((size,), number, device=device))
+    if isinstance(gain, Tensor):
+        factors = Norm(gain.to(x.dtype).contiguous(), None, 0.0, factors=True)
         return _dense(x), factors, tuple(map(_dense, more))
     found = _norm_of(norm, x.dtype)
     if found is None:

@@ -235,6 +235,57 @@ def test_scans_whose_result_is_read_in_other_ways_are_summed(form: str) -> None:
     assert "apart" not in cores[0].kwargs
 
 
+def test_both_directions_of_a_sequence_are_added_up_by_the_layer_behind_them() -> None:
+    """With what their sum is divided by."""
+    model, _ = make("vim", QConfig.minmax(8, 8))
+    graph = deploy(record(model).graph, model, cuda)
+    gated = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "gated_linear_call"]
+    assert len(gated) == 2
+    for n in gated:
+        (more,) = n.kwargs["more"]
+        assert all(getattr(t.target, "__name__", "") == "sequence_core" for t in (n.args[0], more))
+        assert n.args[2] == (0.5,)
+
+
+class Summed(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.second, self.last = how, nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 5)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Any:
+        a, b = F.tanh(self.first(x)), F.tanh(self.second(x))
+        if self.how == "read twice":
+            y = a + b
+            return self.last(y), y
+        if self.how == "twice":
+            return self.last(a + a)
+        if self.how == "a third":
+            return self.last((a + b) / 3)
+        if self.how == "broadcast":
+            return self.last(a + b[:, :1])
+        if self.how == "scaled and normed":
+            return self.last(self.norm((a + b) / 2))
+        if self.how == "normed":
+            return self.last(self.norm(a + b))
+        return self.last((a + b) * 3 if self.how == "three times" else a + b)
+
+
+@pytest.mark.parametrize(
+    ("how", "fused"),
+    [
+        ("plain", True), ("three times", True), ("normed", True), ("a third", False), ("twice", False),
+        ("read twice", False), ("broadcast", False), ("scaled and normed", False),
+    ],
+)  # fmt: skip
+def test_sums(how: str, fused: bool) -> None:
+    torch.manual_seed(0)
+    model = converted(Summed(how), QConfig.minmax(8, 8, keep_first_last=False), torch.randn(2, 7, 6))
+    graph = deploy(record(model).graph, model, cuda)
+    last = [n for n in graph.nodes if n.target is linear_call][-1]
+    assert bool(last.kwargs.get("more")) == fused
+
+
 def test_activations_that_are_watched_are_followed_by_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that has to be called itself gives floats, which are encoded behind it."""
     torch.manual_seed(0)

@@ -338,31 +338,32 @@ def convolve(
     padding: tuple[int, int],
     norm: Norm | None = None,
 ) -> Tensor:
-    """See ``cpu.convolve``; ``norm`` can only be factors. x: float32, or int8 codes as those of ``encode``."""
-    factors = None if norm is None else norm.weight
-    levels = grid.qmax - grid.qmin + 1
-    of_weights, inputs = weights.codes, x.shape[3]
-    if x.dtype != torch.int8 and kernel[0] * kernel[1] > 2 and levels <= BETWEEN:
-        x, factors = encode(x, grid, factors), None  # once, and not for every tap
+    """See ``cpu.convolve``; ``norm`` can only be factors. x: float32, or int8 codes as those of ``encode``.
+
+    Raises:
+        InputError: too many channels, pixels or samples.
+    """
+    batch, x_height, x_width, inputs = x.shape
+    coded, of_pixels, of_weights = x.dtype == torch.int8, None, weights.codes
+    if not coded:  # encoded once, and not for every tap
+        if inputs > _MOST_OF_ROW:
+            raise InputError(f"deployed: convolutions on GPUs take {_MOST_OF_ROW} channels, not {inputs}")
+        rows = x.flatten(1, 2)
+        codes, of_pixels = _row_codes(rows, 0, 1, (batch, rows.shape[1]), grid, norm, None)
+        x = codes.view(batch, x_height, x_width, -1)
         if weights.tiles is not None:  # with the zeros behind both, which make vectors whole
             of_weights, inputs = weights.tiles, weights.tiles.shape[-1]
-    batch, x_height, x_width, _ = x.shape
     height, width = conv_size((x_height + 2 * padding[0], x_width + 2 * padding[1]), kernel, dilation, stride)
     outputs, pixels = weights.outputs, height * width
     y = torch.empty(batch, height, width, outputs, dtype=torch.float32, device=x.device)
     _small_enough(x, y)
     tensors = (
-        x, factors, grid.scale, grid.shift, of_weights, weights.scale, weights.shift, weights.total, bias, y
+        x, of_pixels, grid.scale, grid.shift, of_weights, weights.scale, weights.shift, weights.total, bias, y
     )  # fmt: skip
-    numbers = (
-        pixels, height, width, x_height, x_width, *x.stride(), grid.qmin, grid.qmax, *padding, *stride
-    )  # fmt: skip
-    bm, bn = _rows_at_once(batch * pixels), min(_power(outputs), 64)
+    numbers = pixels, height, width, x_height, x_width, *x.stride(), grid.qmin, *padding, *stride
+    bm, bn = _rows_at_once(batch * pixels), min(_power(outputs), 128)
     bk = min(_power(inputs, 32), 128)
-    constants = (
-        inputs, outputs, _off(grid), *kernel, *dilation, x.dtype == torch.int8, factors is not None, bias is not None,
-        bm, bn, bk,
-    )  # fmt: skip
+    constants = inputs, outputs, _off(grid), *kernel, *dilation, coded, bias is not None, bm, bn, bk
     _launch("conv", (-(-pixels // bm), -(-outputs // bn), batch), tensors, numbers, constants)
     return y
 

@@ -444,15 +444,16 @@ def _value(acc, sums, a, b, qmin, of_scale, of_shift, of_total, n, OUTPUTS: tl.c
 
 @triton.jit
 def conv(
-    x, factors, scale, shift, weights, of_scale, of_shift, of_total, bias, y,
-    pixels, height, width, x_height, x_width, x_batch, x_down, x_right, x_column, qmin, qmax, above, before,
-    step_down, step_right,
+    x, of_pixels, scale, shift, weights, of_scale, of_shift, of_total, bias, y,
+    pixels, height, width, x_height, x_width, x_batch, x_down, x_right, x_column, qmin, above, before, step_down,
+    step_right,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    DOWN: tl.constexpr, RIGHT: tl.constexpr, CODED: tl.constexpr, FACTORS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+    DOWN: tl.constexpr, RIGHT: tl.constexpr, CODED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A dense convolution: a block of a sample's output pixels by a block of outputs.
+    """A dense convolution of codes: a block of a sample's output pixels by a block of outputs.
 
+    ``x``, ``of_pixels``: codes and their sums as ``encode_rows`` makes them; CODED: codes from 0, -1 for NaN.
     ``weights``: (taps, OUTPUTS, INPUTS) int8; ``of_total``: (taps, OUTPUTS). The border is no code but zero: its taps
     add nothing at all.
     """
@@ -460,49 +461,48 @@ def conv(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     here, out = m < pixels, n < OUTPUTS
-    column, line = m % width, m // width
+    left, top = m % width * step_right - before, m // width * step_down - above
     sample = tl.program_id(2).to(tl.int64)
     x_at = x + sample * x_batch
-    a, b = tl.load(scale), tl.load(shift)
-    inverse = tl.div_rn(1.0, a)
-    moved = b * inverse
-    lower, upper = qmin + 0.0, qmax + 0.0  # an integer that is 1 is a constant
-    origin = (qmin + OFF) * a - b
     sums = tl.zeros([BM], tl.int32)
-    acc = tl.zeros([BM, BN], tl.int32)
     odd = tl.zeros([BM], tl.int32)
-    offset = tl.zeros([BM, BN], tl.float32)
-    for tap in range(KH * KW):
-        i = line * step_down - above + tap // KW * DOWN
-        j = column * step_right - before + tap % KW * RIGHT
+    acc = tl.zeros([BM, BN], tl.int32)
+    BLOCKS: tl.constexpr = (INPUTS + BK - 1) // BK
+    for step in range(KH * KW * BLOCKS):  # one loop, so that what it reads is on its way early
+        tap, k = step // BLOCKS, step % BLOCKS * BK + tl.arange(0, BK)
+        i, j = top + tap // KW * DOWN, left + tap % KW * RIGHT
         inside = here & (i >= 0) & (i < x_height) & (j >= 0) & (j < x_width)
         at = x_at + i * x_down + j * x_right
-        for k0 in range(0, INPUTS, BK):
-            k = k0 + tl.arange(0, BK)
-            mask = inside[:, None] & (k < INPUTS)[None, :]
-            v = tl.load(at[:, None] + k[None, :] * x_column, mask=mask, other=0)
-            if CODED:
-                code, more, nans = _held(v)
-            else:
-                if FACTORS:
-                    v = v * tl.load(factors + k, mask=k < INPUTS, other=0.0)[None, :]
-                u = _index(v, inverse, moved, lower, upper)
-                nans = tl.sum((u != u).to(tl.int32), 1)
-                of_x = tl.where(mask, u.to(tl.int32) - (qmin + OFF), 0)
-                more = tl.sum(of_x, 1)
-                code = of_x.to(tl.int8)
+        code = tl.load(
+            at[:, None] + k[None, :] * x_column, mask=inside[:, None] & (k < INPUTS)[None, :], other=0
+        )
+        if CODED:
+            code, more, nans = _held(code)
             sums += more
             odd += nans
-            w = tl.load(
-                weights + tap * (OUTPUTS * INPUTS) + n[None, :] * INPUTS + k[:, None],
-                mask=out[None, :] & (k < INPUTS)[:, None], other=0,
-            )  # fmt: skip
-            acc = tl.dot(code, w, acc, out_dtype=tl.int32)
-        total = tl.load(of_total + tap * OUTPUTS + n, mask=out, other=0.0)
-        offset += tl.where(inside[:, None], origin * total[None, :], 0.0)
+        acc = tl.dot(
+            code,
+            _weights_at(weights + tap * (OUTPUTS * INPUTS), n, k, INPUTS, OUTPUTS),
+            acc,
+            out_dtype=tl.int32,
+        )
+    if not CODED:
+        for tap in range(KH * KW):
+            i, j = top + tap // KW * DOWN, left + tap % KW * RIGHT
+            inside = here & (i >= 0) & (i < x_height) & (j >= 0) & (j < x_width)
+            more = tl.load(of_pixels + sample * x_height * x_width + i * x_width + j, mask=inside, other=0)
+            odd += (more == _NAN_ROW).to(tl.int32)
+            sums += tl.where(more == _NAN_ROW, 0, more)
+    a, b = tl.load(scale), tl.load(shift)
+    origin = (qmin + OFF) * a - b
     ws = tl.load(of_scale + n, mask=out, other=0.0)
     wt = tl.load(of_shift + n, mask=out, other=0.0)
-    value = a * (ws[None, :] * acc.to(tl.float32) - wt[None, :] * sums.to(tl.float32)[:, None]) + offset
+    value = a * (ws[None, :] * acc.to(tl.float32) - wt[None, :] * sums.to(tl.float32)[:, None])
+    for tap in range(KH * KW):
+        i, j = top + tap // KW * DOWN, left + tap % KW * RIGHT
+        inside = (i >= 0) & (i < x_height) & (j >= 0) & (j < x_width)
+        total = tl.load(of_total + tap * OUTPUTS + n, mask=out, other=0.0)
+        value += tl.where(inside[:, None], origin * total[None, :], 0.0)
     if HAS_BIAS:
         value = value + tl.load(bias + n, mask=out, other=0.0)[None, :]
     value = tl.where((odd > 0)[:, None], float("nan"), value)
