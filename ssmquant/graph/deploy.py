@@ -20,7 +20,7 @@ from ssmquant.graph.orders import shape_of
 from ssmquant.graph.sites import op_name
 from ssmquant.modules.deployed import Engine
 
-__all__ = ["deploy", "kernels"]
+__all__ = ["deploy", "kernels", "left_out"]
 
 
 def deploy(graph: fx.Graph, model: nn.Module, engine: Engine) -> fx.Graph:
@@ -78,6 +78,12 @@ def _earlier(model: nn.Module, node: Any, dim: Any) -> tuple[Any, Any]:
         else:
             break
     return node, dim
+
+
+def left_out(graph: fx.Graph) -> list[str]:
+    """The modules that ``deploy`` has left out of its graph, for they do nothing: in eval mode and without hooks."""
+    found: list[str] = graph.output_node().meta.get("left_out", [])
+    return found
 
 
 def kernels(graph: fx.Graph) -> dict[str, str]:

@@ -31,7 +31,9 @@ def linear_call(
     **between: Any,
 ) -> Any:
     """``deployed.linear`` in a graph; ``coded``: x is codes; ``between``: what else ``deploy_edges`` adds."""
-    _check(x, *(residual or ())[:1], *between.get("more", ()), coded=coded)
+    more = between.get("more", ())
+    _check(x, *(residual or ())[:1], *more, coded=coded)
+    _check_shapes((*x.shape[:-1], weight.shape[0]), residual, x, *more)
     return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual, **between)
 
 
@@ -46,7 +48,9 @@ def gated_linear_call(
     **between: Any,
 ) -> Any:
     """``deployed.gated_linear`` in a graph."""
-    _check(x, z, *(residual or ())[:1], *between.get("more", ()))
+    more = between.get("more", ())
+    _check(x, z, *(residual or ())[:1], *more)
+    _check_shapes((*x.shape[:-1], weight.shape[0]), residual, x, z, *more)
     return deployed.gated_linear(x, z, norm, of_x, weight, bias, residual, **between)
 
 
@@ -67,8 +71,10 @@ def conv2d_call(
     _check(x, *(residual or ())[:1], coded=coded)
     stride, padding, dilation = window
     sizes = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
-    if min(cpu.conv_size(sizes, weight.shape[2:] or (1, 1), dilation, stride)) < 1:
+    size = cpu.conv_size(sizes, weight.shape[2:] or (1, 1), dilation, stride)
+    if min(size) < 1:
         raise Unfit
+    _check_shapes((len(x), weight.shape[0], *size), residual)
     y = deployed.conv2d(x, of_x, weight, bias, window, act, gain, residual, **between)
     return y if last else y.contiguous()
 
@@ -99,4 +105,12 @@ def _check(first: Tensor, *tensors: Any, coded: bool = False) -> None:
     if first.dtype != (torch.int8 if coded else torch.float32):
         raise Unfit
     if any(t.dtype != torch.float32 for t in tensors) or not all(t.numel() for t in (first, *tensors)):
+        raise Unfit
+
+
+def _check_shapes(shape: tuple[int, ...], residual: deployed.Residual, *alike: Tensor) -> None:
+    """At the sizes of the trace an axis of 1 may hide that a sum is one of tensors of other shapes."""
+    if residual is not None and residual[0].shape != shape:
+        raise Unfit
+    if any(t.shape != alike[0].shape for t in alike):
         raise Unfit

@@ -182,10 +182,11 @@ class _Layers:
         with self.graph.inserting_before(node):
             owners = self._owner(x), self._owner(weight)
             norm = None
-            pointwise = deployed.is_pointwise(packed.shape[2:] or (1, 1), window)
+            depthwise = deployed.is_depthwise(packed)
+            pointwise = not depthwise and deployed.is_pointwise(packed.shape[2:] or (1, 1), window)
             if pointwise and gain is None and deployed.static(of_x) and _is_channels_first(value):
                 norm = self._norm(self._any_layout(value.args[0]))
-            if pointwise or packed.shape[1] == 1:
+            if pointwise or depthwise:
                 last, act = self._activation(node)
             if norm is not None:  # a product of rows, which then are channels first
                 before, fused = self._before(norm, value), self._norm_of(norm)
@@ -378,7 +379,8 @@ class _Layers:
         args = list(layer.args)
         if layer.target is conv2d_call:
             weight: Any = self.model.get_submodule(str(args[2].target))
-            if turned or not deployed.is_pointwise(weight.shape[2:] or (1, 1), args[4]):
+            pointwise = deployed.is_pointwise(weight.shape[2:] or (1, 1), args[4])
+            if turned or not pointwise or deployed.is_depthwise(weight):
                 return False
             args[6] = self._any_strides(node)
         image = turned or layer.target is conv2d_call
@@ -398,14 +400,16 @@ class _Layers:
         self._erase(node, value, layer, other)
         return True
 
-    def drop_identity(self, node: fx.Node) -> None:
-        """Leaves out a module that gives back what it gets: of a deployed model, which is in eval mode."""
+    def drop_identity(self, node: fx.Node) -> str | None:
+        """Leaves out a module that gives back what it gets in eval mode; its name."""
         if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
-            return
-        kind = type(self.model.get_submodule(str(node.target)))
-        if kind in (nn.Identity, nn.Dropout) or kind.__name__ in MODE_DEPENDENT:
-            node.replace_all_uses_with(node.args[0])
-            self.graph.erase_node(node)
+            return None
+        module = self.model.get_submodule(str(node.target))
+        if type(module) not in (nn.Identity, nn.Dropout) and not _drops_paths(module, shape_of(node)):
+            return None
+        node.replace_all_uses_with(node.args[0])
+        self.graph.erase_node(node)
+        return str(node.target)
 
     def _scaled(self, node: fx.Node, user: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         """(x, gain) where ``node``, which only ``user`` reads, is x by a vector of its last axis."""
@@ -556,6 +560,18 @@ def _without_ones(weight: fx.Node) -> fx.Node:
     return node if same else weight
 
 
+def _drops_paths(module: nn.Module, shape: Any) -> bool:
+    """Whether a module, by the name of its class, drops paths in training, and does nothing in eval mode."""
+    if type(module).__name__ not in MODE_DEPENDENT or shape is None or module.training or hooks_of(module):
+        return False
+    probe = torch.ones([1] * len(shape))
+    try:
+        with torch.no_grad():
+            return torch.equal(module(probe), probe)
+    except Exception:  # of a user's class, that wants something else
+        return False
+
+
 def _is_channels_first(value: Any) -> bool:
     return (
         isinstance(value, fx.Node) and op_name(value) == "permute" and tuple(value.args[1:]) == (0, 3, 1, 2)
@@ -566,8 +582,8 @@ def deploy_layers(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) ->
     """Replaces the layers of ``graph``, in place; whether there was one."""
     layers = _Layers(graph, model, engine)
     changed = False
-    for node in list(graph.nodes):
-        layers.drop_identity(node)
+    dropped = {layers.drop_identity(node) for node in list(graph.nodes)} - {None}
+    graph.output_node().meta["left_out"] = sorted(map(str, dropped))
     for node in list(graph.nodes):
         changed |= layers.layer(node) if node.target in (F.linear, F.conv2d) else layers.product(node)
     for node in list(graph.nodes):

@@ -23,7 +23,7 @@ from ssmquant.config import QConfig
 from ssmquant.errors import ConfigError, SsmquantError, TraceError
 from ssmquant.graph.bank import bank_weights
 from ssmquant.graph.cuda_graphs import CudaGraphs, restorer
-from ssmquant.graph.deploy import deploy, kernels
+from ssmquant.graph.deploy import deploy, kernels, left_out
 from ssmquant.graph.fuse import Unfit, fuse
 from ssmquant.graph.layers import faster_layers
 from ssmquant.graph.patches import PATCH_LOCK
@@ -75,7 +75,7 @@ class Record:
     def __call__(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Runs the graph, in the form that suits the call."""
         form = _form(model, tensors)
-        if form is None or _watched(model):
+        if form is None or _watched(model) or (form != TRAINING and self._leaves_out_what_acts(model, form)):
             return self.run(model, *tensors)
         runtime = runtime_of(model)
         if form == TRAINING:
@@ -124,6 +124,11 @@ class Record:
             engine = engine_of(torch.device(device))
             self.deployed[device] = self.graph if modes else deploy(self.graph, model, engine)
         return self.deployed[device]
+
+    def _leaves_out_what_acts(self, model: nn.Module, device: str) -> bool:
+        """Whether a module that a deployed graph does without has hooks, or is in training mode by itself."""
+        modules = map(model.get_submodule, left_out(self._deployed(model, device)))
+        return any(m.training or hooks_of(m) for m in modules)
 
     def _fuse(self, model: nn.Module, form: str) -> Callable[..., Any]:
         if form != TRAINING:

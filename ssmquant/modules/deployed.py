@@ -98,7 +98,10 @@ def _project(
     weights = matrix(weight, (weight.shape[0], x.shape[2]))
     if residual is not None:
         rows, gain = residual
-        residual = _dense(rows).reshape(*x.shape[:2], -1), None if gain is None else gain.contiguous()
+        residual = (
+            _dense(rows).reshape(*x.shape[:2], weights.outputs),
+            None if gain is None else gain.contiguous(),
+        )
     q = inner(of_x)
     grid = kept(q, "grid", partial(row_grid, q)) if isinstance(q, Token) else grid_of(of_x, no_moments, 0)
     project = engine_of(x.device).project
@@ -353,6 +356,7 @@ def conv2d(
     engine = engine_of(x.device)
     outputs, inputs, *kernel = weight.shape if len(weight.shape) > 2 else (*weight.shape, 1, 1)
     if inputs == 1 and outputs == x.shape[1]:
+        assert residual is None
         image = x.permute(0, 2, 3, 1)
         batch = x.shape[0]
         grid = grid_of(of_x, lambda: cpu.moments(image), x.numel() // batch)
@@ -381,6 +385,7 @@ def conv2d(
         made: Tensor = rows.permute(0, 3, 1, 2)
         return made
     assert act is None
+    assert residual is None
     taps = packed_for(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = grid_of(of_x, no_moments, 0)
     image, first, _ = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))

@@ -269,6 +269,81 @@ def test_residuals_of_images_are_part_of_the_layers_before_them(checked: dict[st
     assert len(found) == 6  # two of each block
 
 
+class Layers(nn.Module):
+    """``form``: how they are put together."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.norm = form, nn.LayerNorm(8)
+        self.first, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.single, self.rows = nn.Conv2d(8, 8, 1, groups=8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "depthwise":
+            x = self.first(x)
+            return x + self.single(x)
+        if self.form == "depthwise behind a norm":
+            y = self.norm(self.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.last(self.single(y))
+        small = x.mean((2, 3), keepdim=True)
+        if self.form == "residual of one pixel":
+            return self.first(x) + self.last(small)
+        if self.form == "result of one pixel":
+            return self.first(small) + x
+        return (self.rows(small.permute(0, 2, 3, 1)) + x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "depthwise",
+        "depthwise behind a norm",
+        "residual of one pixel",
+        "result of one pixel",
+        "rows of one pixel",
+    ],
+)
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (6, 5)])
+def test_sums_that_are_no_residuals(form: str, size: tuple[int, int]) -> None:
+    """Also those that have the same shapes at the size of the example alone."""
+    torch.manual_seed(0)
+    example = torch.randn(2, 8, 1, 1)
+    model = converted(Layers(form), QConfig.minmax(8, 8, keep_first_last=False), example)
+    x = torch.randn(2, 8, *size)
+    with torch.no_grad():
+        got = model(x)
+    torch.testing.assert_close(got, unfused(model, x), rtol=1e-4, atol=1e-5)
+
+
+class DropPath(nn.Module):
+    """Another one than the usual: of what it leaves it has the expectation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5
+
+
+@pytest.mark.parametrize("how", ["training", "hook", "another class"])
+def test_what_does_something_in_eval_mode_is_not_left_out(how: str) -> None:
+    torch.manual_seed(0)
+    middle: nn.Module = {"training": nn.Dropout(0.5), "hook": nn.Identity()}.get(how, DropPath())
+    x = torch.randn(3, 8)
+    layers = nn.Sequential(nn.Linear(8, 8), middle, nn.Linear(8, 8))
+    model = converted(layers, QConfig.minmax(8, 8, keep_first_last=False), x)
+    before = fused(model, x)
+    if how == "training":
+        model[1].train()
+        with torch.no_grad():
+            assert not torch.equal(model(x), model(x))
+        model[1].eval()
+    elif how == "hook":
+        handle = model[1].register_forward_hook(lambda module, args, out: out * 2)
+        with torch.no_grad():
+            assert not torch.allclose(model(x), before, rtol=0.1)
+        handle.remove()
+    torch.testing.assert_close(fused(model, x), before)
+    torch.testing.assert_close(before, unfused(model, x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["mambair", "vmamba"])
 def test_frozen(family: str, checked: dict[str, int]) -> None:
     model, x = make(family, dynamic(4), dls="frozen")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed import ScanOperands, cpu, cuda
+from ssmquant.ops.deployed import ScanOperands, cpu, cuda, cuda_scan
 from ssmquant.ops.deployed.cuda_scan import Case, Scan, Shape, choose
 from tests.ops import emulator
 from tests.ops.deployed_cuda import Operands, emulated
@@ -46,23 +48,25 @@ def test_scans(by_cpu: None, options: dict[str, Any], shape: Shape | None) -> No
 @FEW
 @given(
     st.integers(1, 2), st.sampled_from([1, 15, 16, 17, 49, 64, 80]), st.sampled_from([1, 4, 7, 32]),
-    st.sampled_from([1, 2, 5]), st.sampled_from([1, 4, 6]), st.integers(0, 1000),
+    st.sampled_from([1, 2, 5]), st.sampled_from([1, 4, 6, 33]), st.integers(0, 1000), st.booleans(),
 )  # fmt: skip
-def test_scans_of_any_size(batch: int, pixels: int, channels: int, states: int, rank: int, seed: int) -> None:
+def test_scans_of_any_size(
+    batch: int, pixels: int, channels: int, states: int, rank: int, seed: int, late: bool
+) -> None:
     if emulator.COMPILER is None:
         pytest.skip("needs g++ or clang++ on Linux")
     torch.manual_seed(seed)
     columns = 2 if channels % 2 == 0 else 1
     operands = Operands(batch, pixels, channels, states, rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvrtc, "load", lambda source, _: emulated(source))
+        patch.setattr(nvrtc, "load", lambda source, _: emulated(source, late))
         lanes = min(8, channels // columns)
         close(operands.scan(Shape(columns, lanes, 2, 16)), operands.scan_on_cpu())
 
 
 @pytest.mark.parametrize("ladder", [1, 2])
 def test_scans_that_forget(by_cpu: None, ladder: int) -> None:
-    """Chunks are left as soon as nothing of what came before them matters."""
+    """Of the first steps of a chunk nothing is left at its end, but a NaN."""
     torch.manual_seed(0)
     operands = Operands(1, 200, 6, 5, 6, ladder=ladder)
     operands.bias += 8
@@ -96,30 +100,41 @@ def test_a_nan_reaches_what_comes_after_it(by_cpu: None) -> None:
     close(got[1], want[1].double())
 
 
+@pytest.mark.parametrize(
+    ("channels", "states", "quantized"), [(16, 16, True), (72, 10, False), (6, 64, True), (130, 16, True)]
+)
+def test_shapes_that_are_chosen(
+    channels: int, states: int, quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several groups, with as many registers for them as there are."""
+    if emulator.COMPILER is None:
+        pytest.skip("needs g++ or clang++ on Linux")
+    torch.manual_seed(0)
+    monkeypatch.setattr(nvrtc, "load", lambda source, _: emulated(source))
+    monkeypatch.setattr(cuda_scan, "_processors", lambda _: 132)
+    operands = Operands(1, 700, channels, states, 5, quantized=quantized, paths=1)
+    steps = cuda.pack(*operands.steps)
+    assert Scan(operands.size, operands.operands(lambda g: g, lambda t: t, steps)).groups > 1
+    close(operands.scan(), operands.scan_on_cpu())
+
+
 def test_shapes() -> None:
-    for batch, pixels, channels in (
-        (1, 4096, 72),
-        (1, 230400, 72),
-        (64, 49, 768),
-        (64, 197, 384),
-        (3, 5, 7),
-        (1, 1, 1),
-    ):
-        shape = choose(batch, pixels, channels, 16, 2, 132)
+    sizes = (1, 4096), (1, 230400), (8, 3136), (64, 49), (64, 197), (3, 5), (1, 1)
+    widths = 1, 7, 16, 37, 60, 72, 98, 128, 180, 256, 384, 400, 512, 768, 1024, 3072
+    forms = (True, 16), (True, 0), (False, 0)
+    for (batch, pixels), channels, states, form in product(sizes, widths, (1, 3, 10, 16, 64), forms):
+        shape = choose(batch, pixels, channels, states, 2, 132, *form)
         assert shape.steps % shape.stage == 0
         assert shape.stage % shape.group == 0
         assert channels % shape.columns == 0
         assert shape.lanes * shape.chunks <= 256
-        blocks = -(-channels // (shape.lanes * shape.columns))
-        assert blocks * shape.lanes * shape.columns >= channels
-        case = Case(shape, 16, 48, True, 16, 2, True)
-        assert case.shared(True) < 99 * 1024  # of a block on any GPU since sm_80
-    for channels, states in ((8, 16), (16, 32), (6, 64)):  # where many chunks would need too much of it
-        torch.manual_seed(0)
-        operands = Operands(1, 400, channels, states, 4, paths=1)
-        steps = cuda.pack(*operands.steps)
-        made = Scan(operands.size, operands.operands(lambda g: g, lambda t: t, steps))
-        assert made.case.shared(True) <= 96 * 1024
+        width = shape.lanes * shape.columns
+        blocks = -(-channels // width)
+        assert blocks == 1 or width % 16 == 0
+        groups = math.ceil(math.ceil(pixels / shape.steps) / shape.chunks)
+        assert not shape.held or shape.held * shape.segments >= groups
+        case = Case(shape, states, 48, *form, 2, True)
+        assert max(map(case.shared, (False, True))) <= 96 * 1024  # any GPU since sm_80 has 99 KB for a block
 
 
 def test_scans_that_are_too_large() -> None:

@@ -141,10 +141,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
 #pragma unroll
     for (int i = 0; i < KH * KW; ++i, of_weight += p.channels)
         weight[i] = *reinterpret_cast<const Floats<PER> *>(of_weight);
+    kernel_before();  // a bias may be made by a kernel of the same graph
     const Floats<PER> bias = *reinterpret_cast<const Floats<PER> *>(p.bias + channel);
     const Floats<PER> factors = FACTORS ? *reinterpret_cast<const Floats<PER> *>(p.next_factors + channel) : Floats<PER>{};
     const float next_scale = CODES ? p.next_scale[0] : 1.0f, next_shift = CODES ? p.next_shift[0] : 0.0f;
-    kernel_before();
     const int up = top - REACH_DOWN / 2, before = left - REACH_RIGHT / 2;
     if (up >= 0 && up + TEAMS * LINES_IN_ALL <= p.height && before >= 0 && before + BROAD <= p.width &&
         first_channel + LANES <= p.channels)

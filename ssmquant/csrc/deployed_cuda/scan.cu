@@ -466,6 +466,7 @@ extern "C" __global__ void __launch_bounds__(256) scan_steps(const Params p) {
     for (int i = 0; i < 3; ++i) affine[i] = four(p.affine, k * 3 + i);
     const int count = p.batch * p.pixels, begins = blockIdx.x * p.stretch, ends = begins + p.stretch < count ? begins + p.stretch : count;
     const int first = begins + threadIdx.x / lanes, each = p.directions * p.size_row, most = p.qmax - p.qmin;
+    const float least = float(p.qmin);
     const unsigned *from = p.codes + k * EACH;
     unsigned char *to = p.sizes + k * p.size_row + d * OF_STEP;
     kernel_before();
@@ -490,8 +491,7 @@ extern "C" __global__ void __launch_bounds__(256) scan_steps(const Params p) {
 #pragma unroll
                 for (int w = 0; w < WORDS; ++w) dot = dot4(word[i][w], as_int(weight[w].x[c]), dot);
                 x.x[c] = fmaf(affine[0].x[c], as_float(dot) - MAGIC, fmaf(affine[1].x[c], as_float(sum) - MAGIC, affine[2].x[c]));
-                const int level = as_int(x.x[c] + MAGIC) - (as_int(MAGIC) + p.qmin);  // of what is far away too: on that side
-                made[c] = max(min(level, most), 0);
+                made[c] = min(as_int(fmaxf(x.x[c], least) + MAGIC) - (as_int(MAGIC) + p.qmin), most);
             }
             if (begin + i * rows >= ends) break;
             unsigned char *result = to + row_of(begin + i * rows, each);
@@ -584,4 +584,6 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(cons
     }
 }
 
+#ifdef EMULATED
 constexpr int ENDS_BYTES = Walk<false>::bytes(), OUT_BYTES = Walk<true>::bytes(), CARRY_BYTES = 2 * 4 * COLUMNS * SEGMENTS;
+#endif

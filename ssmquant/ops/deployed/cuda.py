@@ -258,6 +258,7 @@ def _row_codes(
     inputs = x.shape[2]
     wide, bk = -(-inputs // _VECTOR) * _VECTOR, _power(inputs, 32)
     codes = torch.empty(count * rows, wide, dtype=torch.int8, device=x.device)
+    _small_enough(codes.view(count, rows, wide))
     sums = torch.empty(count * rows, dtype=torch.int32, device=x.device)
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     bm = max(1, 4096 // bk)

@@ -154,7 +154,7 @@ def depthwise(
         InputError: an image has 2**31 elements or more, or there are too many.
     """
     y = torch.empty(x.shape, dtype=torch.float32 if codes is None else torch.int8, device=x.device)
-    z_row = -(-x.shape[3] // 16) * 16
+    z_row = x.shape[3] if also is None else -(-x.shape[3] // 16) * 16
     z = None if also is None else torch.empty(*x.shape[:3], z_row, dtype=y.dtype, device=x.device)
     if x.shape[1] == 1 and kernel[0] == 1:  # threads go along columns
         x, kernel, dilation = x.transpose(1, 2), kernel[::-1], dilation[::-1]

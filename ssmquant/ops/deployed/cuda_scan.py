@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -110,14 +110,17 @@ class Case:
         return max(16, 256 // self.shape.segments)
 
     def shared(self, out: bool) -> int:
-        """Bytes of shared memory of a block, as the source lays it out."""
-        s = self.shape
-        values = _up(2 * self.states if out else self.states, 4)
-        channels = s.lanes * s.columns
-        record = _up(channels, 16) + _up(channels * (1 if self.quantized else 4), 16)
-        record += _up(4 * -(-self.states // 2), 16)
-        walking = s.chunks * s.stage * (4 * values + 2 * (record + 16)) + 4 * self.levels * s.level
-        return max(walking, 0 if out else 4 * s.chunks * (self.states + 1) * channels)
+        """Bytes of shared memory of a block."""
+        return _shared(self.shape, self.states, self.quantized, self.levels, out)
+
+
+def _shared(shape: Shape, states: int, quantized: bool, levels: int, out: bool) -> int:
+    """Bytes of shared memory of a block, as the source lays it out."""
+    channels = shape.lanes * shape.columns
+    values = _up(2 * states if out else states, 4)
+    record = _up(channels, 16) + _up(channels * (1 if quantized else 4), 16) + _up(4 * -(-states // 2), 16)
+    walking = shape.chunks * shape.stage * (4 * values + 2 * (record + 16)) + 4 * levels * shape.level
+    return max(walking, 0 if out else 4 * shape.chunks * (states + 1) * channels)
 
 
 _source = functools.cache(Case.source)
@@ -131,7 +134,16 @@ def _processors(device: torch.device) -> int:
     return count
 
 
-def choose(batch: int, pixels: int, channels: int, states: int, walks: int, processors: int) -> Shape:
+def choose(
+    batch: int,
+    pixels: int,
+    channels: int,
+    states: int,
+    walks: int,
+    processors: int,
+    quantized: bool = True,
+    levels: int = _MOST_LEVELS,
+) -> Shape:
     """Any shape is right, this one should be fast: whole warps, and enough blocks for each multiprocessor.
 
     Measured on an H200: more blocks hide more of what they wait for, but chunks of few steps cost more than that; of
@@ -140,14 +152,24 @@ def choose(batch: int, pixels: int, channels: int, states: int, walks: int, proc
 
     Args:
         walks: Paths that are walked at once.
+        quantized, levels: Whether step sizes are, and of how many levels they are looked up.
     """
+
+    def fits(lanes: int, chunks: int) -> bool:
+        shape = Shape(columns, lanes, chunks, stage, stage)
+        return all(_shared(shape, states, quantized, levels, out) <= _MOST_SHARED for out in (False, True))
+
     columns = 1 if channels % 2 else 2
     every = channels // columns
     few = states <= _FEW_STATES
     resident, stage = 4 if few else 2, 16
     whole = pixels <= _SHORT and batch * walks * every >= 32 * _FEW_WARPS * processors
     blocks = -(-every // (_MOST_LANES // 2 if whole else _MOST_LANES))
-    lanes = every if blocks == 1 else _up(-(-every // blocks), _COPIED // columns)
+    unit = _COPIED // columns
+    lanes = every if blocks == 1 else _up(-(-every // blocks), unit)
+    while lanes > unit and not fits(lanes, 1):
+        blocks += 1
+        lanes = _up(-(-every // blocks), unit)
     if whole:
         group = 16 if few else 8
         return Shape(columns, lanes, 1, _up(pixels, stage), stage, group, resident=resident, segments=1)
@@ -156,7 +178,8 @@ def choose(batch: int, pixels: int, channels: int, states: int, walks: int, proc
         used = lanes * count
         return used / (-(-used // 32) * 32), used
 
-    chunks = max(range(1, max(1, _THREADS // lanes) + 1), key=fill)
+    most = next(n for n in range(max(1, _THREADS // lanes), 0, -1) if n == 1 or fits(lanes, n))
+    chunks = max(range(1, most + 1), key=fill)
     work = batch * blocks * pixels * walks
     wanted = 6 * resident if few else resident  # blocks of a multiprocessor
     while wanted > 1 and work // (wanted * processors * chunks) < _FEW_STEPS[few]:
@@ -260,9 +283,13 @@ class Scan:
             raise InputError(large)
         self.size, self.device, self.apart = size, device, apart
         self.paths, ways = paths_of(o.order)
+        ladder, rates = _rates(a, directions)
+        levels = 0 if o.of_delta is None else o.of_delta.qmax - o.of_delta.qmin + 1
+        levels = _up(levels, 2) if levels <= _MOST_LEVELS else 0
         if shape is None:
             walks = len(self.paths) if apart else 1
-            shape = choose(batch, pixels, channels, a.shape[1], walks, _processors(device))
+            sizes = batch, pixels, channels, a.shape[1], walks, _processors(device)
+            shape = choose(*sizes, o.of_delta is not None, levels)
         self.chunks = -(-pixels // shape.steps)
         self.blocks = -(-channels // (shape.lanes * shape.columns))
         if self.blocks > 1 and shape.lanes * shape.columns % _COPIED:
@@ -271,13 +298,9 @@ class Scan:
             )
         if batch * directions * self.blocks > _MOST_BLOCKS:
             raise InputError(large)
-        ladder, rates = _rates(a, directions)
-        levels = 0 if o.of_delta is None else o.of_delta.qmax - o.of_delta.qmin + 1
-        levels = -(-levels // 2) * 2 if levels <= _MOST_LEVELS else 0
         self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus)
-        while self.case.shared(True) > _MOST_SHARED and shape.chunks > 1:
-            shape = replace(shape, chunks=shape.chunks // 2)
-            self.case = replace(self.case, shape=shape)
+        self.groups = -(-self.chunks // shape.chunks)
+        assert not shape.held or shape.held * shape.segments >= self.groups
 
         d = torch.float64
         k, c = (directions, channels)
@@ -339,7 +362,7 @@ class Scan:
         """
         row = u.stride(0)
         if row % _COPIED or row < self.size[2] or u.data_ptr() % _COPIED:
-            u = F.pad(u, (0, -u.shape[1] % _COPIED)).clone()
+            u = F.pad(u, (0, -u.shape[1] % _COPIED))
         size = (len(self.paths), *self.size) if self.apart else self.size
         y = torch.empty(size, dtype=torch.float32, device=self.device)
         params = _Params.from_buffer_copy(self._params)
@@ -352,7 +375,7 @@ class Scan:
     def _run(self, params: _Params) -> None:
         batch, pixels, channels = self.size
         case, directions, device = self.case, len(self._kept["order"]), self.device
-        groups = -(-self.chunks // case.shape.chunks)
+        groups = self.groups
         launch = functools.partial(nvrtc.load(_source(case), device).launch, early=True)
         params.size_row = _up(channels * (1 if case.quantized else 4), _COPIED)
         sizes = torch.empty(batch * pixels * directions * params.size_row, dtype=torch.uint8, device=device)
