@@ -315,13 +315,14 @@ class QConfig:
     def mambaquant(cls, w_bits: Bits = 8, a_bits: Bits = 8, **changes: Any) -> QConfig:
         """Without training: MambaQuant's transforms (arXiv 2501.13484), static ranges from ``calibrate``.
 
-        Weights have a min-max range for each output channel, activations one that leaves out 1 in 100,000 elements at
-        either end (its percentile observer). Use ``prepare``, ``calibrate`` on a few images, ``convert``.
+        Weights have a range for each output channel: min-max at 8 bits, as published, of least squared error below;
+        activations one that leaves out 1 in 100,000 elements at either end (its percentile observer). Use ``prepare``,
+        ``calibrate`` on a few images (32 or more for the rotations), ``convert``.
         """
         base: dict[str, Any] = {
             "w_bits": w_bits,
             "a_bits": a_bits,
-            "weight": "minmax",
+            "weight": "minmax" if w_bits == 8 else "lsq",
             "activation": "minmax",
             "scan": "minmax",
             "granularity": "channel",

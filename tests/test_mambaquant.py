@@ -19,9 +19,6 @@ from ssmquant.quantizers import MinMax
 from tests.small import tiny_mambair
 from tests.test_io import meta_of, with_meta
 
-pytestmark = pytest.mark.usefixtures("plain_graphs")
-
-
 def uneven_vim() -> nn.Module:
     """A small Vim with channels of very different size, as trained ones have."""
     model = zoo.build(
@@ -186,7 +183,8 @@ def test_bad_configurations(changes: dict[str, Any]) -> None:
 def test_the_preset_survives_json() -> None:
     config = QConfig.mambaquant(4, 8)
     assert QConfig.from_json(config.to_json()) == config
-    assert (config.w_bits, config.a_bits) == (4, 8)
+    assert (config.w_bits, config.a_bits, config.weight) == (4, 8, "lsq")
+    assert QConfig.mambaquant().weight == "minmax"
 
 
 def test_percentiles() -> None:

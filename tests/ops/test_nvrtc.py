@@ -304,7 +304,9 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("arch", "capturing"), [(80, True), (90, False), (90, True)])
-def test_kernels_begin_early_in_graphs(arch: int, capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_begin_early_in_graphs(
+    arch: int, capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Outside of them what a kernel reads ahead may have just been written."""
 
     class Looks(Driver):

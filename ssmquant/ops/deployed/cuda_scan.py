@@ -183,10 +183,7 @@ class _Params(ctypes.Structure):
             for n in "u bad codes sizes order ways scales table words affine rates bias skip".split()
         ),
         *((n, ctypes.c_void_p) for n in "befores times ends totals y".split()),
-        *(
-            (n, ctypes.c_int)
-            for n in "u_row row size_row batch pixels channels chunks groups chunk blocks".split()
-        ),
+        *((n, ctypes.c_int) for n in "u_row row size_row batch pixels channels chunks groups chunk blocks".split()),
         ("paths", ctypes.c_void_p),
         ("part", ctypes.c_longlong),
         *((n, ctypes.c_int) for n in "directions stretch qmin qmax path add".split()),
@@ -362,9 +359,7 @@ class Scan:
         across, rows = -(-columns // lanes), _STEPS_THREADS // lanes
         most = max(1, _STEPS_BLOCKS * _processors(device) // across)
         params.stretch = _up(max(-(-batch * pixels // most), rows * _STEPS_PIXELS), rows)
-        launch(
-            "scan_steps", (-(-batch * pixels // params.stretch), across), _STEPS_THREADS, 0, params, device
-        )
+        launch("scan_steps", (-(-batch * pixels // params.stretch), across), _STEPS_THREADS, 0, params, device)
         params.groups = groups
         if self.chunks > 1:
             # Of chunks, what comes before them in their group, and of groups: states and times.
