@@ -19,6 +19,7 @@ from ssmquant.quantizers import MinMax
 from tests.small import tiny_mambair
 from tests.test_io import meta_of, with_meta
 
+
 def uneven_vim() -> nn.Module:
     """A small Vim with channels of very different size, as trained ones have."""
     model = zoo.build(

@@ -32,7 +32,11 @@ def test_other_sizes_fall_back_to_cosines(n: int, parts: tuple[int, int]) -> Non
     assert float(hadamard_matrix(n).abs().max()) <= bound + 1e-12
 
 
-@given(n=st.sampled_from([1, 3, 8, 12, 24, 28, 36, 40]), axis=st.integers(-3, 2), seed=st.integers(0, 9))
+@given(
+    n=st.sampled_from([1, 3, 8, 12, 28, 36, 40, 129, 192, 256, 448, 1280]),
+    axis=st.integers(-3, 2),
+    seed=st.integers(0, 9),
+)
 def test_fast_equals_product(n: int, axis: int, seed: int) -> None:
     shape = [2, 3, 5]
     shape[axis] = n
