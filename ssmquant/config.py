@@ -317,7 +317,9 @@ class QConfig:
 
         Weights have a range for each output channel: min-max at 8 bits, as published, of least squared error below;
         activations one that leaves out 1 in 100,000 elements at either end (its percentile observer). Use ``prepare``,
-        ``calibrate`` on a few images (32 or more for the rotations), ``convert``.
+        ``calibrate`` on a few images (32 or more for the rotations), ``convert``. The published shift of the low rank's
+        mean (``"dt_mean"``) is left out: these ranges have a zero point of their own, and a subtraction in front of the
+        step sizes keeps the scan from running as one kernel.
         """
         base: dict[str, Any] = {
             "w_bits": w_bits,
@@ -329,7 +331,7 @@ class QConfig:
             "activation_options": {"percentile": 0.99999},
             "scan_options": {"percentile": 0.99999},
             "smooth": 0.5,
-            "transforms": TRANSFORMS,
+            "transforms": tuple(name for name in TRANSFORMS if name != "dt_mean"),
         }
         return cls(**{**base, **changes})
 
