@@ -24,6 +24,11 @@ Options = tuple[tuple[str, Any], ...]
 _VERSION = 1
 _KINDS = ("linear", "conv", "matmul", "scan")
 _GRANULARITIES = ("tensor", "direction", "channel")
+TRANSFORMS = (
+    "conv_input", "scan_input", "gate", "state", "dt_scale", "dt_rotation", "dt_mean", "out_rotation",
+    "residual_rotation",
+)  # fmt: skip
+"""What ``QConfig.transforms`` may hold."""
 DECAYS = ("ladder", "shared")
 """Quantizers of a scan's A alone."""
 _OWN_OPTIONS = ("bits", "official", "axis", "num_groups", "is_weight")  # follow from the site
@@ -178,6 +183,14 @@ class QConfig:
         smooth: Strength, 0 (off) to 1, with which ``calibrate`` evens out the channels of inputs: their largest values
             to this power become factors, powers of two, of the input's quantizer and, inversely, of the weight's
             (SmoothQuant's migration, arXiv 2211.10438). Where a norm comes before, ``convert`` leaves them to it.
+        transforms: Rewrites that keep the float model's function and make it easier to quantize, chosen by
+            ``calibrate`` (MambaQuant, arXiv 2501.13484). Factors of channels: of what convolutions read
+            (``"conv_input"``), of scans' inputs (``"scan_input"``), of norms behind scans (``"gate"``), of scans' B and
+            C (``"state"``), of the low rank of step sizes (``"dt_scale"``). Rotations: of that low rank
+            (``"dt_rotation"``), of out_proj's input
+            (``"out_rotation"``, at run time), of the residual stream between RMS norms (``"residual_rotation"``).
+            ``"dt_mean"`` takes the mean from the low rank. Where one does not apply, ``summary`` says why.
+        rotation: ``"klt"`` turns rotations to the principal axes of calibration data first, ``"hadamard"`` does not.
         statistics: Dynamic statistics (DLS) per ``"sample"``, so that outputs do not depend on the rest of the
             batch, or per ``"tensor"`` (as published).
         rules: Overrides, see :class:`Rule`.
@@ -204,6 +217,8 @@ class QConfig:
     scan_options: Mapping[str, Any] | Options = ()
     initialization: str = "mse"
     smooth: float = 0.0
+    transforms: tuple[str, ...] = ()
+    rotation: str = "klt"
     statistics: str = "sample"
     rules: tuple[Rule, ...] = ()
     keep_float: tuple[str, ...] = ()
@@ -228,6 +243,13 @@ class QConfig:
         smooth = self.smooth
         if isinstance(smooth, bool) or not isinstance(smooth, (int, float)) or not 0 <= smooth <= 1:
             raise ConfigError(f"smooth={smooth!r}: a strength is a number from 0 to 1")
+        given: object = self.transforms
+        if not isinstance(given, (list, tuple)):
+            raise ConfigError(f"transforms={self.transforms!r}: expected a list of names")
+        for name in self.transforms:
+            _check_choice("transforms", name, TRANSFORMS)
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+        _check_choice("rotation", self.rotation, ("klt", "hadamard"))
         for name in ("keep_first_last", "keep_gates", "official"):
             _check_flag(name, getattr(self, name))
         patterns: object = self.keep_float
@@ -286,6 +308,30 @@ class QConfig:
             "activation": "minmax",
             "scan": "minmax",
             "granularity": "channel",
+        }
+        return cls(**{**base, **changes})
+
+    @classmethod
+    def mambaquant(cls, w_bits: Bits = 8, a_bits: Bits = 8, **changes: Any) -> QConfig:
+        """Without training: MambaQuant's transforms (arXiv 2501.13484), static ranges from ``calibrate``.
+
+        Weights have a range for each output channel: min-max at 8 bits, as published, of least squared error below;
+        activations one that leaves out 1 in 100,000 elements at either end (its percentile observer). Use ``prepare``,
+        ``calibrate`` on a few images (32 or more for the rotations), ``convert``. The published shift of the low rank's
+        mean (``"dt_mean"``) is left out: these ranges have a zero point of their own, and a subtraction in front of the
+        step sizes keeps the scan from running as one kernel.
+        """
+        base: dict[str, Any] = {
+            "w_bits": w_bits,
+            "a_bits": a_bits,
+            "weight": "minmax" if w_bits == 8 else "lsq",
+            "activation": "minmax",
+            "scan": "minmax",
+            "granularity": "channel",
+            "activation_options": {"percentile": 0.99999},
+            "scan_options": {"percentile": 0.99999},
+            "smooth": 0.5,
+            "transforms": tuple(name for name in TRANSFORMS if name != "dt_mean"),
         }
         return cls(**{**base, **changes})
 
@@ -349,6 +395,7 @@ class QConfig:
         d = dataclasses.asdict(self)
         d["rules"] = [dataclasses.asdict(r) for r in self.rules]
         d["keep_float"] = list(self.keep_float)
+        d["transforms"] = list(self.transforms)
         for name in ("weight_options", "activation_options", "scan_options"):
             d[name] = dict(getattr(self, name))
         return d

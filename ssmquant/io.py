@@ -55,6 +55,7 @@ from ssmquant.files import (
 from ssmquant.graph.plan import Point
 from ssmquant.graph.prepared import attach, forget_baked, refuse_elsewhere
 from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
+from ssmquant.graph.transforms import Skipped
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.modules.activation import MOST_GAIN
 from ssmquant.quantizers.affine_fit import Shift
@@ -148,6 +149,16 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
         "zoo": getattr(deployed, "zoo_config", None), "example": encode(runtime.example), "points": table,
         "float": float_table,
     }  # fmt: skip
+    transforms = runtime.transforms
+    if transforms.applied or transforms.skipped:
+        places = [[name, list(t.shape)] for name, t in transforms.named_buffers()]
+        state += [t.detach().float().reshape(-1).cpu() for t in transforms.buffers()]
+        why = [[s.kind, s.site, s.reason] for s in transforms.skipped]
+        meta["transforms"] = {
+            "places": places,
+            "applied": [list(a) for a in transforms.applied],
+            "skipped": why,
+        }
     blob = zlib.compress(json.dumps(meta, separators=(",", ":")).encode(), 9)
     tensors = {
         "meta": torch.frombuffer(bytearray(blob), dtype=torch.uint8), "codes": _cat(codes, torch.uint8),
@@ -243,6 +254,7 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
     runtime.platform = meta.get("platform", "cuda")
     attach(new, runtime)
     runtime.eval()
+    places = _take_transforms(runtime, meta, reader)
     try:
         # The saved model may have been cast; the one given computes in its own precision.
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -265,6 +277,11 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
             f"differ ({', '.join(odd)} ...)"
         )
     _fill_points(new, points, meta, reader)
+    for name, size in places:
+        value = reader.take("quantizers", math.prod(size), torch.float32, name)
+        if not bool(value.isfinite().all()):
+            raise reader.fail(f"the transform '{name}' is not finite")
+        setattr(runtime.transforms, name, value.reshape(size).to(dtype))
     runtime.stage = "deployed"
     runtime.rebuild(new)
     drop_parameters(new)
@@ -276,6 +293,24 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
         p.requires_grad_(False)
     refuse_elsewhere(new, runtime)
     return new.to(device).eval()
+
+
+def _take_transforms(
+    runtime: Runtime, meta: dict[str, Any], reader: Reader
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and sizes of the tensors that transforms left in the graph, which is traced with them."""
+    given = meta.get("transforms")
+    if given is None:
+        return []
+    places = [(str(name), read_shape(size)) for name, size in given["places"]]
+    if any(math.prod(size) > 2**20 or "." in name for name, size in places):
+        raise reader.fail("a transform is malformed")
+    transforms = runtime.transforms
+    transforms.put({name: torch.ones(size) for name, size in places})
+    transforms.applied = [(str(kind), str(site), str(how)) for kind, site, how in given["applied"]]
+    transforms.skipped = [Skipped(str(kind), str(site), str(why)) for kind, site, why in given["skipped"]]
+    transforms.settled = True
+    return places
 
 
 def _fill_points(model: nn.Module, points: list[Point], meta: dict[str, Any], reader: Reader) -> None:

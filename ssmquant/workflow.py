@@ -29,6 +29,7 @@ from ssmquant.graph.prepared import (
 from ssmquant.graph.runtime import Runtime, adopted_modules, is_prepared, runtime_of
 from ssmquant.graph.sites import ancestors
 from ssmquant.graph.trace import SEED, describe_call
+from ssmquant.graph.transforms.calibration import measure, transform
 from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.quantizers import DLS, RLQ, Quantizer, Token, get_quantizer
@@ -250,7 +251,8 @@ def calibrate(
 ) -> nn.Module:
     """Initialises the activation ranges from data, by squared error. Returns ``prepared``.
 
-    Runs in evaluation mode, with quantized weights and float activations.
+    Runs in evaluation mode, with quantized weights and float activations. The first time, ``QConfig.transforms`` are
+    chosen before, from a pass of the float model over the same batches, which are kept in memory meanwhile.
 
     Args:
         batches: An iterable of what the prepared method takes. A tensor is passed as it is, of a tuple or list the
@@ -273,6 +275,9 @@ def calibrate(
     graphs, runtime.graphs = runtime.graphs, None  # what is collected waits for the GPU
     try:
         prepared.eval()
+        if fit and runtime.config.transforms and not runtime.transforms.settled:
+            batches = list(_limited(batches, max_batches, False))
+            _transform(prepared, batches, forward or _call)
         for q in quantizers:
             q.start(passes=fit)
         for batch in _limited(batches, max_batches, progress):
@@ -299,6 +304,16 @@ def calibrate(
         for m, flag in modes.items():
             m.training = flag
     return prepared
+
+
+def _transform(prepared: nn.Module, batches: list[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Chooses the transforms and folds them into the weights; graphs and weights' quantizers follow."""
+    if not batches:
+        return
+    found = measure(prepared, batches, forward)
+    if transform(prepared, *found):
+        trace_example(prepared, runtime_of(prepared).example)
+    initialize_weights(prepared)
 
 
 def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:

@@ -46,7 +46,9 @@ class SummaryRow:
 class Summary:
     """All rows and the totals. ``bytes``: everything the model stores (float remainder included); ``parameters``:
     values it stands for; ``bitops``: one sample of ``input_shapes``, operands kept in float counting 32 bits.
-    ``weights``: parameters that reach a matmul, convolution or scan; ``uncovered``: those of them that no site covers.
+    ``transforms``: what ``calibrate`` did to the float model first, as kind, site and how (see ``QConfig.transforms``);
+    ``not_transformed``: where it could not, and why. ``weights``: parameters that reach a matmul, convolution or scan;
+    ``uncovered``: those of them that no site covers.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -59,6 +61,8 @@ class Summary:
     notes: tuple[str, ...]
     weights: int
     uncovered: tuple[tuple[str, str], ...]
+    transforms: tuple[tuple[str, str, str], ...] = ()
+    not_transformed: tuple[tuple[str, str, str], ...] = ()
 
     def __str__(self) -> str:
         width = max([len(r.name) for r in self.rows] or [4])
@@ -87,6 +91,10 @@ class Summary:
             "convolution or scan belong to a site"
         )
         lines.extend(f"NOT COVERED: {name} ({why})" for name, why in self.uncovered)
+        if self.transforms or self.not_transformed:
+            lines.append("transforms:")
+            lines.extend(f"  {kind:<17}  {site}: {how}" for kind, site, how in self.transforms)
+            lines.extend(f"  {kind:<17}  {site}: NOT, {why}" for kind, site, why in self.not_transformed)
         if kept:
             lines.append(f"float parameters outside sites: {kept}")
         lines.extend(f"note: {n}" for n in self.notes)
@@ -248,7 +256,8 @@ def summary(model: nn.Module) -> Summary:
     notes = (*runtime.notes, *(runtime.adapter.notes if runtime.adapter else ()))
     return Summary(
         tuple(rows), packed + rest, rest, values, sum(r.bitops for r in rows), shapes, floats, notes,
-        len(sited) + len(uncovered), uncovered,
+        len(sited) + len(uncovered), uncovered, tuple(runtime.transforms.applied),
+        tuple((s.kind, s.site, s.reason) for s in runtime.transforms.skipped),
     )  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def _reason(site: Site, rule: Rule | None, config: QConfig, adapter_float: tuple
     return None
 
 
-def _einsum_letters(site: Site, operand: Operand) -> tuple[str, str, str]:
+def einsum_letters(site: Site, operand: Operand) -> tuple[str, str, str]:
     """Those of an operand's axes, of the other operands' and of the output's; nothing where there is an ellipsis."""
     left, arrow, out = str(site.node.args[0]).replace(" ", "").partition("->")
     terms = left.split(",")
@@ -154,7 +154,7 @@ def _channel_axis(model: nn.Module, site: Site) -> int | None:
     if site.weight.node is not site.parameter_node:  # through views
         return 0
     if op_name(site.node) == "einsum":
-        term, others, out = _einsum_letters(site, site.weight)
+        term, others, out = einsum_letters(site, site.weight)
         kept = [i for i, c in enumerate(term) if c in out]
         own = [i for i in kept if term[i] not in others]  # a letter that others have, too, numbers a batch
         return next(iter(own or kept), None)
@@ -169,7 +169,7 @@ def _stacked(site: Site, shape: tuple[int, ...]) -> bool:
         return False
     used = tuple(site.weight.node.meta["val"].shape)
     if op_name(site.node) == "einsum":
-        term, _, out = _einsum_letters(site, site.weight)
+        term, _, out = einsum_letters(site, site.weight)
         return used == shape and [c in out for c in term] == [True, True, False]
     # A view for a convolution in groups; of one output channel a direction, or of a depthwise weight, it is no stack.
     return shape[1] > 1 and used[:1] == (shape[0] * shape[1],)
@@ -200,7 +200,7 @@ def _input_channels(model: nn.Module, site: Site, operand: Operand) -> tuple[int
         weight = site.weight.node.meta["val"] if site.weight else model.get_parameter(str(site.parameter))
         axis = len(shape) - weight.dim() + 1  # in front of the spatial axes
     elif op_name(site.node) == "einsum":
-        term, _, out = _einsum_letters(site, operand)
+        term, _, out = einsum_letters(site, operand)
         summed = [i for i, c in enumerate(term) if c not in out]
         if len(summed) != 1:
             return None

@@ -190,7 +190,17 @@ def _load_state(model: nn.Module, base: Any, state: Any, strict: bool, assign: b
     runtime = runtime_of(model)
     ours = [k for k in state if k.startswith("_ssmquant.")]
     if ours or runtime.stage == "deployed":
-        return base.load_state_dict(model, state, strict=strict, assign=assign)
+        edits = runtime.transforms.places
+        result = base.load_state_dict(model, state, strict=strict, assign=assign)
+        if (
+            runtime.transforms.places != edits
+        ):  # a checkpoint of a calibrated model: its graph has other nodes
+            runtime.records = []
+            runtime.retrace(model, describe_call(runtime.example))
+        return result
+    if runtime.transforms.places:  # these weights fit the code as it is
+        runtime.records = []
+    runtime.transforms.forget()
     own = model.state_dict()
     full = {**{k: v for k, v in own.items() if k.startswith(("_ssmquant.", f"{ADOPTED}."))}, **state}
     result = base.load_state_dict(model, full, strict=strict, assign=assign)

@@ -32,6 +32,7 @@ from ssmquant.graph.regions import compile_graph
 from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.sites import find_sites
 from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_graph, trace
+from ssmquant.graph.transforms.edits import Transforms
 from ssmquant.graph.writer import ADOPTED, Rules
 from ssmquant.modules.deployed import Unchanged, engine_of
 from ssmquant.ops.deployed.memory import Pool
@@ -300,6 +301,7 @@ class Runtime(nn.Module):
         # Some kernels compute another function on AMD GPUs; a file remembers which one was meant.
         self.platform = "rocm" if torch.version.hip else "cuda"
         self.constants = Constants()
+        self.transforms = Transforms()
         self.records: list[Record] = []
         self.known: set[str] | None = None  # names of the points that may exist
         self.dropped: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -365,6 +367,7 @@ class Runtime(nn.Module):
         self.adopt(model, t)
         scans = self.adapter.scans if self.adapter else ()
         with _Stand(self, model):
+            self.transforms.write(model, t, scans)
             found = find_sites(model, t, scans)
             keep = self.adapter.keep_float if self.adapter else ()
             plan = make_plan(model, t, found, self.config, keep, check=check)
@@ -429,6 +432,8 @@ class Runtime(nn.Module):
         self._refuse_while_compiling()
         again = self.make_trace(model, call, exact=True)
         self.adopt(model, again)
+        with _Stand(self, model):
+            self.transforms.write(model, again, self.adapter.scans if self.adapter else ())
         if same_graph(r.trace.traced, again.traced):
             r.verified.append(call.shapes)
             return True

@@ -1,4 +1,5 @@
 """Min-max quantization: static affine ranges from observed extremes, the common baseline. Nothing is learnt.
+With ``percentile`` they leave out the outermost elements.
 
 Weights (``is_weight``) are symmetric and signed, ``scale = max|w| / (2**(b-1) - 1)``, shift 0; activations are
 asymmetric, ``scale = (max - min) / (2**b - 1)``, ``shift = -min``, so that every value in range is at most half a
@@ -10,16 +11,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssmquant.errors import ConfigError
 from ssmquant.quantizers.affine import Affine, compute_dtype
 from ssmquant.quantizers.base import Quantizer
 from ssmquant.quantizers.lsq import _LSQFunction
-from ssmquant.quantizers.observers import GroupStats
+from ssmquant.quantizers.observers import GroupStats, group_rows
 
 __all__ = ["MinMax"]
 
 
 class MinMax(Quantizer):
     """Static affine quantizer; see :class:`Quantizer` for the arguments (``official`` changes nothing here).
+
+    Args:
+        percentile: Share of the elements below the upper end of the range, and above the lower one, when :meth:`fit`
+            searches; 1 takes the extremes. Of what calibration collects, a sample, it can only cut as finely as that
+            has elements.
+
+    Raises:
+        ConfigError: ``percentile`` is not above 0.5, or above 1.
 
     Buffers ``low`` and ``high``, shape ``(num_groups,)``: the extremes of all data that :meth:`initialize` or
     :meth:`fit` saw last. Gradient: straight through inside the range, zero outside.
@@ -36,8 +46,16 @@ class MinMax(Quantizer):
         axis: int | None = None,
         num_groups: int = 1,
         is_weight: bool = False,
+        percentile: float = 1.0,
     ) -> None:
         super().__init__(bits, official=official, axis=axis, num_groups=num_groups, is_weight=is_weight)
+        if (
+            isinstance(percentile, bool)
+            or not isinstance(percentile, (int, float))
+            or not 0.5 < percentile <= 1
+        ):
+            raise ConfigError(f"percentile={percentile!r}: expected a share above 0.5, at most 1")
+        self.percentile = float(percentile)
         if self.bits is not None:
             self.register_buffer("low", torch.full((num_groups,), -1.0))
             self.register_buffer("high", torch.full((num_groups,), 1.0))
@@ -54,8 +72,22 @@ class MinMax(Quantizer):
         self.low.copy_(stats.min)
         self.high.copy_(stats.max)
 
+    @torch.no_grad()
     def _fit(self, batches: list[Tensor], stats: GroupStats) -> None:
-        """Nothing left to do: the pooled extremes of all batches are the ranges."""
+        """The pooled extremes of all batches are the ranges; percentiles of all batches lie inside them."""
+        if self.percentile == 1:
+            return
+        rows = (
+            torch.cat([group_rows(b.float(), self._state_axis, self.num_groups) for b in batches], 1)
+            .sort(1)
+            .values
+        )
+        last = rows.shape[1] - 1
+        for state, share in ((self.low, 1 - self.percentile), (self.high, self.percentile)):
+            at = share * last
+            below = int(at)
+            part = at - below
+            state.copy_(rows[:, below] * (1 - part) + rows[:, min(below + 1, last)] * part)
 
     def _affine(self, x: Tensor) -> Affine:
         cd = compute_dtype(x, self.low)

@@ -1,0 +1,173 @@
+"""From statistics to factors and rotations.
+
+Factors are powers of two, so that they round nothing away. Rotations are ``H K^T``: K the eigenvectors of a covariance,
+which makes channels independent, and H a Hadamard matrix, which gives all of them the same variance (MambaQuant's
+KLT-enhanced rotation, arXiv 2501.13484, section 4.2). The covariance is shrunk towards a multiple of the identity:
+where calibration says nothing of a direction, its eigenvectors are arbitrary but stay orthogonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from ssmquant.graph.transforms.candidates import Candidate, Scale
+from ssmquant.graph.transforms.residual import Residual
+from ssmquant.graph.transforms.statistics import Moments, Statistics
+from ssmquant.graph.transforms.turns import LowRank, OutRotation
+from ssmquant.ops.hadamard import hadamard_matrix
+
+__all__ = ["apply_transforms", "even_factors", "rotation"]
+
+_MOST = 8
+_SHRINK = 1e-3
+
+
+def even_factors(values: Tensor, weights: Tensor, strength: float = 0.5) -> Tensor:
+    """Powers of two near ``values ** strength / weights ** (1 - strength)``, of geometric mean 1; 1 where either is 0.
+
+    Args:
+        values: (n,) largest magnitudes of what factors divide.
+        weights: (n,) those of what they multiply.
+        strength: between 0 (weights alone decide) and 1 (values alone).
+    """
+    used = (values > 0) & (weights > 0) & values.isfinite() & weights.isfinite()
+    if not bool(used.any()):
+        return torch.ones_like(values, dtype=torch.float64)
+    log = values.double().clamp(min=1e-300).log2() * strength
+    log = log - weights.double().clamp(min=1e-300).log2() * (1 - strength)
+    steps = (log - log[used].mean()).round().clamp(-_MOST, _MOST)
+    return torch.where(used, steps.exp2(), 1.0)
+
+
+def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True) -> Tensor:
+    """An orthogonal matrix (n, n), float64: ``H S`` or, with a covariance (n, n), ``H K^T``.
+
+    Args:
+        n: size.
+        moments: A covariance, or second moments about 0; only its eigenvectors matter.
+        signs: whether H's columns get signs, the same in every call, so that equal inputs do not add up in one output.
+    """
+    h = hadamard_matrix(n)
+    if signs:
+        generator = torch.Generator().manual_seed(n)
+        h = h * (torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0).double()
+    if moments is None:
+        return h
+    c = (moments.double() + moments.double().T) / 2
+    level = c.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    c = (1 - _SHRINK) * c + _SHRINK * level * torch.eye(n, dtype=torch.float64)
+    if not bool(c.isfinite().all()):
+        return h
+    return h @ torch.linalg.eigh(c / level).eigenvectors.T
+
+
+def apply_transforms(
+    model: nn.Module, found: list[Candidate], statistics: Statistics, names: Collection[str], *, klt: bool
+) -> tuple[dict[str, Tensor], list[tuple[str, str, str]]]:
+    """Folds all that was found into the model's weights.
+
+    Args:
+        model: changed in place.
+        found: candidates of a trace of this model.
+        statistics: what was measured of them.
+        names: ``QConfig.transforms``.
+        klt: rotations from covariances; else from Hadamard matrices alone.
+
+    Returns:
+        Tensors for the graph, and for ``summary`` kind, site and how of each.
+    """
+    tensors: dict[str, Tensor] = {}
+    applied: list[tuple[str, str, str]] = []
+    for c in found:
+        if isinstance(c, Scale):
+            if (largest := _pooled(statistics.largest.get(c.key), c)) is None:
+                continue
+            factor = (
+                even_factors(*largest)
+                if c.kind == "state"
+                else even_factors(largest[0], c.weight_range(model))
+            )
+            if bool((factor == 1).all()):
+                continue
+            tensors |= c.fold(model, factor)
+            low, high = (int(f.log2()) for f in (factor.min(), factor.max()))
+            applied.append((c.kind, c.site, f"factors 2^{low} to 2^{high}, {_cost(c)}"))
+        elif isinstance(c, LowRank):
+            done = _low_rank(model, c, statistics, names, klt)
+            if done is not None:
+                tensors |= done[0]
+                applied.append(("dt", c.site, done[1]))
+    for c in found:  # after the factors of their columns
+        if isinstance(c, OutRotation):
+            tensors |= c.fold(model, hadamard_matrix(c.sink.groups[2]))
+            applied.append((c.kind, c.site, f"Hadamard of {c.sink.groups[2]}, at run time"))
+        elif isinstance(c, Residual):
+            moments = _second_moments(statistics.moments.get(c.key), c, model) if klt else None
+            c.fold(model, rotation(c.channels, moments))
+            how = "Hadamard" if moments is None else "KLT and Hadamard"
+            applied.append((c.kind, c.site, f"{how} of {c.channels}, free"))
+    return tensors, applied
+
+
+def _cost(c: Candidate) -> str:
+    products = sum(p.function == "times" for p in c.places)
+    parts = ["in SiLU"] * any(p.function == "smooth_silu" for p in c.places)
+    parts += ["a product at run time"] * bool(products)
+    return " and ".join(parts) or "free"
+
+
+def _pooled(largest: list[Tensor] | None, c: Scale) -> tuple[Tensor, Tensor] | None:
+    """The largest magnitudes of B and of C for a state, else (twice) those of all values together."""
+    if largest is None or any(t.numel() != c.size for t in largest):
+        return None
+    if c.kind == "state":
+        return largest[0], largest[1]
+    pooled = torch.stack(largest).amax(0)
+    return pooled, pooled
+
+
+def _low_rank(
+    model: nn.Module, c: LowRank, statistics: Statistics, names: Collection[str], klt: bool
+) -> tuple[dict[str, Tensor], str] | None:
+    moments = statistics.moments.get(c.key)
+    if not moments:
+        return None
+    g, r = c.groups, c.rank
+    m: Moments = moments[0]
+    how = []
+    mean = None
+    if "dt_mean" in names and c.bias is not None:
+        mean = m.mean.reshape(g, r)
+        how.append("less the mean at run time")
+    covariance = torch.stack([m.covariance()[k * r : k * r + r, k * r : k * r + r] for k in range(g)])
+    matrix = torch.eye(r, dtype=torch.float64).expand(g, r, r).clone()
+    if "dt_scale" in names and r > 1:
+        spread = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+        weight = c.sink.read(model).abs().amax(dim=(1, 3)).cpu()
+        factor = torch.stack([even_factors(s, w) for s, w in zip(spread, weight, strict=True)])
+        matrix = torch.diag_embed(1 / factor)
+        covariance = covariance / (factor[:, :, None] * factor[:, None, :])
+        how.append("factors, free")
+    if "dt_rotation" in names and r > 1:
+        turns = torch.stack([rotation(r, k if klt else None) for k in covariance])
+        matrix = turns @ matrix
+        how.append(f"{'KLT and ' * klt}Hadamard of {r}, free")
+    if not how:
+        return None
+    return c.fold(model, matrix, mean), "; ".join(how)
+
+
+def _second_moments(moments: dict[int, Moments] | None, c: Residual, model: nn.Module) -> Tensor | None:
+    """Those of the norms' outputs before their weights, each norm counting the same."""
+    if not moments:
+        return None
+    norms = {n.node: n for _, n in c.readers if n is not None}
+    total = torch.zeros(c.channels, c.channels, dtype=torch.float64)
+    for k, (node, _) in enumerate(c.moments):
+        weight = model.get_parameter(norms[node].weight).detach().double().cpu()
+        safe = torch.where(weight == 0, 1.0, weight)
+        total += moments[k].covariance(centred=False) / torch.outer(safe, safe)
+    return total
