@@ -55,7 +55,7 @@ from ssmquant.files import (
 from ssmquant.graph.plan import Point
 from ssmquant.graph.prepared import attach, forget_baked, refuse_elsewhere
 from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
-from ssmquant.graph.transforms import Skipped
+from ssmquant.graph.transforms.edits import read_entries
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.modules.activation import MOST_GAIN
 from ssmquant.quantizers.affine_fit import Shift
@@ -150,15 +150,10 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
         "float": float_table,
     }  # fmt: skip
     transforms = runtime.transforms
-    if transforms.applied or transforms.skipped:
-        places = [[name, list(t.shape)] for name, t in transforms.named_buffers()]
-        state += [t.detach().float().reshape(-1).cpu() for t in transforms.buffers()]
-        why = [[s.kind, s.site, s.reason] for s in transforms.skipped]
-        meta["transforms"] = {
-            "places": places,
-            "applied": [list(a) for a in transforms.applied],
-            "skipped": why,
-        }
+    if runtime.config.transforms:
+        places = [[name, list(t.shape)] for name, t in transforms.places.items()]
+        state += [t.detach().float().reshape(-1).cpu() for t in transforms.places.values()]
+        meta["transforms"] = {"places": places, **transforms.entries()}
     blob = zlib.compress(json.dumps(meta, separators=(",", ":")).encode(), 9)
     tensors = {
         "meta": torch.frombuffer(bytearray(blob), dtype=torch.uint8), "codes": _cat(codes, torch.uint8),
@@ -277,11 +272,13 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
             f"differ ({', '.join(odd)} ...)"
         )
     _fill_points(new, points, meta, reader)
+    tensors = {}
     for name, size in places:
         value = reader.take("quantizers", math.prod(size), torch.float32, name)
         if not bool(value.isfinite().all()):
             raise reader.fail(f"the transform '{name}' is not finite")
-        setattr(runtime.transforms, name, value.reshape(size).to(dtype))
+        tensors[name] = value.reshape(size).to(dtype)
+    runtime.transforms.put(tensors)
     runtime.stage = "deployed"
     runtime.rebuild(new)
     drop_parameters(new)
@@ -298,18 +295,27 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
 def _take_transforms(
     runtime: Runtime, meta: dict[str, Any], reader: Reader
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and sizes of the tensors that transforms left in the graph, which is traced with them."""
+    """Names and sizes of the tensors that transforms left in the graph, which is traced with them.
+
+    The trace compares them, and the digest of each transform, with what the model's own graph has.
+    """
     given = meta.get("transforms")
+    if (given is not None) != bool(runtime.config.transforms):
+        raise reader.fail("entry 'transforms' is missing, or the configuration has none")
     if given is None:
         return []
-    places = [(str(name), read_shape(size)) for name, size in given["places"]]
-    if any(math.prod(size) > 2**20 or "." in name for name, size in places):
+    settled, folded, skipped = read_entries(given)
+    places = [(name, read_shape(size)) for name, size in given["places"]]
+    if len({name for name, _ in places}) != len(places) or not all(isinstance(n, str) for n, _ in places):
+        raise reader.fail("the names of transforms are malformed")
+    if any("." in name or ":" not in name for name, _ in places):
         raise reader.fail("a transform is malformed")
-    transforms = runtime.transforms
-    transforms.put({name: torch.ones(size) for name, size in places})
-    transforms.applied = [(str(kind), str(site), str(how)) for kind, site, how in given["applied"]]
-    transforms.skipped = [Skipped(str(kind), str(site), str(why)) for kind, site, why in given["skipped"]]
-    transforms.settled = True
+    # No more memory than the file itself takes.
+    if sum(math.prod(size) for _, size in places) > reader.tensors["quantizers"].numel():
+        raise reader.fail("tensor 'quantizers' is too short for the transforms")
+    runtime.transforms.settle(
+        {name: torch.ones(size) for name, size in places}, folded, skipped, None, settled=settled
+    )
     return places
 
 

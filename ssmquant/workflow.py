@@ -19,6 +19,7 @@ from ssmquant.graph.cuda_graphs import CudaGraphs
 from ssmquant.graph.gains import fold_gains
 from ssmquant.graph.plan import Point
 from ssmquant.graph.prepared import (
+    Undone,
     Values,
     attach,
     bind,
@@ -272,12 +273,16 @@ def calibrate(
     quantizers = [m for m in runtime.activations.values() if isinstance(m, ActivationQuantizer)]
     modes = {m: m.training for m in prepared.modules()}
     n = 0
+    undo: Undone | None = None
     graphs, runtime.graphs = runtime.graphs, None  # what is collected waits for the GPU
     try:
         prepared.eval()
         if fit and runtime.config.transforms and not runtime.transforms.settled:
             batches = list(_limited(batches, max_batches, False))
-            _transform(prepared, batches, forward or _call)
+            if batches:
+                ensure_traced(prepared)
+                undo = Undone(prepared)  # of a failure in the pass below, too
+                _transform(prepared, batches, forward or _call)
         for q in quantizers:
             q.start(passes=fit)
         for batch in _limited(batches, max_batches, progress):
@@ -296,6 +301,8 @@ def calibrate(
     except BaseException:
         for q in quantizers:
             q.abandon()
+        if undo is not None:
+            undo.restore()
         raise
     finally:
         runtime.graphs = graphs
@@ -308,12 +315,11 @@ def calibrate(
 
 def _transform(prepared: nn.Module, batches: list[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
     """Chooses the transforms and folds them into the weights; graphs and weights' quantizers follow."""
-    if not batches:
-        return
-    found = measure(prepared, batches, forward)
-    if transform(prepared, *found):
+    changed, placed = transform(prepared, *measure(prepared, batches, forward))
+    if placed:
         trace_example(prepared, runtime_of(prepared).example)
-    initialize_weights(prepared)
+    if changed:
+        initialize_weights(prepared)
 
 
 def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:

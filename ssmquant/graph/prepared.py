@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +16,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from ssmquant.errors import MethodError
+from ssmquant.errors import MethodError, TraceError
 from ssmquant.graph.patches import PATCH_LOCK
 from ssmquant.graph.plan import Point
 from ssmquant.graph.regions import OWNER
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.graph.trace import Call, describe_call
 from ssmquant.graph.tracer import active_recorder
+from ssmquant.graph.transforms.undo import Snapshot
 from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules.activation import over_gain
 from ssmquant.quantizers import Quantizer
 
 __all__ = [
+    "Undone",
     "Values",
     "attach",
     "bind",
@@ -188,25 +191,73 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
 def _load_state(model: nn.Module, base: Any, state: Any, strict: bool, assign: bool) -> Any:
     """Loads a prepared checkpoint, or a float one: by name, strictly, quantizers then start from the new weights."""
     runtime = runtime_of(model)
+    transforms = runtime.transforms
     ours = [k for k in state if k.startswith("_ssmquant.")]
-    if ours or runtime.stage == "deployed":
-        edits = runtime.transforms.places
-        result = base.load_state_dict(model, state, strict=strict, assign=assign)
-        if (
-            runtime.transforms.places != edits
-        ):  # a checkpoint of a calibrated model: its graph has other nodes
+    if ours and runtime.stage == "prepared" and transforms.differ(state):
+        with Undone(model):
+            transforms.adopt(state, next((p for p in model.parameters() if p.is_floating_point()), None))
+            result = base.load_state_dict(model, state, strict=strict, assign=assign)
             runtime.records = []
-            runtime.retrace(model, describe_call(runtime.example))
+            try:
+                runtime.retrace(model, describe_call(runtime.example))
+            except TraceError as e:
+                raise RuntimeError(f"the checkpoint's transforms do not fit this model: {e}") from e
         return result
-    if runtime.transforms.places:  # these weights fit the code as it is
-        runtime.records = []
-    runtime.transforms.forget()
+    if ours or runtime.stage == "deployed":
+        return base.load_state_dict(model, state, strict=strict, assign=assign)
+    if not transforms.folded:
+        return _load_float(model, base, state, strict, assign)
+    with Undone(model):
+        given = transforms.touched & state.keys()
+        if given == transforms.touched:  # these weights fit the code as it is
+            if transforms.places:
+                runtime.records = []
+            transforms.forget(next(model.parameters(), None))
+        elif given and not strict:
+            warnings.warn(
+                f"the state holds {len(given)} of {len(transforms.touched)} weights that transforms changed: they are "
+                "taken as weights of the transformed model",
+                stacklevel=3,
+            )
+        return _load_float(model, base, state, strict, assign)
+
+
+def _load_float(model: nn.Module, base: Any, state: Any, strict: bool, assign: bool) -> Any:
     own = model.state_dict()
     full = {**{k: v for k, v in own.items() if k.startswith(("_ssmquant.", f"{ADOPTED}."))}, **state}
     result = base.load_state_dict(model, full, strict=strict, assign=assign)
     forget_baked(model)
     initialize_weights(model)
     return result
+
+
+class Undone:
+    """Puts tensors, transforms and graphs back where something fails: half a load fits neither kind of graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.runtime = runtime = runtime_of(model)
+        self.tensors = Snapshot(model)
+        t = runtime.transforms
+        self.transforms = t.folded, t.skipped, t.settled
+        self.graphs = list(runtime.records), runtime.known, runtime.notes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, *exc: Any) -> None:
+        if kind is not None:
+            self.restore()
+
+    def restore(self) -> None:
+        self.tensors.restore()
+        for quantizer in self.runtime.modules():
+            if isinstance(quantizer, Quantizer):
+                quantizer._sync_flags()
+        t = self.runtime.transforms
+        t.folded, t.skipped, t.settled = self.transforms
+        self.runtime.records, self.runtime.known, self.runtime.notes = self.graphs
+        if self.runtime.graphs is not None:
+            self.runtime.graphs.known.clear()
 
 
 def forget_baked(model: nn.Module) -> None:

@@ -302,6 +302,10 @@ class Runtime(nn.Module):
         self.platform = "rocm" if torch.version.hip else "cuda"
         self.constants = Constants()
         self.transforms = Transforms()
+        if config.transforms:
+            self.transforms.forget()
+        # While calibration measures the float model: what runs instead of the record that serves a call.
+        self.instead: Callable[[Record], Record] | None = None
         self.records: list[Record] = []
         self.known: set[str] | None = None  # names of the points that may exist
         self.dropped: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -417,6 +421,10 @@ class Runtime(nn.Module):
     # ---- running -------------------------------------------------------------------------------------------------
     def select(self, model: nn.Module, call: Call) -> Record:
         """The record for a call, made if there is none yet."""
+        record = self._serving(model, call)
+        return record if self.instead is None else self.instead(record)
+
+    def _serving(self, model: nn.Module, call: Call) -> Record:
         for r in self.records:
             if r.accepts(model, call) and (not r.trace.inner_guards or self._verify(model, r, call)):
                 return r
@@ -432,8 +440,11 @@ class Runtime(nn.Module):
         self._refuse_while_compiling()
         again = self.make_trace(model, call, exact=True)
         self.adopt(model, again)
-        with _Stand(self, model):
-            self.transforms.write(model, again, self.adapter.scans if self.adapter else ())
+        try:
+            with _Stand(self, model):
+                self.transforms.write(model, again, self.adapter.scans if self.adapter else ())
+        except TraceError:  # another graph, which may be found or made; else that says why not
+            return False
         if same_graph(r.trace.traced, again.traced):
             r.verified.append(call.shapes)
             return True
@@ -486,8 +497,15 @@ class Runtime(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
         state["graphs"] = None if self.graphs is None else CudaGraphs(self.graphs.most)
+        state["instead"] = None
         state["records"] = []  # made again by the first call: graphs hold functions that pickle cannot name
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "transforms" not in self._modules:  # of a version that had none
+            self.transforms = Transforms()
+        self.__dict__.setdefault("instead", None)
 
 
 class _Stand:

@@ -44,7 +44,6 @@ def is_hadamard(n: int) -> bool:
     return split_size(n)[0] in (1, *_PALEY)
 
 
-@functools.lru_cache(maxsize=64)
 def _core(m: int) -> Tensor:
     """The orthonormal matrix (m, m) of the remainder, float64."""
     if m == 1:
@@ -75,6 +74,12 @@ def _paley(q: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _matrix(n: int) -> Tensor:
+    # Whatever the context of the first call, all others get this one.
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        return _new_matrix(n)
+
+
+def _new_matrix(n: int) -> Tensor:
     m, power = split_size(n)
     out = _core(m)
     pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) * 0.5**0.5
@@ -91,6 +96,22 @@ def hadamard_matrix(n: int) -> Tensor:
         ConfigError: ``n`` is not positive.
     """
     return _matrix(n).clone()
+
+
+_converted: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+"""Matrices as products read them: converting and moving one costs as much as a small product. Never dropped, as CUDA
+graphs read them; there are few, of at most 128 columns but for remainders."""
+
+
+def _like(n: int, y: Tensor) -> Tensor:
+    """The matrix of size n in the dtype and on the device of ``y``."""
+    if torch.compiler.is_compiling() or type(y) not in (Tensor, torch.nn.Parameter):
+        return _matrix(n).to(y)  # a fake tensor or the like, which must not be kept
+    key = n, y.dtype, y.device
+    if key not in _converted:
+        with torch.inference_mode(False), torch.no_grad():
+            _converted[key] = _matrix(n).to(y.device, y.dtype)
+    return _converted[key]
 
 
 def hadamard(x: Tensor, axis: int = -1) -> Tensor:
@@ -110,10 +131,10 @@ def hadamard(x: Tensor, axis: int = -1) -> Tensor:
     moved = x.movedim(axis, -1)
     y = moved.reshape(-1, n)  # rows come as the batch, whatever their number
     if n <= _AT_ONCE:
-        return (y @ _matrix(n).T.to(y)).reshape(moved.shape).movedim(-1, axis)
+        return (y @ _like(n, y).T).reshape(moved.shape).movedim(-1, axis)
     behind = 1
     for size in _factors(n):
-        y = _matrix(size).to(y) @ y.reshape(-1, size, behind)
+        y = _like(size, y) @ y.reshape(-1, size, behind)
         behind *= size
     return y.reshape(moved.shape).movedim(-1, axis)
 

@@ -25,8 +25,8 @@ class MinMax(Quantizer):
 
     Args:
         percentile: Share of the elements below the upper end of the range, and above the lower one, when :meth:`fit`
-            searches; 1 takes the extremes. Of what calibration collects, a sample, it can only cut as finely as that
-            has elements.
+            searches; 1 takes the extremes, and so does data of which nothing would be left between the two ends. Of
+            what calibration collects, a sample, it can only cut as finely as that has elements.
 
     Raises:
         ConfigError: ``percentile`` is not above 0.5, or above 1.
@@ -37,6 +37,7 @@ class MinMax(Quantizer):
 
     low: Tensor
     high: Tensor
+    percentile: float = 1.0  # of pickles that are older than it
 
     def __init__(
         self,
@@ -83,11 +84,17 @@ class MinMax(Quantizer):
             .values
         )
         last = rows.shape[1] - 1
-        for state, share in ((self.low, 1 - self.percentile), (self.high, self.percentile)):
+        ends = []
+        for share in (1 - self.percentile, self.percentile):
             at = share * last
             below = int(at)
             part = at - below
-            state.copy_(rows[:, below] * (1 - part) + rows[:, min(below + 1, last)] * part)
+            ends.append(rows[:, below] * (1 - part) + rows[:, min(below + 1, last)] * part)
+        low, high = ends
+        # Where nearly all elements are equal (to 0, as a rule) nothing would be left of the others.
+        left = low < high
+        self.low.copy_(torch.where(left, low, self.low))
+        self.high.copy_(torch.where(left, high, self.high))
 
     def _affine(self, x: Tensor) -> Affine:
         cd = compute_dtype(x, self.low)

@@ -1,17 +1,18 @@
-"""The transforms of a prepared model: measured in its float graph, folded into its weights, once."""
+"""The transforms of a prepared model: measured in its float graphs, folded into its weights, once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.graph.transforms.candidates import Candidate, Skipped, View
-from ssmquant.graph.transforms.choose import apply_transforms
+from ssmquant.graph.transforms.choose import fold_transforms, plan_transforms
 from ssmquant.graph.transforms.find import find_transforms
 from ssmquant.graph.transforms.statistics import Statistics, Watcher
 
@@ -20,9 +21,62 @@ __all__ = ["measure", "transform"]
 _KINDS = {"dt_scale": "dt", "dt_rotation": "dt", "dt_mean": "dt"}
 
 
-def _find(model: nn.Module, runtime: Runtime, record: Record) -> tuple[list[Candidate], list[Skipped]]:
-    kinds = {_KINDS.get(name, name) for name in runtime.config.transforms}
-    return find_transforms(View(model, record.trace, runtime.adapter.scans if runtime.adapter else ()), kinds)
+@dataclass
+class _Watched(Record):
+    """Runs the float graph of a record, and measures."""
+
+    watcher: Watcher | None = None
+
+    def __call__(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        assert self.watcher is not None
+        return self.watcher.run(*tensors)
+
+
+class _Graphs:
+    """What applies in each of a model's graphs, as calls reach them."""
+
+    def __init__(self, model: nn.Module, runtime: Runtime, statistics: Statistics) -> None:
+        self.model, self.runtime, self.statistics = model, runtime, statistics
+        self.kinds = {_KINDS.get(name, name) for name in runtime.config.transforms}
+        # The records are kept: the runtime forgets some where there are very many.
+        self.seen: dict[int, tuple[Record, list[Candidate], list[Skipped]]] = {}
+        self.watched: dict[int, _Watched] = {}
+
+    def look(self, record: Record) -> list[Candidate]:
+        if id(record) not in self.seen:
+            scans = self.runtime.adapter.scans if self.runtime.adapter else ()
+            found, skipped = find_transforms(View(self.model, record.trace, scans), self.kinds)
+            self.seen[id(record)] = record, found, skipped
+        return self.seen[id(record)][1]
+
+    def watch(self, record: Record) -> Record:
+        if id(record) not in self.watched:
+            watcher = Watcher(self.model, record.trace.graph, self.look(record), self.statistics)
+            own = {f.name: getattr(record, f.name) for f in fields(record)}
+            self.watched[id(record)] = _Watched(**own, watcher=watcher)
+        return self.watched[id(record)]
+
+    def common(self) -> tuple[list[Candidate], list[Skipped]]:
+        """What all graphs have in common: a weight is changed for all of them."""
+        graphs = list(self.seen.values())
+        _, found, skipped = graphs[0]
+        kept = {c.key: c for c in found}
+        reasons = {(s.kind, s.site): s for s in skipped}
+        for _, others, why in graphs[1:]:
+            marks = {c.key: c.mark() for c in others}
+            explained = {(s.kind, s.site): s.reason for s in why}
+            for c in [c for c in kept.values() if marks.get(c.key) != c.mark()]:
+                reason = explained.get((c.kind, c.site), "it has other weights or values there")
+                del kept[c.key]
+                reasons[c.kind, c.site] = Skipped(
+                    c.kind, c.site, f"not in all graphs of this model: {reason}"
+                )
+            for c in others:
+                if c.key not in {d.key for d in found}:
+                    reasons.setdefault(
+                        (c.kind, c.site), Skipped(c.kind, c.site, "not in all graphs of this model")
+                    )
+        return list(kept.values()), list(reasons.values())
 
 
 @torch.no_grad()
@@ -32,59 +86,66 @@ def measure(
     """Runs the float model and measures what transforms depend on. Nothing is changed.
 
     Args:
-        model: A prepared model in evaluation mode, not transformed yet.
+        model: A prepared model in evaluation mode, traced, not transformed yet.
         batches: What it takes.
         forward: ``forward(model, batch)`` calls it.
 
     Returns:
-        The candidates of the example's graph, what does not apply, and the statistics.
+        The candidates that all graphs of the model share (those of the example in both modes, and those of the
+        batches), what does not apply, and the statistics.
 
     Raises:
         CalibrationError: NaN or inf in a measured value.
     """
     runtime = runtime_of(model)
-    own = runtime.records
     statistics = Statistics()
-    found, skipped = _find(model, runtime, own[0])
-    watched: list[Record] = []
-
-    def watch(record: Record) -> Record:
-        candidates = found if record is own[0] else _find(model, runtime, record)[0]
-        watcher = Watcher(model, record.trace.graph, candidates, statistics)
-
-        def run(_: nn.Module, *tensors: Tensor) -> Any:
-            return watcher.run(*tensors)
-
-        return replace(record, run=run, fused={})
-
+    graphs = _Graphs(model, runtime, statistics)
+    for record in runtime.records:
+        graphs.look(record)
+    runtime.instead = graphs.watch
     try:
         for batch in batches:
-            # A call that no graph serves is traced; its graph is then run a second time, watched.
-            while True:
-                known = len(runtime.records)
-                if len(watched) < known:
-                    watched += [watch(r) for r in runtime.records[len(watched) :]]
-                    runtime.records = list(watched)
-                forward(model, batch)
-                if len(runtime.records) == known:
-                    break
+            forward(model, batch)
     finally:
-        runtime.records = own
+        runtime.instead = None
+    found, skipped = graphs.common()
     return found, skipped, statistics
 
 
 def transform(
     model: nn.Module, found: list[Candidate], skipped: list[Skipped], statistics: Statistics
-) -> bool:
-    """Folds the transforms. True: the graph changes too, so that the model has to be traced again.
+) -> tuple[bool, bool]:
+    """Folds the transforms; all ranks of a distributed run fold those of rank 0.
 
-    Weights' quantizers have to be initialised again in any case.
+    A failure leaves weights half folded: the caller puts them back (see ``undo``).
+
+    Returns:
+        Whether weights changed, so that their quantizers have to start again, and whether the graph changes, so that
+        the model has to be traced again.
     """
     runtime = runtime_of(model)
-    names = runtime.config.transforms
-    tensors, applied = apply_transforms(model, found, statistics, names, klt=runtime.config.rotation == "klt")
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    runtime.transforms.put(tensors, like)
-    runtime.transforms.applied, runtime.transforms.skipped = applied, skipped
-    runtime.transforms.settled = True
-    return bool(tensors)
+    names, klt = runtime.config.transforms, runtime.config.rotation == "klt"
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several:
+        found, skipped = _agreed(found, skipped)
+    plan = plan_transforms(model, found, statistics, names, klt=klt)
+    if several:
+        box = [plan]
+        dist.broadcast_object_list(box, 0)
+        plan = box[0]
+    tensors, applied = fold_transforms(model, found, plan)
+    runtime.transforms.settle(tensors, applied, skipped, _like(model))
+    return bool(applied), bool(tensors)
+
+
+def _like(model: nn.Module) -> Tensor | None:
+    return next((p for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _agreed(found: list[Candidate], skipped: list[Skipped]) -> tuple[list[Candidate], list[Skipped]]:
+    """What all ranks have found: their batches may have reached other graphs."""
+    marks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(marks, {c.key: c.mark() for c in found})
+    kept = [c for c in found if all(m.get(c.key) == c.mark() for m in marks)]
+    left = [Skipped(c.kind, c.site, "not in all graphs of all ranks") for c in found if c not in kept]
+    return kept, [*skipped, *left]

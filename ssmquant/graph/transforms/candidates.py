@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,9 @@ from ssmquant.adapter import ScanRole
 from ssmquant.graph.sites import find_sites, op_name
 from ssmquant.graph.trace import Trace
 from ssmquant.graph.transforms.flow import QUESTIONS, Flow, Places, follow
-from ssmquant.graph.transforms.projections import Projection, Unsuitable, projection_of
+from ssmquant.graph.transforms.projections import Projection, Unsuitable, has_parameter, projection_of
 
-__all__ = ["Candidate", "Norm", "Place", "Scale", "Scaled", "Skipped", "View"]
+__all__ = ["Applied", "Candidate", "Norm", "Place", "Scale", "Scaled", "Skipped", "View", "key_of"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,21 @@ class Skipped:
     kind: str
     site: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A transform that was folded: how, its digest (:meth:`Candidate.mark`), and the parameters that it changed."""
+
+    kind: str
+    site: str
+    how: str
+    mark: str
+    touched: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return key_of(self.kind, self.site)
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,20 @@ class Place:
     labels: Tensor
 
 
+def key_of(kind: str, site: str) -> str:
+    """The name of a transform of a site; it may be a buffer's."""
+    return f"{kind}:{site.replace('.', '/')}"
+
+
+def _plain(x: Any) -> Any:
+    """Nested tuples of numbers and names, in an order that does not depend on the graph."""
+    if isinstance(x, Tensor):
+        return tuple(x.shape), hashlib.sha256(x.long().contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(x, (set, frozenset)):
+        return tuple(sorted((_plain(i) for i in x), key=repr))
+    return tuple(_plain(i) for i in x) if isinstance(x, (list, tuple)) else x
+
+
 @dataclass
 class Candidate:
     """A transform that applies. ``places`` is empty where it costs nothing at run time.
@@ -68,7 +98,33 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        return f"{self.kind}:{self.site.replace('.', '/')}"
+        return key_of(self.kind, self.site)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What it does to which parameters, equal in all graphs that can share it (plain values and tensors)."""
+        raise NotImplementedError
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of the parameters that it changes."""
+        raise NotImplementedError
+
+    def mark(self, *, placed: bool = True) -> str:
+        """A digest (16 letters) of what it does: graphs where it differs compute another function.
+
+        Args:
+            placed: Whether its places are in the graph, too, and not weights alone changed.
+        """
+        places = [(p.function, p.labels) for p in self.places] if placed else []
+        return hashlib.sha256(repr(_plain((self.key, self.identity, places))).encode()).hexdigest()[:16]
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of its places; a Hadamard transform has an empty one."""
+        return {
+            f"{self.key}#{k}": (0,) if p.function == "hadamard" else tuple(p.labels.shape)
+            for k, p in enumerate(self.places)
+        }
 
 
 @dataclass(frozen=True)
@@ -110,15 +166,27 @@ class Scale(Candidate):
             for name in (norm.weight, norm.bias):
                 if name is not None:
                     p = model.get_parameter(name)
-                    p.copy_(p.double() / factor.to(p.device))
+                    p.copy_(p.detach().cpu().double() / factor)
         return {f"{self.key}#{k}": factor[p.labels] for k, p in enumerate(self.places)}
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        ends = {(_plain(e.projection.identity), e.outputs, _plain(e.ids), e.power) for e in self.ends}
+        return self.size, ends, {(n.weight, n.bias, n.rms) for n in self.norms}
+
+    @property
+    def touched(self) -> set[str]:
+        names = {n.bias for n in self.norms if n.bias is not None} | {n.weight for n in self.norms}
+        for e in self.ends:
+            names |= e.projection.touched if e.outputs else {e.projection.parameter}
+        return names
 
     def weight_range(self, model: nn.Module) -> Tensor:
         """The largest magnitude of what the weights of readers do to each channel (size,), float64."""
         out = torch.zeros(self.size, dtype=torch.float64)
         for end in self.ends:
             if not end.outputs:
-                w = end.projection.read(model).abs().amax(dim=(1, 3)).reshape(-1).cpu()
+                w = end.projection.read(model).abs().amax(dim=(1, 3)).reshape(-1)
                 out.scatter_reduce_(0, end.ids, w, "amax")
         return out
 
@@ -132,6 +200,7 @@ class View:
         self.static = found.static
         self.sites = {s.node: s for s in found.sites}
         self.places = Places(model, trace.graph)
+        self.baked = set(trace.traced.baked)
         self._read_by = self._readers()
         self.scans = [s for s in found.sites if s.kind == "scan"]
         self.projections: dict[fx.Node, Projection] = {}
@@ -149,6 +218,8 @@ class View:
         for name in (p.parameter, p.bias):
             if name is not None and self.readers(name) != {p.site.node}:
                 raise Unsuitable(f"'{name}' is read elsewhere too")
+            if name in self.baked:  # the number is in the graph, of the weight as it was
+                raise Unsuitable(f"'{name}' is read as a Python number")
         return p
 
     def _readers(self) -> dict[int, set[fx.Node]]:
@@ -187,11 +258,16 @@ class View:
         if called is None:
             return None
         x, weight, bias, rms = called
-        mine = all(self.readers(p) == {node} for p in (weight, bias) if p is not None)
-        if not isinstance(x, fx.Node) or not mine or self.model.get_parameter(weight).dim() != 1:
+        for name in (weight, bias):
+            if name is not None and not (has_parameter(self.model, name) and self._mine(name, node)):
+                return None
+        if not isinstance(x, fx.Node) or self.model.get_parameter(weight).dim() != 1:
             return None
         channels = self.model.get_parameter(weight).numel()
         return Norm(node, x, weight, bias, rms, channels, weight.rpartition(".")[0])
+
+    def _mine(self, name: str, node: fx.Node) -> bool:
+        return self.readers(name) == {node} and name not in self.baked
 
     def _called_norm(self, node: fx.Node) -> tuple[Any, str, str | None, bool] | None:
         mod = self.model.get_submodule(str(node.target))

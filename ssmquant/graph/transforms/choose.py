@@ -8,21 +8,32 @@ where calibration says nothing of a direction, its eigenvectors are arbitrary bu
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssmquant.graph.transforms.candidates import Candidate, Scale
+from ssmquant.graph.transforms.candidates import Applied, Candidate, Scale
 from ssmquant.graph.transforms.residual import Residual
 from ssmquant.graph.transforms.statistics import Moments, Statistics
 from ssmquant.graph.transforms.turns import LowRank, OutRotation
 from ssmquant.ops.hadamard import hadamard_matrix
 
-__all__ = ["apply_transforms", "even_factors", "rotation"]
+__all__ = ["Planned", "even_factors", "fold_transforms", "plan_transforms", "rotation"]
 
 _MOST = 8
 _SHRINK = 1e-3
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be done: to the candidate of this key, the arguments of its ``fold``, and how ``summary`` puts it."""
+
+    key: str
+    values: tuple[Tensor, ...]
+    how: str
 
 
 def even_factors(values: Tensor, weights: Tensor, strength: float = 0.5) -> Tensor:
@@ -64,23 +75,23 @@ def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True) -> Te
     return h @ torch.linalg.eigh(c / level).eigenvectors.T
 
 
-def apply_transforms(
-    model: nn.Module, found: list[Candidate], statistics: Statistics, names: Collection[str], *, klt: bool
-) -> tuple[dict[str, Tensor], list[tuple[str, str, str]]]:
-    """Folds all that was found into the model's weights.
+def plan_transforms(
+    model: nn.Module, found: Sequence[Candidate], statistics: Statistics, names: Collection[str], *, klt: bool
+) -> list[Planned]:
+    """Decides on all factors and rotations; changes nothing.
 
     Args:
-        model: changed in place.
+        model: the traced model, its weights as they were measured.
         found: candidates of a trace of this model.
         statistics: what was measured of them.
         names: ``QConfig.transforms``.
         klt: rotations from covariances; else from Hadamard matrices alone.
 
     Returns:
-        Tensors for the graph, and for ``summary`` kind, site and how of each.
+        Those that have an effect, in the order in which they are folded: rotations of inputs and of the stream after
+        the factors of the same columns.
     """
-    tensors: dict[str, Tensor] = {}
-    applied: list[tuple[str, str, str]] = []
+    plan: list[Planned] = []
     for c in found:
         if isinstance(c, Scale):
             if (largest := _pooled(statistics.largest.get(c.key), c)) is None:
@@ -92,23 +103,43 @@ def apply_transforms(
             )
             if bool((factor == 1).all()):
                 continue
-            tensors |= c.fold(model, factor)
             low, high = (int(f.log2()) for f in (factor.min(), factor.max()))
-            applied.append((c.kind, c.site, f"factors 2^{low} to 2^{high}, {_cost(c)}"))
-        elif isinstance(c, LowRank):
-            done = _low_rank(model, c, statistics, names, klt)
-            if done is not None:
-                tensors |= done[0]
-                applied.append(("dt", c.site, done[1]))
-    for c in found:  # after the factors of their columns
+            plan.append(Planned(c.key, (factor,), f"factors 2^{low} to 2^{high}, {_cost(c)}"))
+        elif isinstance(c, LowRank) and (low_rank := _low_rank(model, c, statistics, names, klt)) is not None:
+            plan.append(low_rank)
+    for c in found:
         if isinstance(c, OutRotation):
-            tensors |= c.fold(model, hadamard_matrix(c.sink.groups[2]))
-            applied.append((c.kind, c.site, f"Hadamard of {c.sink.groups[2]}, at run time"))
+            n = c.sink.groups[2]
+            plan.append(Planned(c.key, (hadamard_matrix(n),), f"Hadamard of {n}, at run time"))
         elif isinstance(c, Residual):
             moments = _second_moments(statistics.moments.get(c.key), c, model) if klt else None
-            c.fold(model, rotation(c.channels, moments))
             how = "Hadamard" if moments is None else "KLT and Hadamard"
-            applied.append((c.kind, c.site, f"{how} of {c.channels}, free"))
+            plan.append(Planned(c.key, (rotation(c.channels, moments),), f"{how} of {c.channels}, free"))
+    return plan
+
+
+def fold_transforms(
+    model: nn.Module, found: Sequence[Candidate], plan: Sequence[Planned]
+) -> tuple[dict[str, Tensor], list[Applied]]:
+    """Folds what was decided into the model's weights, in place.
+
+    Args:
+        model: changed; what fails in the middle leaves it half changed.
+        found: candidates of a trace of this model, by whose keys ``plan`` goes.
+        plan: see :func:`plan_transforms`.
+
+    Returns:
+        Tensors for the graph by name (float64 on the CPU), and what was done.
+    """
+    by_key: dict[str, Any] = {c.key: c for c in found}
+    tensors: dict[str, Tensor] = {}
+    applied: list[Applied] = []
+    for p in plan:
+        c = by_key[p.key]
+        made = c.fold(model, *p.values)
+        tensors |= made
+        mark = c.mark(placed=bool(made))
+        applied.append(Applied(c.kind, c.site, p.how, mark, tuple(sorted(c.touched))))
     return tensors, applied
 
 
@@ -119,19 +150,25 @@ def _cost(c: Candidate) -> str:
     return " and ".join(parts) or "free"
 
 
-def _pooled(largest: list[Tensor] | None, c: Scale) -> tuple[Tensor, Tensor] | None:
-    """The largest magnitudes of B and of C for a state, else (twice) those of all values together."""
-    if largest is None or any(t.numel() != c.size for t in largest):
+def _pooled(largest: dict[int, Tensor] | None, c: Scale) -> tuple[Tensor, Tensor] | None:
+    """The largest magnitudes of B and of C for a state, else (twice) those of all values together.
+
+    What reads a value may see a part of its channels: the others are 0 there.
+    """
+    if largest is None or sorted(largest) != list(range(len(c.watch))):
         return None
+    if any(t.numel() > c.size for t in largest.values()):
+        return None
+    largest = {k: torch.nn.functional.pad(t, (0, c.size - t.numel())) for k, t in largest.items()}
     if c.kind == "state":
         return largest[0], largest[1]
-    pooled = torch.stack(largest).amax(0)
+    pooled = torch.stack(list(largest.values())).amax(0)
     return pooled, pooled
 
 
 def _low_rank(
     model: nn.Module, c: LowRank, statistics: Statistics, names: Collection[str], klt: bool
-) -> tuple[dict[str, Tensor], str] | None:
+) -> Planned | None:
     moments = statistics.moments.get(c.key)
     if not moments:
         return None
@@ -146,7 +183,7 @@ def _low_rank(
     matrix = torch.eye(r, dtype=torch.float64).expand(g, r, r).clone()
     if "dt_scale" in names and r > 1:
         spread = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-        weight = c.sink.read(model).abs().amax(dim=(1, 3)).cpu()
+        weight = c.sink.read(model).abs().amax(dim=(1, 3))
         factor = torch.stack([even_factors(s, w) for s, w in zip(spread, weight, strict=True)])
         matrix = torch.diag_embed(1 / factor)
         covariance = covariance / (factor[:, :, None] * factor[:, None, :])
@@ -157,7 +194,7 @@ def _low_rank(
         how.append(f"{'KLT and ' * klt}Hadamard of {r}, free")
     if not how:
         return None
-    return c.fold(model, matrix, mean), "; ".join(how)
+    return Planned(c.key, (matrix,) if mean is None else (matrix, mean), "; ".join(how))
 
 
 def _second_moments(moments: dict[int, Moments] | None, c: Residual, model: nn.Module) -> Tensor | None:

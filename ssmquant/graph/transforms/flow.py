@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ssmquant.graph.moves import is_cast, is_move, is_number, traced_size
 from ssmquant.graph.sites import Site, op_name
 
-__all__ = ["Flow", "Places", "follow", "moved", "name_of", "number", "shape"]
+__all__ = ["Flow", "Places", "follow", "moved", "name_of", "number", "shape", "uses_last_state"]
 
 _CASTS = {"to", "type_as", "double", "half", "bfloat16", "alias", "detach"}
 _MORE_MOVES = {"expand", "expand_as", "view_as"}
@@ -137,6 +137,15 @@ def _aligned(labels: Tensor, dims: int) -> Tensor:
     return labels.reshape((1,) * (dims - labels.dim()) + tuple(labels.shape))
 
 
+def uses_last_state(scan: fx.Node) -> bool:
+    """Whether something reads more of a scan than its output: its last state, or the pair as a whole."""
+    if shape(scan) is not None:
+        return False
+    parts = [u for u in scan.users if op_name(u) == "getitem" and u.args[1] != 0]
+    whole = [u for u in scan.users if op_name(u) != "getitem"]
+    return bool(whole) or any(u.users for u in parts)
+
+
 def _scaled(
     node: fx.Node, known: dict[fx.Node, Any], scans: dict[fx.Node, Site], sums: bool, gates: bool
 ) -> Tensor | tuple[Tensor | None, ...] | None:
@@ -145,7 +154,7 @@ def _scaled(
     if node in scans:
         site = scans[node]
         operands = {k for k, v in site.scan.items() if isinstance(v, fx.Node) and v in known}
-        if operands != {"u"} or site.role is None or site.role.kind != "s6":
+        if operands != {"u"} or site.role is None or site.role.kind != "s6" or uses_last_state(node):
             return None
         labels = known[site.scan["u"]]
         return labels if out is not None else (labels, None)
@@ -157,7 +166,8 @@ def _scaled(
             return None
         one, two = (_aligned(known[i], len(out)) for i in (inputs[0], inputs[-1]))
         return one if one.shape == two.shape and torch.equal(one, two) else None
-    if name in _PRODUCTS and isinstance(node.args[0], fx.Node):
+    # Not by keyword: ``other`` would be looked at as if it were not there, ``rounding_mode`` is not linear.
+    if name in _PRODUCTS and len(node.args) == 2 and not node.kwargs and isinstance(node.args[0], fx.Node):
         own = [a for a in node.args if isinstance(a, fx.Node) and a in known]
         number_only = not any(isinstance(a, fx.Node) and a not in own for a in node.args)
         if len(own) != 1 or not (gates or number_only):

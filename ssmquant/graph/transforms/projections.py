@@ -14,11 +14,28 @@ from ssmquant.graph.plan import einsum_letters
 from ssmquant.graph.sites import Operand, Site, op_name
 from ssmquant.graph.transforms.flow import number, shape
 
-__all__ = ["Projection", "Unsuitable", "parameter_index", "projection_of"]
+__all__ = ["Projection", "Unsuitable", "has_parameter", "parameter_index", "projection_of", "scatter"]
 
 
 class Unsuitable(Exception):
     """Why a transform does not apply; ``str`` is the reason that users read."""
+
+
+def has_parameter(model: nn.Module, name: str) -> bool:
+    """Whether that is the name of a parameter, and not of a buffer or another tensor."""
+    owner, _, attr = name.rpartition(".")
+    return isinstance(model.get_submodule(owner)._parameters.get(attr), nn.Parameter)
+
+
+@torch.no_grad()
+def scatter(p: nn.Parameter, at: Tensor, values: Tensor) -> None:
+    """Writes ``values`` (n,) to the elements ``at`` (n,) of a parameter, counted in its shape's order.
+
+    Through a copy: a parameter in channels-last order, say, has no flat view.
+    """
+    flat = p.detach().reshape(-1).clone()
+    flat[at.to(p.device)] = values.to(p.device, p.dtype)
+    p.copy_(flat.reshape(p.shape))
 
 
 def parameter_index(node: fx.Node, root: fx.Node, size: tuple[int, ...]) -> Tensor:
@@ -65,10 +82,10 @@ class Projection:
     _order: tuple[int, ...]  # of axes: from the weight as used to (g.., o.., i.., taps)
 
     def read(self, model: nn.Module) -> Tensor:
-        """The weight (g, o, i, taps), float64."""
-        w = model.get_parameter(self.parameter).detach().double()
+        """The weight (g, o, i, taps), float64 on the CPU, as all that is computed of weights here."""
+        w = model.get_parameter(self.parameter).detach().cpu().double()
         if self._index is not None:
-            w = w.reshape(-1)[self._index.to(w.device)]
+            w = w.reshape(-1)[self._index]
         return w.permute(self._order).reshape(*self.groups, -1)
 
     @torch.no_grad()
@@ -78,11 +95,21 @@ class Projection:
         used = p.shape if self._index is None else self._index.shape
         moved = [used[d] for d in self._order]
         back = sorted(range(len(moved)), key=lambda d: self._order[d])
-        w = value.reshape(moved).permute(back).to(p.dtype)
+        w = value.reshape(moved).permute(back)
         if self._index is None:
             p.copy_(w)
         else:
-            p.view(-1)[self._index.reshape(-1).to(p.device)] = w.reshape(-1)
+            scatter(p, self._index.reshape(-1), w.reshape(-1))
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What it computes with, equal in all graphs where it is the same."""
+        return self.parameter, self.bias, self.groups, self._index, self._order
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of the parameters that factors and rotations of it may change."""
+        return {self.parameter} | ({self.bias} if self.bias is not None else set())
 
     # ---- factors and products ------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -98,7 +125,7 @@ class Projection:
         self.write(model, self.read(model) * factor.double().reshape(g, o, 1, 1))
         if self.bias is not None:
             b = model.get_parameter(self.bias)
-            b.copy_(b.double() * factor.to(b.device))
+            b.copy_(b.detach().cpu().double() * factor.double())
 
     @torch.no_grad()
     def turn_inputs(self, model: nn.Module, matrix: Tensor) -> None:
@@ -116,7 +143,7 @@ class Projection:
         self.write(model, flat.reshape(w.shape))
         if self.bias is not None:
             b = model.get_parameter(self.bias)
-            b[rows] = (matrix.double() @ b[rows].double()).to(b.dtype)
+            scatter(b, rows, matrix.double() @ b.detach().cpu().double().reshape(-1)[rows])
 
     def input_map(self, labels: Tensor) -> Tensor:
         """For every input its label (g * i,); ``labels`` broadcast to the operand.
@@ -235,13 +262,16 @@ def _bias(model: nn.Module, site: Site) -> str | None:
     if site.weight is None:
         mod: Any = model.get_submodule(site.module)
         assert isinstance(mod, (nn.Linear, _ConvNd))
-        return None if mod.bias is None else f"{site.module}.bias"
+        name = f"{site.module}.bias"
+        if mod.bias is not None and not has_parameter(model, name):
+            raise Unsuitable(f"the bias of '{site.name}' is no parameter")
+        return None if mod.bias is None else name
     if op_name(site.node) not in ("linear", "conv1d", "conv2d", "conv3d"):
         return None
     node = site.node
     bias: Any = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
     if bias is None:
         return None
-    if bias.op != "get_attr" or str(bias.target).startswith("_ssmquant."):
-        raise Unsuitable(f"the bias of '{site.name}' is computed")
+    if bias.op != "get_attr" or not has_parameter(model, str(bias.target)):
+        raise Unsuitable(f"the bias of '{site.name}' is computed, or is no parameter")
     return str(bias.target)

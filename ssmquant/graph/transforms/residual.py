@@ -19,7 +19,7 @@ from ssmquant.graph.moves import is_number
 from ssmquant.graph.sites import op_name
 from ssmquant.graph.transforms.candidates import Candidate, Norm, Skipped, View
 from ssmquant.graph.transforms.flow import follow, moved, name_of, shape
-from ssmquant.graph.transforms.projections import Projection, Unsuitable
+from ssmquant.graph.transforms.projections import Projection, Unsuitable, has_parameter
 
 __all__ = ["Residual", "residuals"]
 
@@ -47,6 +47,17 @@ class Residual(Candidate):
     parameters: list[tuple[str, int]] = field(kw_only=True)
     readers: list[tuple[Projection, Norm | None]] = field(kw_only=True)
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        readers = [(p.identity, "" if n is None else n.weight) for p, n in self.readers]
+        ends = [(p.identity, "writes") for p in self.writers] + readers
+        return self.channels, set(self.parameters), tuple(sorted(ends, key=lambda e: (e[0][0], e[1])))
+
+    @property
+    def touched(self) -> set[str]:
+        names = {p.parameter for p, _ in self.readers} | {n.weight for _, n in self.readers if n is not None}
+        return names.union({name for name, _ in self.parameters}, *(p.touched for p in self.writers))
+
     @torch.no_grad()
     def fold(self, model: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
         """Changes the weights so that the stream x becomes ``matrix @ x``; ``matrix`` (channels, channels), orthogonal.
@@ -54,7 +65,7 @@ class Residual(Candidate):
         Raises:
             ValueError: it is not orthogonal.
         """
-        matrix = matrix.detach().double()
+        matrix = matrix.detach().cpu().double()
         one = torch.eye(self.channels, dtype=torch.float64)
         if matrix.shape != one.shape or not torch.allclose(matrix @ matrix.T, one, rtol=0, atol=1e-9):
             raise ValueError(f"{self.key}: expected an orthogonal matrix {tuple(one.shape)}")
@@ -71,9 +82,16 @@ class Residual(Candidate):
             p.turn_outputs(model, matrix, rows)
         for name, axis in self.parameters:
             t = model.get_parameter(name)
-            moved = t.detach().double().movedim(axis, -1) @ matrix.T.to(t.device)
+            moved = t.detach().cpu().double().movedim(axis, -1) @ matrix.T
             t.copy_(moved.movedim(-1, axis))
         return {}
+
+
+def _first(node: fx.Node) -> fx.Node:
+    """What a move or a mean is of."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        raise Unsuitable(f"'{op_name(node)}' is called with keywords")
+    return node.args[0]
 
 
 class _Stream:
@@ -126,6 +144,8 @@ class _Stream:
             self.writers[node] = p
         elif node.op == "get_attr":
             name = str(node.target)
+            if not has_parameter(view.model, name) or name in view.baked:
+                raise Unsuitable(f"'{name}' is no parameter, or is read as a Python number")
             if node not in view.static or any(u not in self.seen for u in self._computing(node)):
                 raise Unsuitable(f"'{name}' is used elsewhere, or is no parameter")
             self.parameters[name] = axis
@@ -138,9 +158,9 @@ class _Stream:
         elif op_name(node) in ("mean", "sum") and self._elsewhere(node) is not None:
             source = self._elsewhere(node)
             assert source is not None
-            self.join(node.args[0], source[axis])  # type: ignore[arg-type]
+            self.join(_first(node), source[axis])
         elif op_name(node) in _RESHAPES:
-            self.join(node.args[0], self._axis_before(node, axis))  # type: ignore[arg-type]
+            self.join(_first(node), self._axis_before(node, axis))
         else:
             raise Unsuitable(f"{name_of(view.model, node)} makes it, which does not commute with a rotation")
 
@@ -164,6 +184,8 @@ class _Stream:
             for i in operands:
                 self.join(i, axis - (op_name(node) == "stack" and dim % len(size) < axis))
             return
+        if node.kwargs.keys() - {"alpha"} or len(node.args) != 2:
+            raise Unsuitable(f"{name_of(self.view.model, node)} is called with keywords")
         if any(not isinstance(a, fx.Node) for a in node.args):
             raise Unsuitable("a number is added to it")
         for i in operands:
@@ -176,6 +198,8 @@ class _Stream:
     def _scaled(self, node: fx.Node, axis: int) -> None:
         size = shape(node)
         assert size is not None
+        if node.kwargs or len(node.args) != 2:
+            raise Unsuitable(f"{name_of(self.view.model, node)} is called with keywords")
         tensors = [i for i in node.all_input_nodes if not is_number(i)]
         inside = [i for i in tensors if (shape(i) or ())[-(len(size) - axis) :][:1] == (self.channels,)]
         if len(inside) != 1 or (op_name(node) != "mul" and node.args[0] is not inside[0]):
@@ -187,7 +211,7 @@ class _Stream:
     def _elsewhere(self, node: fx.Node) -> list[int] | None:
         """The axes of a mean's argument by axis of the result, where it is over other axes than the channels'."""
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        before = shape(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        before = shape(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
         if before is None or not isinstance(dim, (int, tuple, list)):
             return None
         dims = {d % len(before) for d in ([dim] if isinstance(dim, int) else dim)}
@@ -195,8 +219,7 @@ class _Stream:
         return [d for d in range(len(before)) if keep or d not in dims]
 
     def _axis_before(self, node: fx.Node, axis: int) -> int:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = _first(node)
         for candidate, size in enumerate(shape(source) or ()):
             if size == self.channels and self._axis_after(source, node, candidate) == axis:
                 return candidate
@@ -293,10 +316,11 @@ def residuals(view: View) -> tuple[list[Residual], list[Skipped]]:
         known |= stream.seen
         if any(not norm.rms for _, norm in stream.readers.values() if norm is not None) or not stream.readers:
             continue
+        # By name, so that all graphs count them alike.
+        norms = {n.weight: n for _, n in stream.readers.values() if n is not None}
         behind = {
             n.node: torch.arange(n.channels).reshape((1,) * (len(shape(n.node) or ()) - 1) + (-1,))
-            for _, n in stream.readers.values()
-            if n is not None
+            for _, n in sorted(norms.items())
         }
         found.append(
             Residual(

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from ssmquant.graph.sites import op_name
 from ssmquant.graph.transforms.candidates import Place, Scale, Scaled, Skipped, View
-from ssmquant.graph.transforms.flow import Flow, follow, name_of, shape
+from ssmquant.graph.transforms.flow import Flow, follow, name_of, shape, uses_last_state
 from ssmquant.graph.transforms.projections import Projection, Unsuitable
 
 __all__ = ["conv_inputs", "gates", "scan_inputs", "states"]
@@ -143,6 +143,8 @@ def scan_inputs(view: View) -> Found:
     for scan in view.scans:
         if scan.name not in served:
             why = next(iter(reasons.values()), "its u is not the SiLU of a projection alone")
+            if uses_last_state(scan.node):
+                why = "its last state is used, which is linear in u, too"
             kind = "" if scan.role is None or scan.role.kind == "s6" else "a Mamba-2 scan; "
             skipped.append(Skipped("scan_input", scan.name, kind + why))
     return found, skipped
@@ -245,6 +247,8 @@ def states(view: View) -> Found:
         try:
             if scan.role is None or scan.role.kind != "s6":
                 raise Unsuitable("a Mamba-2 scan")
+            if uses_last_state(scan.node):
+                raise Unsuitable("its last state is used")
             ends, watch, sizes = [], [], []
             for name, power in (("B", -1), ("C", 1)):
                 node = scan.scan.get(name)

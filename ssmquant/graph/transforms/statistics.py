@@ -37,25 +37,30 @@ class Moments:
 class Statistics:
     """By key of a candidate: for each of its values the largest magnitudes by label, and the moments."""
 
-    largest: dict[str, list[Tensor]] = field(default_factory=dict)
+    largest: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     moments: dict[str, dict[int, Moments]] = field(default_factory=dict)
 
     def see(self, candidate: Candidate, which: int, value: Tensor, labels: Tensor) -> None:
         """Notes the largest magnitudes of the ``which``-th watched value."""
+        if not value.numel():
+            return
         over = [d for d, s in enumerate(labels.shape) if s == 1]
         x = value.detach().abs()
         x = (x.amax(dim=over, keepdim=True) if over else x).expand(labels.shape).double().cpu()
         kept = labels >= 0
         if not kept.any():
             return
-        store = self.largest.setdefault(candidate.key, [torch.zeros(0) for _ in candidate.watch])
-        size = int(labels.max()) + 1
-        now = torch.zeros(size, dtype=torch.float64)
-        now.scatter_reduce_(0, labels[kept], x[kept], "amax")
-        store[which] = now if not store[which].numel() else torch.maximum(store[which], now)
+        # Another graph may watch more values, or see more of their channels; whether it counts is decided later.
+        store = self.largest.setdefault(candidate.key, {})
+        old = store.get(which, torch.zeros(0, dtype=torch.float64))
+        now = torch.zeros(max(int(labels.max()) + 1, old.numel()), dtype=torch.float64)
+        now[: old.numel()] = old
+        store[which] = now.scatter_reduce_(0, labels[kept], x[kept], "amax")
 
     def correlate(self, candidate: Candidate, which: int, value: Tensor, labels: Tensor) -> None:
         """Adds to the moments of the ``which``-th value; labels number its channels from 0."""
+        if not value.numel():
+            return
         channels = [d for d, s in enumerate(labels.shape) if s > 1]
         rows = (
             value.detach().movedim(channels, list(range(len(channels)))).flatten(0, max(len(channels) - 1, 0))
@@ -70,6 +75,8 @@ class Statistics:
             zero = torch.zeros(n, dtype=torch.float64)
             store[which] = Moments(0, zero, torch.zeros(n, n, dtype=torch.float64))
         m = store[which]
+        if m.total.numel() != labels.numel():
+            return  # of a graph that has another transform here, so that none will be chosen
         m.count += rows.shape[1]
         m.total += sorted_rows.sum(1)
         m.outer += sorted_rows @ sorted_rows.T

@@ -6,6 +6,7 @@ Source: MambaQuant (arXiv 2501.13484), section 4.2: R5 and R2 in its code; the m
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +14,13 @@ from torch import Tensor, fx, nn
 from ssmquant.graph.sites import Site
 from ssmquant.graph.transforms.candidates import Candidate, Place, Skipped, View
 from ssmquant.graph.transforms.flow import name_of
-from ssmquant.graph.transforms.projections import Projection, Unsuitable, parameter_index
+from ssmquant.graph.transforms.projections import (
+    Projection,
+    Unsuitable,
+    has_parameter,
+    parameter_index,
+    scatter,
+)
 
 __all__ = ["LowRank", "OutRotation", "low_ranks", "out_rotations"]
 
@@ -39,6 +46,14 @@ class LowRank(Candidate):
     def rank(self) -> int:
         return int(self.rows.shape[1])
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        return self.source.identity, self.sink.identity, self.rows, self.bias
+
+    @property
+    def touched(self) -> set[str]:
+        return {*self.source.touched, self.sink.parameter, *([] if self.bias is None else [self.bias[0]])}
+
     @torch.no_grad()
     def fold(self, model: nn.Module, matrix: Tensor, mean: Tensor | None = None) -> dict[str, Tensor]:
         """Changes the weights; returns tensors for the places, by key.
@@ -48,20 +63,18 @@ class LowRank(Candidate):
             matrix: (g, r, r), invertible.
             mean: (g, r), of x.
         """
-        matrix = matrix.detach().double()
+        matrix = matrix.detach().cpu().double()
         if matrix.shape != (self.groups, self.rank, self.rank):
             raise ValueError(f"{self.key}: expected matrices {(self.groups, self.rank, self.rank)}")
         if mean is not None:
             if self.bias is None:
                 raise ValueError(f"{self.key}: no bias takes the mean")
-            mean = mean.detach().double()
+            mean = mean.detach().cpu().double()
             w = self.sink.read(model)[..., 0]
-            more = torch.einsum("goi,gi->go", w, mean.to(w.device)).reshape(-1)
+            more = torch.einsum("goi,gi->go", w, mean).reshape(-1)
             name, elements = self.bias
             p = model.get_parameter(name)
-            flat = p.view(-1)
-            at = elements.to(p.device)
-            flat[at] = (flat[at].double() + more).to(p.dtype)
+            scatter(p, elements, p.detach().cpu().double().reshape(-1)[elements] + more)
         for m, rows in zip(matrix, self.rows, strict=True):
             self.source.turn_outputs(model, m, rows)
         self.sink.turn_inputs(model, matrix)
@@ -132,7 +145,9 @@ def _step_bias(view: View, scan: Site, sink: Projection, delta: fx.Node) -> tupl
         return None
     roots = [n for n in _made_of(node) if n.op == "get_attr"]
     name = str(roots[0].target) if len(roots) == 1 else ""
-    if not name or name.startswith("_ssmquant.") or view.readers(name) != {scan.node}:
+    if not name or not has_parameter(view.model, name):
+        return None
+    if view.readers(name) != {scan.node} or name in view.baked:
         return None
     try:
         index = parameter_index(node, roots[0], tuple(view.model.get_parameter(name).shape)).reshape(-1)
@@ -161,6 +176,14 @@ class OutRotation(Candidate):
     """What a projection behind a scan reads, transformed by a Hadamard matrix, and the weight by its inverse."""
 
     sink: Projection = field(kw_only=True)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        return (self.sink.identity,)
+
+    @property
+    def touched(self) -> set[str]:
+        return {self.sink.parameter}
 
     @torch.no_grad()
     def fold(self, model: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
