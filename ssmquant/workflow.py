@@ -315,11 +315,13 @@ def calibrate(
 
 def _transform(prepared: nn.Module, batches: list[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
     """Chooses the transforms and folds them into the weights; graphs and weights' quantizers follow."""
-    changed, placed = transform(prepared, *measure(prepared, batches, forward))
-    if placed:
-        trace_example(prepared, runtime_of(prepared).example)
-    if changed:
-        initialize_weights(prepared)
+    # Not in inference mode: its tensors cannot be traced, nor trained with.
+    with torch.inference_mode(False), torch.no_grad():
+        changed, placed = transform(prepared, *measure(prepared, batches, forward))
+        if placed:
+            trace_example(prepared, runtime_of(prepared).example)
+        if changed:
+            initialize_weights(prepared)
 
 
 def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:

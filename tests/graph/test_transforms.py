@@ -26,6 +26,7 @@ from ssmquant.graph.transforms import (
     View,
     find_transforms,
 )
+from ssmquant.graph.transforms.candidates import Applied
 from ssmquant.ops.hadamard import hadamard_matrix
 from ssmquant.ops.selective_scan import selective_scan
 from ssmquant.workflow import trace_example
@@ -124,21 +125,25 @@ def orthogonal(n: int) -> Tensor:
 def fold(model: nn.Module, found: list[Candidate], spread: float = 2.0) -> None:
     """Every candidate with random factors or matrices; then the graph anew."""
     tensors: dict[str, Tensor] = {}
+    applied: list[Applied] = []
     for c in sorted(found, key=lambda c: isinstance(c, OutRotation)):
+        made: dict[str, Tensor] = {}
         if isinstance(c, Scale):
             factor = (spread * (2 * torch.rand(c.size, dtype=torch.float64) - 1)).exp2()
-            tensors |= c.fold(model, factor)
+            made = c.fold(model, factor)
         elif isinstance(c, LowRank):
             turns = torch.stack([orthogonal(c.rank) for _ in range(c.groups)])
             factors = torch.rand(c.groups, 1, c.rank, dtype=torch.float64) + 0.5
             mean = torch.randn(c.groups, c.rank, dtype=torch.float64) if c.bias is not None else None
-            tensors |= c.fold(model, turns * factors, mean)
+            made = c.fold(model, turns * factors, mean)
         elif isinstance(c, OutRotation):
-            tensors |= c.fold(model, hadamard_matrix(c.sink.groups[2]))
+            made = c.fold(model, hadamard_matrix(c.sink.groups[2]))
         elif isinstance(c, Residual):
-            c.fold(model, orthogonal(c.channels))
+            made = c.fold(model, orthogonal(c.channels))
+        tensors |= made
+        applied.append(Applied(c.kind, c.site, "", c.mark(placed=bool(made)), tuple(sorted(c.touched))))
     runtime = runtime_of(model)
-    runtime.transforms.put(tensors, torch.zeros(0, dtype=torch.float64))
+    runtime.transforms.settle(tensors, applied, [], torch.zeros(0, dtype=torch.float64))
     trace_example(model, runtime.example)
 
 
