@@ -30,8 +30,7 @@ class Snapshot:
     def restore(self) -> None:
         """Puts all of them back, the same objects."""
         for now, before in self.own:
-            if list(now.items()) != list(before.items()):
-                now.clear()
-                now.update(before)
+            now.clear()
+            now.update(before)
         for t, value in self.values.values():
             t.copy_(value)
