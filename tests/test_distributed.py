@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,12 +43,12 @@ print(json.dumps(result))
 """
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_two_ranks_train_one_model(tmp_path: Path) -> None:
+def on_two_ranks(worker: str, tmp_path: Path) -> list[Any]:
+    """What each of two processes prints in its last line, as JSON."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "meet")],
+            [sys.executable, "-c", worker, str(rank), str(tmp_path / "meet")],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -65,7 +66,12 @@ def test_two_ranks_train_one_model(tmp_path: Path) -> None:
         for process in ranks:
             process.kill()
             process.wait()
-    first, second = outputs
+    return outputs
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_ranks_train_one_model(tmp_path: Path) -> None:
+    first, second = on_two_ranks(WORKER, tmp_path)
     alphas = {k: v for k, v in first[0].items() if k.endswith("alpha")}
     assert len(alphas) >= 6
     assert all(v[0] > 0 for v in alphas.values())
@@ -77,3 +83,36 @@ def test_two_ranks_train_one_model(tmp_path: Path) -> None:
         assert v == second[1][k], f"differs after two steps: {k}"
     assert first[2] == second[2]
     assert first[2]
+
+
+CALIBRATION = """
+import json, sys, torch, torch.distributed as dist
+import ssmquant
+from ssmquant.config import TRANSFORMS
+from ssmquant.graph.runtime import runtime_of
+from tests.gated import TOKENS, float_error, seeded
+from tests.graph.test_transforms_calls import Stream
+rank, where = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
+model = seeded(Stream)
+config = ssmquant.QConfig(w_bits=8, a_bits=8, transforms=TRANSFORMS)
+prepared = ssmquant.prepare(model, config, example_inputs=TOKENS)
+# Other data on each rank, and a graph that the other does not reach.
+x = TOKENS * torch.linspace(1, 5, 3).roll(rank)
+ssmquant.calibrate(prepared, [{"x": x}] + [{"x": x, "more": True}] * rank)
+error = float_error(prepared.eval(), model, TOKENS)
+state = {k: v.tolist() for k, v in prepared.state_dict().items() if "activations" not in k}
+dist.barrier()
+dist.destroy_process_group()
+print(json.dumps([error, [list(a) for a in runtime_of(prepared).transforms.applied], state]))
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_ranks_calibrate_one_model(tmp_path: Path) -> None:
+    first, second = on_two_ranks(CALIBRATION, tmp_path)
+    assert max(first[0], second[0]) < 1e-5
+    assert first[1:] == second[1:]
+    assert {"state", "dt", "out_rotation"} <= {kind for kind, _, _ in first[1]}
+    assert "residual_rotation" not in {kind for kind, _, _ in first[1]}  # which the stream of rank 1 forbids

@@ -115,7 +115,7 @@ def measure(
 def transform(
     model: nn.Module, found: list[Candidate], skipped: list[Skipped], statistics: Statistics
 ) -> tuple[bool, bool]:
-    """Folds the transforms; all ranks of a distributed run fold those of rank 0.
+    """Folds the transforms; all ranks of a distributed run fold those that rank 0 decides on.
 
     A failure leaves weights half folded: the caller puts them back (see ``undo``).
 
@@ -127,22 +127,24 @@ def transform(
     names, klt = runtime.config.transforms, runtime.config.rotation == "klt"
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several:
-        found, skipped = _agreed(found, skipped)
+        found, skipped = _shared(found, skipped)
     plan = plan_transforms(model, found, statistics, names, klt=klt)
-    if several:
-        box = [plan]
-        dist.broadcast_object_list(box, 0)
-        plan = box[0]
+    if several:  # of other batches, so decided otherwise; the reasons, too, are in a buffer of the same size
+        plan, skipped = _from_first((plan, skipped))
     tensors, applied = fold_transforms(model, found, plan)
-    runtime.transforms.settle(tensors, applied, skipped, _like(model))
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    runtime.transforms.settle(tensors, applied, skipped, like)
     return bool(applied), bool(tensors)
 
 
-def _like(model: nn.Module) -> Tensor | None:
-    return next((p for p in model.parameters() if p.is_floating_point()), None)
+def _from_first(value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
-def _agreed(found: list[Candidate], skipped: list[Skipped]) -> tuple[list[Candidate], list[Skipped]]:
+def _shared(found: list[Candidate], skipped: list[Skipped]) -> tuple[list[Candidate], list[Skipped]]:
     """What all ranks have found: their batches may have reached other graphs."""
     marks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(marks, {c.key: c.mark() for c in found})
