@@ -189,7 +189,8 @@ class QConfig:
             C (``"state"``), of the low rank of step sizes (``"dt_scale"``). Rotations: of that low rank
             (``"dt_rotation"``), of out_proj's input
             (``"out_rotation"``, at run time), of the residual stream between RMS norms (``"residual_rotation"``).
-            ``"dt_mean"`` takes the mean from the low rank. Where one does not apply, ``summary`` says why.
+            ``"dt_mean"`` takes the mean from the low rank. Where one does not apply, ``summary`` says why. Later a call
+            whose graph cannot have what was done to the weights raises TraceError.
         rotation: ``"klt"`` turns rotations to the principal axes of calibration data first, ``"hadamard"`` does not.
         statistics: Dynamic statistics (DLS) per ``"sample"``, so that outputs do not depend on the rest of the
             batch, or per ``"tensor"`` (as published).

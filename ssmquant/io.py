@@ -150,7 +150,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
         "float": float_table,
     }  # fmt: skip
     transforms = runtime.transforms
-    if runtime.config.transforms:
+    if runtime.config.transforms or transforms.folded:  # a checkpoint may have brought them
         places = [[name, list(t.shape)] for name, t in transforms.places.items()]
         state += [t.detach().float().reshape(-1).cpu() for t in transforms.places.values()]
         meta["transforms"] = {"places": places, **transforms.entries()}
@@ -300,9 +300,9 @@ def _take_transforms(
     The trace compares them, and the digest of each transform, with what the model's own graph has.
     """
     given = meta.get("transforms")
-    if (given is not None) != bool(runtime.config.transforms):
-        raise reader.fail("entry 'transforms' is missing, or the configuration has none")
     if given is None:
+        if runtime.config.transforms:
+            raise reader.fail("entry 'transforms' of the metadata is missing")
         return []
     settled, folded, skipped = read_entries(given)
     places = [(name, read_shape(size)) for name, size in given["places"]]

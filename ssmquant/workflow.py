@@ -253,7 +253,8 @@ def calibrate(
     """Initialises the activation ranges from data, by squared error. Returns ``prepared``.
 
     Runs in evaluation mode, with quantized weights and float activations. The first time, ``QConfig.transforms`` are
-    chosen before, from a pass of the float model over the same batches, which are kept in memory meanwhile.
+    chosen before, from a pass of the float model over the same batches, which are kept in memory meanwhile: those that
+    all graphs of the model can have, of both modes and of the calls that the batches make.
 
     Args:
         batches: An iterable of what the prepared method takes. A tensor is passed as it is, of a tuple or list the

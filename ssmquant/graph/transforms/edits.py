@@ -136,19 +136,22 @@ class Transforms(nn.Module):
         """The tensors of the places that are in the graph, by name."""
         return {k: t for k, t in self._buffers.items() if k != MARKER and t is not None}
 
+    def _device(self) -> torch.device | None:
+        marker = self._buffers.get(MARKER)
+        return None if marker is None else marker.device
+
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     def differ(self, state: Mapping[str, Any]) -> bool:
         """Whether a checkpoint (of the whole prepared model) says that it was transformed in another way."""
         marker = state.get(f"{_OWNER}.{MARKER}")
-        return marker is not None and not self._same(marker)
+        return marker is not None and not self._alike(marker)
 
-    def _same(self, marker: Any) -> bool:
-        own = self._buffers.get(MARKER)
-        if own is None:
-            return _read_marker(marker) == (False, [], [])
-        return (
-            isinstance(marker, Tensor) and own.shape == marker.shape and torch.equal(own.cpu(), marker.cpu())
-        )
+    def _alike(self, marker: Any) -> bool:
+        """Whether it is of a model of the same graphs; factors, and how they are listed, are its own."""
+        settled, folded, _ = _read_marker(marker)
+        return settled == self.settled and {(a.key, a.mark) for a in folded} == {
+            (a.key, a.mark) for a in self.folded
+        }
 
     def adopt(self, state: Mapping[str, Any], like: Tensor | None) -> None:
         """Takes over the transforms of a checkpoint; their places get its tensors.
@@ -175,10 +178,16 @@ class Transforms(nn.Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         name = prefix + MARKER
-        if name in state_dict and not self._same(state_dict[name]):
-            # Reached where the model could not adopt them: it is converted, or a part of a module that is loaded.
-            error_msgs.append(f"'{name}': the checkpoint's model went through other transforms than this one")
-            return
+        if name in state_dict:
+            if not self._alike(state_dict[name]):
+                # Reached where the model could not adopt them: it is converted, or a part of a module that is loaded.
+                error_msgs.append(
+                    f"'{name}': the checkpoint's model went through other transforms than this one"
+                )
+                return
+            if MARKER in self._buffers:
+                _, self.folded, self.skipped = _read_marker(state_dict[name])
+                self.register_buffer(MARKER, state_dict[name].detach().clone().to(self._device()))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
