@@ -321,7 +321,8 @@ class QConfig:
         ``calibrate`` on a few images (32 or more for the rotations), ``convert``. The published shift of the low rank's
         mean (``"dt_mean"``) is left out: these ranges have a zero point of their own, and a subtraction in front of the
         step sizes keeps the scan from running as one kernel. So are factors of the scan's input (``"scan_input"``):
-        the kernels that run a whole layer know the plain SiLU only, and a deployed Vim takes 4 times as long without.
+        the kernels of codes around a scan know the plain SiLU only, and without them a deployed Vim takes about three
+        times as long.
         ``transforms=TRANSFORMS`` (of ``ssmquant.config``) has all of them.
         """
         base: dict[str, Any] = {

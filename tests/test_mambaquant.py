@@ -181,6 +181,17 @@ def test_bad_configurations(changes: dict[str, Any]) -> None:
         QConfig.mambaquant(**changes)
 
 
+def test_the_preset_leaves_the_kernels_that_a_deployed_model_runs_in() -> None:
+    model, x = vim_and_images()
+
+    def used(**changes: Any) -> list[str]:
+        deployed = ssmquant.convert(calibrated(model, x, **changes))
+        return sorted(runtime_of(deployed).records[0].kernels(deployed).values())
+
+    assert used() == used(transforms=())
+    assert "scan_input" not in QConfig.mambaquant().transforms  # which knows no kernel of codes yet
+
+
 def test_the_preset_survives_json() -> None:
     config = QConfig.mambaquant(4, 8)
     assert QConfig.from_json(config.to_json()) == config
