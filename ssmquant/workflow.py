@@ -253,9 +253,9 @@ def calibrate(
     """Initialises the activation ranges from data, by squared error. Returns ``prepared``.
 
     Runs in evaluation mode, with quantized weights and float activations. The first time, ``QConfig.transforms`` are
-    chosen before, from a pass of the float model over the same batches, which are kept in memory meanwhile, as is a copy
-    of the model's tensors to go back to: those that all graphs of the model can have, of both modes and of the calls
-    that the batches make. Several ranks fold what the first one decides.
+    chosen before, from a pass of the float model over the same batches: those that all graphs of the model can have, of
+    both modes and of the calls that the batches make. Several ranks fold what the first one decides. Meanwhile the
+    batches, and a copy of the model's tensors to go back to, are kept in memory.
 
     Args:
         batches: An iterable of what the prepared method takes. A tensor is passed as it is, of a tuple or list the
