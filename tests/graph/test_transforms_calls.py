@@ -66,6 +66,15 @@ def test_a_later_call_that_cannot_have_them_is_refused(cls: Any, kind: str) -> N
         prepared(TOKENS, more=True)
 
 
+def test_free_ones_are_checked_too_and_after_conversion() -> None:
+    prepared = transformed(seeded(Stream), transforms=("residual_rotation",))
+    assert not runtime_of(prepared).transforms.places
+    for model in (prepared, ssmquant.convert(prepared), pickle.loads(pickle.dumps(prepared))):
+        assert model(TOKENS).shape == (4, 6, 5)
+        with pytest.raises(TraceError, match="the model returns it"):
+            model(TOKENS, more=True)
+
+
 @pytest.mark.parametrize(("cls", "kind"), [(Stream, "residual_rotation"), (ReadsU, "scan_input")])
 def test_calls_that_calibration_saw_decide(cls: Any, kind: str) -> None:
     model = seeded(cls)
