@@ -129,7 +129,8 @@ def _written(y: Tensor, codes: Between) -> Any:
     first = y if columns is None else y[..., :columns]
     first = first if factors is None else first * factors
     grid = grid_of(module, no_moments, 0)
-    made = engine_of(y.device).encode(first.reshape(1, -1, 1, first.shape[-1]), grid).reshape(first.shape)
+    level = ((first + grid.shift) / grid.scale).clamp(grid.qmin, grid.qmax).round() - grid.qmin
+    made = level.nan_to_num(nan=-1.0).to(torch.int8)
     return made if columns is None else (made, y[..., columns:])
 
 

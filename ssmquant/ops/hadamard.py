@@ -24,7 +24,7 @@ _MOST_COLUMNS = 64
 
 
 def split_size(n: int) -> tuple[int, int]:
-    """``(m, p)`` with ``n == m * p``: ``p`` a power of two for butterflies, ``m`` 1, 12, 20, 28 or what is left.
+    """``(m, p)`` with ``n == m * p``: ``p`` a power of two, ``m`` 1, 12, 20, 28 or what is left.
 
     Raises:
         ConfigError: ``n`` is not positive.

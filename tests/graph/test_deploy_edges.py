@@ -20,7 +20,7 @@ from ssmquant.modules import deployed
 from ssmquant.ops import use_backend
 from ssmquant.ops.deployed import Norm, cpu, cuda
 from ssmquant.ops.nvrtc import CompileError
-from tests.graph.test_deploy import converted, make, names, record
+from tests.graph.deployed import converted, make, names, record
 from tests.graph.test_fuse import ByConvolution, Scan2d, SquareOrders
 
 
@@ -286,7 +286,7 @@ def test_sums(how: str, fused: bool) -> None:
     assert bool(last.kwargs.get("more")) == fused
 
 
-def test_activations_that_are_watched_are_followed_by_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_that_are_watched_are_followed_by_codes() -> None:
     """A module that has to be called itself gives floats, which are encoded behind it."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6)
@@ -299,11 +299,13 @@ def test_activations_that_are_watched_are_followed_by_codes(monkeypatch: pytest.
     model.get_submodule(str(call.args[5].target)).register_forward_hook(lambda m, args, out: out + 0.25)
     args: Any = fx.node.map_arg(call.args[1:], lambda n: attrgetter(n.target)(model))
     floats = deployed.linear(x, *args)
-    monkeypatch.setattr(cpu, "encode", encoded)
     codes = deployed.linear(x, *args, codes=(module, None, factors))
     assert codes.dtype == torch.int8
     grid = deployed.grid_of(module, lambda: floats, 0)
     assert torch.equal(codes, encoded(floats * factors, grid))
+    x[1, 2, 3] = torch.nan
+    codes = deployed.linear(x, *args, codes=(module, None, factors))
+    assert torch.equal(codes < 0, torch.isnan(deployed.linear(x, *args)))
 
 
 def encoded(y: Tensor, grid: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -231,7 +232,7 @@ class View:
                 for p in self.model.get_submodule(str(n.target)).parameters():
                     out.setdefault(id(p), set()).add(n)
             if n.op == "get_attr" and n in self.static:
-                made_of[n] = {id(_attribute(self.model, str(n.target)))}
+                made_of[n] = {id(attrgetter(str(n.target))(self.model))}
                 continue
             parts = {p for i in n.all_input_nodes for p in made_of.get(i, ())}
             if n in self.static:
@@ -289,8 +290,3 @@ class View:
         if bias is not None and (bias.op != "get_attr" or bias not in self.static):
             return None
         return given.get("input"), str(weight.target), None if bias is None else str(bias.target), rms
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    owner, _, attr = name.rpartition(".")
-    return getattr(model.get_submodule(owner), attr, None)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ssmquant.graph.calls import MODE_DEPENDENT
 from ssmquant.graph.moves import is_number
 from ssmquant.graph.sites import op_name
 from ssmquant.graph.transforms.candidates import Candidate, Norm, Skipped, View
@@ -31,7 +32,7 @@ _RESHAPES = {
     "getitem", "select", "narrow", "flip", "transpose", "permute", "expand", "unsqueeze", "squeeze", "flatten", "view",
     "reshape", "roll", "swapaxes", "movedim",
 }  # fmt: skip
-_MODULES = {"Identity", "Dropout", "DropPath", "StochasticDepth"}
+_MODULES = {"Identity", "Dropout", *MODE_DEPENDENT}
 
 
 @dataclass

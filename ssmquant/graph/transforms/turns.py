@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.sites import Site
+from ssmquant.graph.sites import Site, ancestors
 from ssmquant.graph.transforms.candidates import Candidate, Place, Skipped, View
 from ssmquant.graph.transforms.flow import name_of
 from ssmquant.graph.transforms.projections import (
@@ -143,7 +143,7 @@ def _step_bias(view: View, scan: Site, sink: Projection, delta: fx.Node) -> tupl
         or flow.readers_of(torch.arange(outputs)) != [scan.node]
     ):
         return None
-    roots = [n for n in _made_of(node) if n.op == "get_attr"]
+    roots = [n for n in ancestors(node) if n.op == "get_attr"]
     name = str(roots[0].target) if len(roots) == 1 else ""
     if not name or not has_parameter(view.model, name):
         return None
@@ -159,16 +159,6 @@ def _step_bias(view: View, scan: Site, sink: Projection, delta: fx.Node) -> tupl
     elements = torch.empty(outputs, dtype=torch.long)
     elements[channels] = index
     return name, elements
-
-
-def _made_of(node: fx.Node) -> list[fx.Node]:
-    seen, todo = [], [node]
-    while todo:
-        n = todo.pop()
-        if n not in seen:
-            seen.append(n)
-            todo += n.all_input_nodes
-    return seen
 
 
 @dataclass

@@ -36,7 +36,6 @@ __all__ = [
     "by_lanes",
     "convolve",
     "depthwise",
-    "encode",
     "excite",
     "normalize",
     "normalizes",
@@ -309,25 +308,6 @@ def _multiply(
     )
 
 
-def encode(x: Tensor, grid: Grid, factors: Tensor | None = None) -> Tensor:
-    """Codes of an image (batch, height, width, channels), any strides: int8 from 0, and -1 for NaN.
-
-    ``grid`` has at most ``BETWEEN`` levels; ``factors``, (channels,), are multiplied with x before. Behind the codes
-    of a pixel there are zeros in memory, up to the next multiple of 16.
-    """
-    batch, height, width, columns = x.shape
-    wide = -(-columns // _VECTOR) * _VECTOR
-    codes = torch.empty(batch, height, width, wide, dtype=torch.int8, device=x.device)
-    _small_enough(x, codes)
-    bc = min(_power(wide), 64)
-    bm = 2048 // bc
-    numbers = height * width, height, width, *x.stride(), grid.qmin, grid.qmax
-    blocks = -(-height * width // bm), -(-wide // bc), batch
-    constants = columns, wide, factors is not None, bm, bc
-    _launch("encode", blocks, (x, factors, grid.scale, grid.shift, codes), numbers, constants)
-    return codes[..., :columns]
-
-
 def convolve(
     x: Tensor,
     grid: Grid,
@@ -339,7 +319,7 @@ def convolve(
     padding: tuple[int, int],
     norm: Norm | None = None,
 ) -> Tensor:
-    """See ``cpu.convolve``; ``norm`` can only be factors. x: float32, or int8 codes as those of ``encode``.
+    """See ``cpu.convolve``; ``norm`` can only be factors. x: float32, or int8 codes from 0, -1 for NaN.
 
     Raises:
         InputError: too many channels, pixels or samples.

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 __all__ = [
-    "blend", "conv", "core_codes", "encode", "encode_rows", "excite", "multiply", "normalize", "pool", "project",
+    "blend", "conv", "core_codes", "encode_rows", "excite", "multiply", "normalize", "pool", "project",
 ]  # fmt: skip
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no fraction, rounding to even
@@ -301,27 +301,6 @@ def _codes_of(v, scale, shift, qmin, qmax):
     inverse = tl.div_rn(1.0, tl.load(scale))
     u = _index(v, inverse, tl.load(shift) * inverse, qmin + 0.0, qmax + 0.0)
     return tl.where(u != u, -1, u.to(tl.int32) - qmin).to(tl.int8)
-
-
-@triton.jit
-def encode(
-    x, factors, scale, shift, codes, rows, height, width, x_batch, x_down, x_right, x_column, qmin, qmax,
-    COLUMNS: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Codes of an image as other kernels read them: (samples, height * width, WIDE), zeros behind COLUMNS."""
-    _kernel_before(EARLY)
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    sample = tl.program_id(2).to(tl.int64)
-    mask = (m < rows)[:, None] & (c < COLUMNS)[None, :]
-    at = x + sample * x_batch + (m // width * x_down + m % width * x_right)[:, None] + c[None, :] * x_column
-    v = tl.load(at, mask=mask, other=0.0)
-    if FACTORS:
-        v = v * tl.load(factors + c, mask=c < COLUMNS, other=0.0)[None, :]
-    code = tl.where(mask, _codes_of(v, scale, shift, qmin, qmax), 0)
-    to = codes + sample * rows * WIDE + m[:, None] * WIDE + c[None, :]
-    tl.store(to, code, mask=(m < rows)[:, None] & (c < WIDE)[None, :])
 
 
 @triton.jit
