@@ -400,6 +400,8 @@ class QConfig:
         d["rules"] = [dataclasses.asdict(r) for r in self.rules]
         d["keep_float"] = list(self.keep_float)
         d["transforms"] = list(self.transforms)
+        if not self.transforms and self.rotation == "klt":  # as files of before have it
+            del d["transforms"], d["rotation"]
         for name in ("weight_options", "activation_options", "scan_options"):
             d[name] = dict(getattr(self, name))
         return d

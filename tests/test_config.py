@@ -221,6 +221,15 @@ def test_json_round_trip(config: QConfig) -> None:
     assert json.loads(config.to_json())["version"] == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"), [({}, False), ({"transforms": ("gate",)}, True), ({"rotation": "hadamard"}, True)]
+)
+def test_what_a_configuration_does_not_use_takes_no_place(changes: dict[str, Any], kept: bool) -> None:
+    config = QConfig(**changes)
+    assert ("transforms" in config.to_dict()) == ("rotation" in config.to_dict()) == kept
+    assert QConfig.from_dict(config.to_dict()) == config
+
+
 def test_a_missing_key_is_the_default() -> None:
     assert QConfig.from_json("{}") == QConfig()
     assert QConfig.from_dict({"w_bits": 2, "rules": [{"match": "x"}]}) == QConfig(
