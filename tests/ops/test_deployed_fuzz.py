@@ -30,7 +30,7 @@ from ssmquant.ops import selective_scan
 from ssmquant.ops.deployed import cpu
 from ssmquant.quantizers import DLS
 from ssmquant.quantizers.affine import Affine
-from tests.graph import test_deploy as plain
+from tests.graph import deployed as plain
 from tests.small import Scanner, images, prepared_and_calibrated
 from tests.strategies import learnt
 from tests.test_io import activations_of, loaded, meta_of, read, with_meta, with_tensor, written
