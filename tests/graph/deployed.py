@@ -46,6 +46,54 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+class MambaBlock(nn.Module):
+    """As Mamba's slow path has it: projections of flat rows, the gate inside or behind the scan, or both directions."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.inp, self.out = nn.Linear(6, 40, bias=False), nn.Linear(20, 6, bias=False)
+        self.conv = nn.Conv1d(20, 20, 3, padding=2, groups=20)
+        self.act = nn.SiLU()
+        self.x_proj, self.dt = nn.Linear(20, 3 + 2 * 4, bias=False), nn.Linear(3, 20)
+        self.A_log, self.D = nn.Parameter(torch.rand(20, 4)), nn.Parameter(torch.rand(20))
+
+    def scan(self, x: Tensor, z: Tensor | None) -> Tensor:
+        b, _, n = x.shape
+        x = self.act(self.conv(x)[..., :n])
+        rows = x.transpose(1, 2).reshape(b * n, -1)
+        dt, b_, c = torch.split(self.x_proj(rows), [3, 4, 4], dim=-1)
+        if self.form == "linear":
+            delta = F.linear(dt, self.dt.weight).view(b, n, -1).transpose(1, 2)
+        else:
+            delta = (self.dt.weight @ dt.t()).view(-1, b, n).transpose(0, 1)
+        b_, c = (t.view(b, n, 4).transpose(1, 2).contiguous() for t in (b_, c))
+        a = -torch.exp(self.A_log)
+        y = selective_scan(x, delta, a, b_, c, self.D, z, self.dt.bias, True)
+        assert isinstance(y, Tensor)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = x.shape[0]
+        x = x.flatten(2).transpose(1, 2)
+        if self.form == "columns":  # as mamba_ssm has it
+            y = self.inp.weight @ x.permute(2, 0, 1).reshape(6, -1)
+            x, z = y.view(40, b, -1).permute(1, 0, 2).chunk(2, dim=1)
+        else:
+            x, z = self.inp(x).transpose(1, 2).chunk(2, dim=1)
+        if self.form == "both":
+            y = self.scan(x, z) + self.scan(x.flip(-1), z.flip(-1)).flip(-1)
+        elif self.form == "turned":  # it does not come back to the order of the rows
+            y = self.scan(x.flip(-1), z.flip(-1))
+        elif self.form == "other gate":
+            y = self.scan(x, x * z)
+        elif self.form == "behind":
+            y = self.scan(x, None) * F.silu(z)
+        else:
+            y = self.scan(x, z)
+        return self.out(y.permute([0, 2, 1]) if self.form == "columns" else y.transpose(1, 2))
+
+
 def make(family: str, config: QConfig, **options: Any) -> tuple[Any, Tensor]:
     build, shape = MODELS[family]
     torch.manual_seed(1)
