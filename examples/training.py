@@ -1,4 +1,4 @@
-"""A training loop for restoration models, float or prepared: plain PyTorch, resumable bit by bit,
+"""A training loop for restoration models and classifiers, float or prepared: plain PyTorch, resumable bit by bit,
 GPU-efficient.
 
 Per step the host only launches work: learning rates and losses stay on the device, the loss is read back
@@ -23,6 +23,7 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmquant.errors import ConfigError, FormatError, SsmquantError
@@ -48,10 +49,8 @@ class Recipe:
     anneal: float = 1.0  # power of the cosine: above 1, more of the steps at low rates
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    loss: str = "l1"  # or "charbonnier"
-    distill: float = (
-        0.0  # share of the loss that compares with the teacher's output instead of the clean picture
-    )
+    loss: str = "l1"  # or "charbonnier"; "cross_entropy" for class numbers
+    distill: float = 0.0  # share of the loss that compares with the teacher's output instead of the target
     clip: float | None = 1.0  # largest norm of the gradient of all parameters
     ema: float | None = None  # decay, such as 0.999; the averaged weights are what fit leaves in the model
     bf16: bool = False
@@ -65,8 +64,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.steps is None and self.time_limit is None:
             raise ConfigError("give steps, time_limit, or both")
-        if self.loss not in ("l1", "charbonnier"):
-            raise ConfigError(f"loss must be 'l1' or 'charbonnier', not {self.loss!r}")
+        if self.loss not in ("l1", "charbonnier", "cross_entropy"):
+            raise ConfigError(f"loss must be 'l1', 'charbonnier' or 'cross_entropy', not {self.loss!r}")
         if self.anneal <= 0:
             raise ConfigError(f"anneal is a power above 0, not {self.anneal!r}")
         if not 0 <= self.distill <= 1:
@@ -189,6 +188,9 @@ class Step:
         self.loss_sum += loss.detach()
 
     def _loss(self, out: Tensor, wanted: Tensor) -> Tensor:
+        if self.recipe.loss == "cross_entropy":  # class numbers, or a teacher's logits
+            target = wanted.float().softmax(-1) if wanted.is_floating_point() else wanted
+            return F.cross_entropy(out.float(), target)
         error = out.float() - wanted.float()
         return error.abs().mean() if self.recipe.loss == "l1" else (error.square() + 1e-6).sqrt().mean()
 

@@ -62,6 +62,25 @@ def test_a_last_state_that_nobody_uses() -> None:
     assert float_error(prepared, model, TOKENS) < 1e-5
 
 
+class GroupsFromASize(Gated):
+    """As Hugging Face's Mamba calls its convolution."""
+
+    def more(self) -> None:
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH)
+
+    def mix(self, h: Tensor) -> tuple[Tensor, Any]:
+        u = self.in_proj(self.norm(h)).transpose(1, 2)
+        u = F.conv1d(u, self.conv.weight, self.conv.bias, padding=2, groups=u.shape[1])[..., : u.shape[2]]
+        return self.out_proj(self.scan(F.silu(u).transpose(1, 2)).transpose(1, 2)), None
+
+
+def test_groups_that_are_computed() -> None:
+    model = seeded(GroupsFromASize)
+    prepared = transformed(model)
+    assert {"conv_input", "scan_input"} <= kinds(prepared)
+    assert float_error(prepared, model, TOKENS) < 1e-5
+
+
 class AddKeyword(Gated):
     def add(self, h: Tensor) -> Tensor:
         return torch.add(h + self.position, other=0.7)

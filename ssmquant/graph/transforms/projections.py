@@ -197,13 +197,6 @@ def _einsum(site: Site) -> tuple[tuple[int, ...], tuple[int, int, int], Tensor, 
     return order, groups, labels(term, [*both, *summed]), labels(out, [*both, *own])  # type: ignore[return-value]
 
 
-def _conv_groups(model: nn.Module, site: Site) -> int:
-    if site.weight is None:
-        return int(getattr(model.get_submodule(site.module), "groups", 1))
-    node = site.node
-    return int(node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1))  # type: ignore[arg-type]
-
-
 def projection_of(model: nn.Module, site: Site) -> Projection:
     """The site's weight and channels.
 
@@ -235,9 +228,9 @@ def projection_of(model: nn.Module, site: Site) -> Projection:
     elif site.kind == "conv":
         if "transpose" in name or isinstance(model.get_submodule(site.module), _ConvTransposeNd):
             raise Unsuitable(f"'{site.name}' is a transposed convolution")
-        g = _conv_groups(model, site)
-        groups = (g, used[0] // g, used[1])
         spatial = len(used) - 2
+        g = x[len(x) - spatial - 1] // used[1]  # the argument may be a size that the code computes
+        groups = (g, used[0] // g, used[1])
         inputs = _numbered(g * used[1], len(x), len(x) - spatial - 1)
         outputs = _numbered(used[0], len(y), len(y) - spatial - 1)
     elif name in ("matmul", "mm") and len(used) == 2:
