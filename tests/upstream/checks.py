@@ -164,8 +164,8 @@ def with_gradient(state: State) -> set[str]:
     return {n for n, p in model.named_parameters() if p.grad is not None}
 
 
-def calibrated(state: State, preset: str, bits: int) -> Any:
-    prepared = state.prepare(PRESETS[preset](bits))
+def calibrated(state: State, config: QConfig) -> Any:
+    prepared = state.prepare(config)
 
     def forward(model: nn.Module, x: Tensor) -> None:
         state.call(model, x)
@@ -189,15 +189,45 @@ def w8a8(state: State) -> Data:
                 p.add_(0.01 * p.square().mean().sqrt() * torch.randn_like(p))
         wanted = [state.call(state.model, x)[0] for x in batches]
         out: Data = {"noisy": sqnr([state.call(noisy, x)[0] for x in batches], wanted)}
-        for preset in PRESETS:
-            model = calibrated(state, preset, 8)
+        for preset, config in PRESETS.items():
+            model = calibrated(state, config(8))
             out[preset] = sqnr([state.call(model, x)[0] for x in batches], wanted)
     return out
 
 
+def mambaquant(state: State) -> Data:
+    """MambaQuant's preset: what it rewrites and what not, whether that keeps the float function, eight bits, deployed.
+
+    ``function``: relative difference between the rewritten float model and the original one. ``silent``: transforms of
+    which the model says neither that they apply nor why not.
+    """
+    names = QConfig.mambaquant().transforms
+    changed = calibrated(state, QConfig(transforms=names))
+    prepared = calibrated(state, QConfig.mambaquant(8, 8))
+    plain = calibrated(state, QConfig.minmax(8, 8))
+    done = runtime_of(prepared).transforms
+    batches = [state.batch(seed=20 + i) for i in range(4)]
+    with torch.no_grad():
+        wanted = [state.call(state.model, x) for x in batches]
+        first = [y[0] for y in wanted]
+        function = max(difference(state.call(changed, x), y) for x, y in zip(batches, wanted, strict=True))
+        quantized, minmax = (sqnr([state.call(m, x)[0] for x in batches], first) for m in (prepared, plain))
+    report = ssmquant.verify(prepared, ssmquant.convert(prepared), (batches[0],), **state.family.kwargs)
+    kinds = {*(kind for kind, _, _ in done.applied), *(s.kind for s in done.skipped)}
+    return {
+        "function": function,
+        "sqnr": quantized,
+        "minmax": minmax,
+        "applied": dict(Counter(kind for kind, _, _ in done.applied)),
+        "skipped": dict(Counter(f"{s.kind}: {s.reason}" for s in done.skipped)),
+        "silent": sorted(n for n in names if ("dt" if n.startswith("dt_") else n) not in kinds),
+        "worst": report.worst_rel,
+    }
+
+
 def w4a4(state: State) -> Data:
     """One training step at four bits: gradients of every quantizer's scalars."""
-    prepared = state.kept["w4a4"] = calibrated(state, "default", 4).train()
+    prepared = state.kept["w4a4"] = calibrated(state, PRESETS["default"](4)).train()
     optimizer = torch.optim.AdamW(ssmquant.param_groups(prepared, 1e-4))
     before = {n: p.detach().clone() for n, p in prepared.named_parameters()}
     outs = [t for t in state.call(prepared, state.batch(seed=30)) if t.requires_grad]
@@ -265,6 +295,6 @@ def refusal(state: State) -> Data:
 
 CHECKS: dict[str, Callable[[State], Data]] = {
     "build": build, "trace": trace, "exact": exact, "exact_training": exact_training, "coverage": coverage,
-    "w8a8": w8a8, "w4a4": w4a4, "deploy": deploy, "adapter": adapter,
+    "w8a8": w8a8, "mambaquant": mambaquant, "w4a4": w4a4, "deploy": deploy, "adapter": adapter,
 }  # fmt: skip
 CHEAP = ("build", "trace", "exact", "coverage", "adapter")

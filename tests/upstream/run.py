@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def revision(family: Family) -> str:
     return family.commit
 
 
-def run(family: Family, size: str) -> dict[str, Any]:
-    """All results as plain data; a check that raises leaves its error and does not stop the others."""
+def run(family: Family, size: str, only: Sequence[str] = ()) -> dict[str, Any]:
+    """All results, or those of some checks, as plain data; one that raises leaves its error and stops no other."""
     result: dict[str, Any] = {
         "family": family.name, "size": size, "repo": family.repo, "commit": revision(family),
         "torch": torch.__version__, "python": platform.python_version(), "notes": family.notes,
@@ -61,7 +62,7 @@ def run(family: Family, size: str) -> dict[str, Any]:
         result["refused"] = checks.refusal(state)
     else:
         for name, check in checks.CHECKS.items():
-            if size == "default" and name not in checks.CHEAP:
+            if name not in (only or (checks.CHEAP if size == "default" else checks.CHECKS)):
                 continue
             begun = time.perf_counter()
             value, error = attempt(lambda check=check: check(state))
@@ -78,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.upstream.run")
     parser.add_argument("family", choices=[f.name for f in FAMILIES])
     parser.add_argument("size", nargs="?", default="small")
+    parser.add_argument(
+        "--check", action="append", default=[], choices=list(checks.CHECKS), help="only these"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     family = next(f for f in FAMILIES if f.name == options.family)
@@ -86,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.exit(2, f"{family.name}: {reason}\n")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    text = json.dumps(run(family, options.size), indent=1)
+    text = json.dumps(run(family, options.size, ["build", *options.check] if options.check else ()), indent=1)
     if options.out is None:
         print(text)
     else:

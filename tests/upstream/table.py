@@ -1,4 +1,7 @@
-"""Writes the table of docs/families.md from result files: ``python -m tests.upstream.table FOLDER [docs/families.md]``.
+"""Writes tables of documents from result files.
+
+    python -m tests.upstream.table FOLDER [docs/families.md]
+    python -m tests.upstream.table FOLDER [docs/ptq.md] --mambaquant
 
 In the document the table stands between two comments; what is around them is kept.
 """
@@ -15,7 +18,7 @@ from tests.upstream.families import FAMILIES
 
 __all__ = ["main", "table"]
 
-BEGIN, END = "<!-- table: python -m tests.upstream.table -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: python -m tests.upstream.table{} -->", "<!-- end of table -->"
 HEAD = (
     "family", "code", "size", "parameters", "nodes", "sites (linear/conv/matmul/scan)", "coverage %", "other sizes",
     "W8A8 dB (preset; noise)", "W4A4 gradients", "converted, bytes of float", "adapter lines", "trace s, MiB",
@@ -112,24 +115,54 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", legend, "", f"Measured on a CPU, one thread: {'; '.join(versions)}."])
 
 
+PRESET_HEAD = ("family", "code", "applied", "not applied", "min-max W8A8 dB", "MambaQuant W8A8 dB")
+
+
+def _preset_row(result: dict[str, Any]) -> list[str]:
+    check = result["mambaquant"]
+    if "error" in check:
+        return [result["family"], f"{result['repo']} {result['commit']}", "error", "", "", ""]
+    kinds = dict.fromkeys(reason.split(":")[0] for reason in check["skipped"])
+    return [
+        result["family"],
+        f"{result['repo']} {result['commit']}",
+        ", ".join(f"{n} {kind}" for kind, n in check["applied"].items()),
+        ", ".join(kind for kind in kinds if kind not in check["applied"]),
+        f"{check['minmax']:.1f}",
+        f"{check['sqnr']:.1f}",
+    ]
+
+
+def preset_table(results: list[dict[str, Any]]) -> str:
+    """What the check ``mambaquant`` found: the Markdown table."""
+    order = {f.name: i for i, f in enumerate(FAMILIES)}
+    results = sorted((r for r in results if "mambaquant" in r), key=lambda r: order.get(r["family"], 999))
+    rows = [PRESET_HEAD, ["---"] * len(PRESET_HEAD), *(_preset_row(r) for r in results)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.upstream.table")
     parser.add_argument("folder", type=Path, help="of result files")
     parser.add_argument("document", type=Path, nargs="?", help="where to put the table; default: print it")
+    parser.add_argument("--mambaquant", action="store_true", help="the table of MambaQuant's preset")
     options = parser.parse_args(arguments)
-    text = table([json.loads(f.read_text()) for f in sorted(options.folder.glob("*.json"))])
+    results = [json.loads(f.read_text()) for f in sorted(options.folder.glob("*.json"))]
+    text = preset_table(results) if options.mambaquant else table(results)
     if options.document is None:
         print(text)
         return 0
+    begin = BEGIN.format(" --mambaquant" * options.mambaquant)
     old = (
-        options.document.read_text() if options.document.exists() else f"# Model families\n\n{BEGIN}\n{END}\n"
+        options.document.read_text() if options.document.exists() else f"# Model families\n\n{begin}\n{END}\n"
     )
-    if BEGIN not in old or END not in old:
-        parser.error(f"{options.document} has no lines {BEGIN} and {END}")
-    before, after = old.split(BEGIN)[0], old.split(END)[1]
+    if begin not in old or END not in old:
+        parser.error(f"{options.document} has no lines {begin} and {END}")
+    before, rest = old.split(begin)
+    after = rest.split(END, 1)[1]
     options.document.parent.mkdir(parents=True, exist_ok=True)
-    options.document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    options.document.write_text(f"{before}{begin}\n{text}\n{END}{after}")
     return 0
 
 

@@ -70,6 +70,9 @@ def problems(family: Family, result: dict[str, Any]) -> list[str]:
         best, floor = max(w8a8[k] for k in ("default", "minmax", "lsq")), min(20.0, w8a8["noisy"] - 6)
         if best < floor:
             bad.append(f"w8a8: the best preset reaches {best} dB, not {floor}")
+    want("mambaquant", "function", lambda v: v <= 1e-3, "transforms keep the function")
+    want("mambaquant", "silent", lambda v: not v, "every transform applies, or says why not")
+    want("mambaquant", "worst", lambda v: v <= 1e-5, "deployed sites equal prepared ones")
     for key, text in (("none", "every quantizer has a gradient"), ("not_finite", "gradients are finite")):
         want("w4a4", key, lambda v: not v, text)
     want("w4a4", "finite_after", bool, "parameters are finite after a step")
