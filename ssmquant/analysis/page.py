@@ -103,7 +103,8 @@ def _sqnr(value: float | None) -> str:
 
 
 def _cell(value: float | None, shown: str) -> str:
-    return f'<td class="n" data-v="{"" if value is None else _sortable(value)}">{shown}</td>'
+    kind = "m" if "<" in shown else "n"  # bars are on the left
+    return f'<td class="{kind}" data-v="{"" if value is None else _sortable(value)}">{shown}</td>'
 
 
 def _sortable(value: float) -> str:
@@ -210,10 +211,11 @@ def _row(c: Content, i: int, site: SiteView) -> str:
     name = text(site.name)
     link = f'<a href="#s{i}">{name}</a>' if site.cards or site.shared else name
     share = r.bitops / max(c.summary.bitops, 1)
+    most = max(row.bitops for row in c.summary.rows)
     cells = [
         f'<th scope="row">{link}</th><td>{text(r.kind)}</td><td>{text(r.scheme)}</td><td>{text(r.methods)}</td>',
         _cell(r.bytes, f"{r.bytes:,}"),
-        _cell(r.bitops, f"{_bar(share)}{r.bitops / 1e6:,.1f} M, {_percent(share)}"),
+        _cell(r.bitops, f"{_bar(r.bitops / max(most, 1))}{r.bitops / 1e6:,.1f} M, {_percent(share)}"),
     ]
     if c.stage == "deployed":
         cells.append(f"<td>{text(r.kernel)}</td>")
@@ -285,7 +287,7 @@ def _section(i: int, site: SiteView) -> str:
 def _reading() -> str:
     return (
         "<p>Bars: how many values, heights by the square root. Coloured lines: the levels; of more than 16 the range "
-        "and its ends. Dark marks below: thresholds of the rounding, where they are learnt. The outermost bars also "
+        "and its ends. Short marks below: thresholds of the rounding, where they are learnt. The outermost bars also "
         "hold what lies further out. Clipped: beyond the end levels by more than half a step.</p>"
     )
 
@@ -321,7 +323,10 @@ def _floats(s: Summary) -> str:
 
 
 def _texts(title: str, items: Sequence[str]) -> str:
-    return f"<h2>{title}</h2>" + _list(text(i) for i in items) if items else ""
+    if not items:
+        return ""
+    found = _list(text(i) for i in items)
+    return f"<h2>{title}</h2>" + (found if len(items) <= 10 else _fold(f"{len(items)}", found))
 
 
 def render(c: Content) -> str:

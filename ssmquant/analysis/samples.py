@@ -24,7 +24,7 @@ from ssmquant.errors import InputError
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.modules import PackedTensor
 from ssmquant.modules.activation import over_gain
-from ssmquant.quantizers import DLS, RFA, QTensor, Quantizer, Token
+from ssmquant.quantizers import RFA, QTensor, Quantizer, Token
 from ssmquant.workflow import _call
 
 __all__ = ["Measured", "Measurement", "measure_batches", "measure_parameters"]
@@ -89,25 +89,28 @@ def _parameter_histogram(item: Item) -> Histogram | None:
         return histogram_of_values(
             item.value, q.levels[:, 0].tolist(), "Values; all channels share the levels."
         )
-    single = q.scale.numel() == 1
     q, x = thin(q, item.value)
-    thresholds = holder.thresholds().tolist() if isinstance(holder, RFA) else []
-    if single:
-        scale, shift = q.scale.item(), q.shift.item()
-        thresholds = [t * scale - shift for t in thresholds]
-        return histogram_of_values(x, _levels(item, q), _SHOWN["values"], thresholds)
-    units = in_code_units(q, x)
-    return histogram_of_values(units, _codes(item, q), _SHOWN["channel"], thresholds)
+    if q.scale.numel() == 1:
+        return _of_values(item, x, q)
+    return histogram_of_values(in_code_units(q, x), _codes(item, q), _SHOWN["channel"], _thresholds(item))
+
+
+def _of_values(item: Item, x: Tensor, q: QTensor) -> Histogram | None:
+    """Under one scale."""
+    levels: list[float] = q.levels[0].double().tolist()
+    scale, shift = q.scale.item(), q.shift.item()
+    thresholds = [t * scale - shift for t in _thresholds(item)]
+    return histogram_of_values(x, levels[_first_level(item.method, q) :], _SHOWN["values"], thresholds)
+
+
+def _thresholds(item: Item) -> list[float]:
+    """Learnt ones, in code units."""
+    return item.holder.thresholds().tolist() if isinstance(item.holder, RFA) else []
 
 
 def _first_level(method: str, q: QTensor) -> int:
     """PACT leaves out the lowest code of signed data, so that 0 is a level."""
     return 1 if method == "pact" and q.code_min < 0 else 0
-
-
-def _levels(item: Item, q: QTensor) -> list[float]:
-    levels: list[float] = q.levels[0].double().tolist()
-    return levels[_first_level(item.method, q) :]
 
 
 def _codes(item: Item, q: QTensor) -> list[float]:
@@ -174,16 +177,12 @@ class _Pool(Item):
         assert self.last is not None
         values, q = torch.cat(self.kept), self.last
         if self.in_values:
-            histogram = histogram_of_values(values, _levels(self, q), _SHOWN["values"])
+            histogram = _of_values(self, values, q)
         else:
-            kind = (
-                "dls"
-                if isinstance(self.holder, DLS)
-                else "token"
-                if isinstance(self.holder, Token)
-                else "channel"
-            )
-            histogram = histogram_of_values(values, _codes(self, q), _SHOWN[kind])
+            kind = "channel"
+            if self.holder.dynamic:
+                kind = "token" if isinstance(self.holder, Token) else "dls"
+            histogram = histogram_of_values(values, _codes(self, q), _SHOWN[kind], _thresholds(self))
         return Measured(_row(self, self.numbers, {}), histogram)
 
 

@@ -23,7 +23,7 @@ table{border-collapse:collapse;font-size:13px;width:100%}
 th,td{padding:.15rem .5rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 thead th{position:sticky;top:0;background:var(--soft);white-space:nowrap;z-index:1}
 tbody th{font-weight:normal;font-family:ui-monospace,monospace;overflow-wrap:anywhere;min-width:16rem}
-td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+td.m{white-space:nowrap}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 thead button{font:inherit;font-weight:bold;color:inherit;background:none;border:0;padding:0;cursor:pointer}
 th[aria-sort=ascending] button:after{content:" \\25B2"}th[aria-sort=descending] button:after{content:" \\25BC"}
 .b{display:inline-block;width:50px;height:.65em;background:var(--soft);margin-right:.4em;text-align:left}
