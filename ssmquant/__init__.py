@@ -14,6 +14,7 @@ from ssmquant.analysis import (
     HealthRow,
     HealthWarning,
     health,
+    report,
     summary,
     verify,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "prepare",
     "register_adapter",
     "remove_standins",
+    "report",
     "save",
     "standins",
     "summary",

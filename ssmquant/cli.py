@@ -197,6 +197,73 @@ def _summary(args: argparse.Namespace) -> None:
     print(ssmquant.summary(model))
 
 
+MOST_IMAGES = 16
+"""Pictures that a report looks at."""
+
+
+def _report(args: argparse.Namespace) -> None:
+    import ssmquant
+    from ssmquant.analysis.report import check_page
+    from ssmquant.graph.runtime import is_prepared
+    from ssmquant.workflow import prepare_unchecked
+
+    target = check_page(args.output, force=args.force)
+    if target.exists() and any(Path(p).exists() and target.samefile(p) for p in (args.file, *args.images)):
+        raise ConfigError(f"{target} is an input; name another output")
+    crops, found = _crops(args.images, args.crop)
+    if args.standins:
+        ssmquant.install_standins()
+    inputs = tuple(_example(text) for text in args.input) or None
+    imported = ":" in args.file and not Path(args.file).exists()
+    model = _factory(args.file) if imported else load_any(args.file)[0]
+    reference = None
+    try:
+        if not is_prepared(model):
+            preset = getattr(ssmquant.QConfig, args.preset or "qmambair")
+            config = preset(args.w_bits or 4, a_bits=args.a_bits or 4)
+            reference = model if crops else None
+            model = prepare_unchecked(model, config, inputs, method=args.method)
+            if crops:
+                ssmquant.calibrate(model, crops)
+        elif args.preset or args.w_bits or args.a_bits:
+            raise ConfigError(
+                f"{args.file} is quantized; --preset, --w-bits and --a-bits are for float models"
+            )
+        ssmquant.report(model, target, crops or None, reference=reference, title=args.title, force=args.force)
+    except SsmquantError:
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
+        if not crops:
+            raise
+        shapes = ", ".join(sorted({"x".join(map(str, crop.shape)) for crop in crops}))
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"the model does not take pictures of {shapes} (see --crop): {reason}") from error
+    of = f"{len(crops)} of {found} pictures" if crops else "no pictures: weights only"
+    print(f"{target}: {target.stat().st_size:,} bytes, {of}")
+
+
+def _crops(sources: Sequence[str], size: int) -> tuple[list[torch.Tensor], int]:
+    """Centre crops, (1, 3, H, W) each, of the first pictures of files and folders, and how many there are."""
+    from ssmquant.restore import find_images, open_image, to_tensor
+
+    if size < 1:
+        raise ConfigError(f"--crop {size}: expected pixels, 1 or more")
+    paths = [path for source in sources for path in find_images(source)]
+    crops = []
+    for path in paths[:MOST_IMAGES]:
+        x = to_tensor(open_image(path))
+        top, left = (max(n - size, 0) // 2 for n in x.shape[2:])
+        crops.append(x[:, :, top : top + size, left : left + size].contiguous())
+    return crops, len(paths)
+
+
+def _presets() -> list[str]:
+    """The class methods of QConfig that make configurations of bits."""
+    from ssmquant import QConfig
+
+    return sorted(n for n, f in vars(QConfig).items() if isinstance(f, classmethod) and "from_" not in n)
+
+
 def _version(name: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -258,6 +325,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def _add_tracing(command: argparse.ArgumentParser) -> None:
+    """How a function's model is traced."""
+    command.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SIZES",
+        help="of an example input, 1,3,224,224 or 1,128:int64; once for each argument; not needed where an adapter "
+        "knows the model",
+    )
+    command.add_argument("--method", default="forward", metavar="NAME", help="the method to trace")
+    command.add_argument(
+        "--standins", action="store_true", help="serve missing mamba-ssm, causal-conv1d ... by ssmquant's own"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ssmquant", description="Quantized Mamba-family vision models.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -306,21 +389,41 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE|MODULE:FUNCTION",
         help="saved model, or a function without arguments that makes one",
     )
-    summary.add_argument(
-        "--input",
-        action="append",
-        default=[],
-        metavar="SIZES",
-        help="of an example input, 1,3,224,224 or 1,128:int64; once for each argument; not needed where an adapter "
-        "knows the model",
-    )
     summary.add_argument("--w-bits", type=int, default=4, metavar="N", help="(default 4)")
     summary.add_argument("--a-bits", type=int, default=4, metavar="N", help="(default 4)")
-    summary.add_argument("--method", default="forward", metavar="NAME", help="the method to trace")
-    summary.add_argument(
-        "--standins", action="store_true", help="serve missing mamba-ssm, causal-conv1d ... by ssmquant's own"
-    )
+    _add_tracing(summary)
     summary.set_defaults(run=_summary)
+
+    report = commands.add_parser(
+        "report",
+        help="one HTML page about a model: the summary, SQNR, histograms of weights and activations with their levels",
+    )
+    report.add_argument(
+        "file",
+        metavar="FILE|MODULE:FUNCTION",
+        help="saved model, or a function without arguments that makes one; a float one is quantized first",
+    )
+    report.add_argument("-o", "--output", required=True, metavar="OUT", help="page to write")
+    report.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help=f"pictures or folders of them, to measure activations (and calibrate a float model): the first "
+        f"{MOST_IMAGES}, as RGB in 0..1; without, the page shows weights only",
+    )
+    report.add_argument(
+        "--crop", type=int, default=128, metavar="N", help="use N x N pixels of their middle (default 128)"
+    )
+    report.add_argument(
+        "--preset", choices=_presets(), help="of QConfig, for a float model (default qmambair)"
+    )
+    report.add_argument("--w-bits", type=int, metavar="N", help="for a float model (default 4)")
+    report.add_argument("--a-bits", type=int, metavar="N", help="for a float model (default 4)")
+    report.add_argument("--title", metavar="TEXT", help="of the page")
+    report.add_argument("--force", action="store_true", help="replace an existing page")
+    _add_tracing(report)
+    report.set_defaults(run=_report)
 
     env = commands.add_parser("env", help="versions, hardware, and which kernels are used and why")
     env.set_defaults(run=_env)

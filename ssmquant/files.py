@@ -14,7 +14,8 @@ import tempfile
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from ssmquant.errors import ConfigError, FormatError, SsmquantError
 
 __all__ = [
     "DTYPES", "ENTRIES", "FLOAT_FORMAT", "FORMAT", "MALFORMED", "NAMES", "VERSION", "Reader", "build_zoo", "decode",
-    "dtype_name", "encode", "load_checkpoint", "load_float", "peek", "read", "read_dtype", "read_shape", "save_float",
-    "write",
+    "dtype_name", "encode", "load_checkpoint", "load_float", "peek", "read", "read_dtype", "read_shape", "replacing",
+    "save_float", "write",
 ]  # fmt: skip
 
 FORMAT, VERSION = "ssmquant", "2"
@@ -105,11 +106,18 @@ def read_dtype(x: Any) -> torch.dtype:
 
 def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes beside the target and renames: a file is there whole or not at all."""
+    with replacing(path) as name:
+        save_file(tensors, name, metadata=metadata)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file beside ``path``, which takes its place at the end, and is gone after an error."""
     target = Path(path)
     fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     os.close(fd)
     try:
-        save_file(tensors, name, metadata=metadata)
+        yield Path(name)
         os.chmod(name, 0o644)
         os.replace(name, target)
     except BaseException:

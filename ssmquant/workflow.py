@@ -225,8 +225,9 @@ def _make_quantizers(model: nn.Module) -> None:
 # ---- calibrate -----------------------------------------------------------------------------------------------------
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    method = runtime_of(model).method
+def _call(model: nn.Module, batch: Any, method: str | None = None) -> Any:
+    """``method``: of a model that was not prepared."""
+    method = method or runtime_of(model).method
     call = model if method == "forward" else getattr(model, method)
     if isinstance(batch, Tensor):
         return call(batch)
@@ -356,7 +357,9 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:
     return model
 
 
-def _limited(batches: Iterable[Any], limit: int | None, progress: bool | None) -> Iterable[Any]:
+def _limited(
+    batches: Iterable[Any], limit: int | None, progress: bool | None, title: str = "calibrating"
+) -> Iterable[Any]:
     it = itertools.islice(batches, limit)
     if progress or (progress is None and sys.stderr.isatty()):
         try:
@@ -366,7 +369,7 @@ def _limited(batches: Iterable[Any], limit: int | None, progress: bool | None) -
             return it
         known = [n for n in (len(batches) if isinstance(batches, Sized) else None, limit) if n is not None]
         total = min(known) if known else None
-        return track(it, "calibrating", total=total, console=Console(stderr=True))
+        return track(it, title, total=total, console=Console(stderr=True))
     return it
 
 

@@ -1,6 +1,7 @@
 """Looking at prepared and deployed models: what is quantized, what it costs, how exact it is, whether it is healthy."""
 
 from ssmquant.analysis.health import HealthMonitor, HealthReport, HealthRow, HealthWarning, health
+from ssmquant.analysis.report import report
 from ssmquant.analysis.summary import Summary, SummaryRow, summary
 from ssmquant.analysis.verify import SiteError, VerifyReport, verify
 
@@ -14,6 +15,7 @@ __all__ = [
     "SummaryRow",
     "VerifyReport",
     "health",
+    "report",
     "summary",
     "verify",
 ]

@@ -30,7 +30,7 @@ from ssmquant.analysis.measure import (
     thin,
 )
 from ssmquant.errors import ConfigError, InputError
-from ssmquant.graph.runtime import Runtime, runtime_of
+from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
 from ssmquant.modules import ActivationQuantizer
 from ssmquant.quantizers import DLS
 from ssmquant.workflow import _call
@@ -295,17 +295,20 @@ def _problems(item: Item, row: HealthRow, found: _Numbers) -> Iterator[tuple[str
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """In evaluation mode; afterwards modes, buffers and random number generators are as they were."""
-    runtime = runtime_of(model)
+    runtime = runtime_of(model) if is_prepared(model) else None
     modes = {m: m.training for m in model.modules()}
     buffers = [(b, b.clone()) for b in model.buffers() if not b.is_inference()]
     cuda = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    graphs, runtime.graphs = runtime.graphs, None  # a replayed graph calls no hooks
+    graphs = None if runtime is None else runtime.graphs
+    if runtime is not None:
+        runtime.graphs = None  # a replayed graph calls no hooks
     try:
         with torch.random.fork_rng(devices=sorted(d.index or 0 for d in cuda)), torch.no_grad():
             model.eval()
             yield
     finally:
-        runtime.graphs = graphs
+        if runtime is not None:
+            runtime.graphs = graphs
         for b, old in buffers:
             # Through data: autograd, which may hold it for a backward pass yet to come, finds it unchanged.
             b.data.copy_(old)
@@ -313,7 +316,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             m.training = flag
 
 
-def _activations(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> list[Item]:
+def _activations(
+    model: nn.Module,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    *,
+    finite: bool = False,
+) -> list[Item]:
+    """Activations of one forward pass, in samples. ``finite``: InputError where NaN or inf comes by."""
     runtime = runtime_of(model)
     wanted = {p.name: item_of(p, runtime.activations[p.key]) for _, p in points_of(runtime, ("activation",))}
     found: dict[str, Item] = {}
@@ -325,6 +335,8 @@ def _activations(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any
         # A value that several checkpoint regions read comes again: once is enough.
         if item is None or module.name in found or not x.numel() or not module.quantizer.ready:
             return
+        if finite and not bool(x.isfinite().all()):
+            raise InputError(f"the batch brings NaN or inf to '{module.name}'")
         item.holder = module.quantizer
         x = module.scaled(x.detach())
         item.encoded = thin(module.quantizer.encode(x, check=False), x)
@@ -386,9 +398,11 @@ def health(
     return _report(items, _numbers(items), _FIRST.setdefault(runtime, {}))
 
 
-def weight_rows(model: nn.Module) -> dict[str, HealthRow]:
-    """The rows of a model's weights by name. Unlike :func:`health` no first look: scales are not remembered."""
-    items = parameters_of(model, ("weight",))
+def weight_rows(model: nn.Module, items: list[Item] | None = None) -> dict[str, HealthRow]:
+    """The rows of a model's weights, or of ``items``, by name. Unlike :func:`health` no first look: scales are not
+    remembered.
+    """
+    items = parameters_of(model, ("weight",)) if items is None else items
     numbers = _numbers(items)
     return {item.name: _row(item, numbers.get(item.name), {}) for item in items}
 

@@ -63,6 +63,8 @@ class Item:
     encoded: tuple[QTensor, Tensor] | None = None
     coded: bool = True
     """Whether codes and levels say anything: not of values that are there without codes, one for each state."""
+    method: str = ""
+    """The quantizer's name in a QConfig."""
 
     @property
     def device(self) -> torch.device:
@@ -105,8 +107,10 @@ def item_of(point: Point, holder: nn.Module) -> Item:
     site, operand = point.uses[0]
     assert point.scheme.bits is not None
     match = f"{site.name}.{operand.name}" if site.kind == "scan" else site.name
-    coded = point.scheme.method not in OPERANDS
-    return Item(point.name, point.what, match, point.scheme.bits, holder, coded=coded)
+    method = point.scheme.method
+    return Item(
+        point.name, point.what, match, point.scheme.bits, holder, coded=method not in OPERANDS, method=method
+    )
 
 
 def parameters_of(model: nn.Module, kinds: Iterable[str] = ("weight", "static")) -> list[Item]:

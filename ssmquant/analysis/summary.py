@@ -40,6 +40,8 @@ class SummaryRow:
     note: str
     dead_levels: int | None = None
     zero_ratio: float | None = None
+    float_bitops: int = 0
+    """``bitops`` if nothing were quantized."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ def summary(model: nn.Module) -> Summary:
                 site.name, site.kind, scheme if points else "float", methods, size,
                 _cost(model, record, site, w, a, samples), kernel if points else "torch", note,
                 looked.dead_levels if looked else None, looked.zero_ratio if looked else None,
+                _cost(model, record, site, 32, 32, samples),
             )
         )  # fmt: skip
     outside = [p for p in record.plan.parameters if not p.must_cover]
