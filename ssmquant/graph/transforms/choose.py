@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmquant.graph.transforms.candidates import Applied, Candidate, Scale
+from ssmquant.graph.transforms.candidates import Applied, Candidate, Scale, Skipped
 from ssmquant.graph.transforms.residual import Residual
 from ssmquant.graph.transforms.statistics import Moments, Statistics
 from ssmquant.graph.transforms.turns import LowRank, OutRotation
@@ -23,6 +23,7 @@ from ssmquant.ops.hadamard import hadamard_matrix
 
 __all__ = ["Planned", "even_factors", "fold_transforms", "plan_transforms", "rotation"]
 
+_UNSEEN = "no batch of calibrate has reached it"
 _MOST = 8
 _SHRINK = 1e-3
 
@@ -77,7 +78,7 @@ def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True) -> Te
 
 def plan_transforms(
     model: nn.Module, found: Sequence[Candidate], statistics: Statistics, names: Collection[str], *, klt: bool
-) -> list[Planned]:
+) -> tuple[list[Planned], list[Skipped]]:
     """Decides on all factors and rotations; changes nothing.
 
     Args:
@@ -89,12 +90,14 @@ def plan_transforms(
 
     Returns:
         Those that have an effect, in the order in which they are folded: rotations of inputs and of the stream after
-        the factors of the same columns.
+        the factors of the same columns. And why the others have none.
     """
     plan: list[Planned] = []
+    without: list[Skipped] = []
     for c in found:
         if isinstance(c, Scale):
             if (largest := _pooled(statistics.largest.get(c.key), c)) is None:
+                without.append(Skipped(c.kind, c.site, _UNSEEN))
                 continue
             factor = (
                 even_factors(*largest)
@@ -102,11 +105,16 @@ def plan_transforms(
                 else even_factors(largest[0], c.weight_range(model))
             )
             if bool((factor == 1).all()):
+                without.append(Skipped(c.kind, c.site, "its channels are alike: all factors would be 1"))
                 continue
             low, high = (int(f.log2()) for f in (factor.min(), factor.max()))
             plan.append(Planned(c.key, (factor,), f"factors 2^{low} to 2^{high}, {_cost(c)}"))
-        elif isinstance(c, LowRank) and (low_rank := _low_rank(model, c, statistics, names, klt)) is not None:
-            plan.append(low_rank)
+        elif isinstance(c, LowRank):
+            low_rank = _low_rank(model, c, statistics, names, klt)
+            if isinstance(low_rank, Planned):
+                plan.append(low_rank)
+            else:
+                without.append(low_rank)
     for c in found:
         if isinstance(c, OutRotation):
             n = c.sink.groups[2]
@@ -115,7 +123,7 @@ def plan_transforms(
             moments = _second_moments(statistics.moments.get(c.key), c, model) if klt else None
             how = "Hadamard" if moments is None else "KLT and Hadamard"
             plan.append(Planned(c.key, (rotation(c.channels, moments),), f"{how} of {c.channels}, free"))
-    return plan
+    return plan, without
 
 
 def fold_transforms(
@@ -168,10 +176,10 @@ def _pooled(largest: dict[int, Tensor] | None, c: Scale) -> tuple[Tensor, Tensor
 
 def _low_rank(
     model: nn.Module, c: LowRank, statistics: Statistics, names: Collection[str], klt: bool
-) -> Planned | None:
+) -> Planned | Skipped:
     moments = statistics.moments.get(c.key)
     if not moments:
-        return None
+        return Skipped(c.kind, c.site, _UNSEEN)
     g, r = c.groups, c.rank
     m: Moments = moments[0]
     how = []
@@ -192,8 +200,11 @@ def _low_rank(
         turns = torch.stack([rotation(r, k if klt else None) for k in covariance])
         matrix = turns @ matrix
         how.append(f"{'KLT and ' * klt}Hadamard of {r}, free")
+    no_mean = "no bias behind it can take the mean"
     if not how:
-        return None
+        return Skipped(c.kind, c.site, no_mean if "dt_mean" in names else "its rank is 1")
+    if "dt_mean" in names and c.bias is None:
+        how.append(no_mean)
     return Planned(c.key, (matrix,) if mean is None else (matrix, mean), "; ".join(how))
 
 
