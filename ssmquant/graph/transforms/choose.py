@@ -19,7 +19,7 @@ from ssmquant.graph.transforms.candidates import Applied, Candidate, Scale, Skip
 from ssmquant.graph.transforms.residual import Residual
 from ssmquant.graph.transforms.statistics import Moments, Statistics
 from ssmquant.graph.transforms.turns import LowRank, OutRotation
-from ssmquant.ops.hadamard import hadamard_matrix
+from ssmquant.ops.hadamard import hadamard_matrix, is_hadamard
 
 __all__ = ["Planned", "even_factors", "fold_transforms", "plan_transforms", "rotation"]
 
@@ -54,26 +54,47 @@ def even_factors(values: Tensor, weights: Tensor, strength: float = 0.5) -> Tens
     return torch.where(used, steps.exp2(), 1.0)
 
 
-def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True) -> Tensor:
+def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True, keep_ones: bool = False) -> Tensor:
     """An orthogonal matrix (n, n), float64: ``H S`` or, with a covariance (n, n), ``H K^T``.
 
     Args:
         n: size.
         moments: A covariance, or second moments about 0; only its eigenvectors matter.
         signs: whether H's columns get signs, the same in every call, so that equal inputs do not add up in one output.
+        keep_ones: Whether the vector of ones stays where it is. H has it for its first column then (or a multiple). With
+            moments it counts as the first eigenvector, and all variances still come out the same; without, a reflection
+            behind ``H S`` changes entries by O(1 / n) but for those of that column.
     """
     h = hadamard_matrix(n)
-    if signs:
+    if (
+        keep_ones
+    ):  # a Hadamard matrix stays one with other signs of rows; a cosine transform has a row of ones
+        h = h * h[:, :1].sign() if is_hadamard(n) else h.T
+    if signs and not (keep_ones and moments is not None):
         generator = torch.Generator().manual_seed(n)
         h = h * (torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0).double()
     if moments is None:
-        return h
+        return _with_ones_kept(h) if keep_ones else h
     c = (moments.double() + moments.double().T) / 2
     level = c.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     c = (1 - _SHRINK) * c + _SHRINK * level * torch.eye(n, dtype=torch.float64)
     if not bool(c.isfinite().all()):
-        return h
-    return h @ torch.linalg.eigh(c / level).eigenvectors.T
+        return rotation(n, signs=signs, keep_ones=keep_ones)
+    if not keep_ones:
+        return h @ torch.linalg.eigh(c / level).eigenvectors.T
+    centre = torch.eye(n, dtype=torch.float64) - 1 / n
+    c = centre @ (c / level) @ centre
+    rest = torch.linalg.eigh(c + 2 * c.diagonal().sum() / n).eigenvectors[:, :-1]  # the last one is the ones
+    vectors = torch.cat([torch.full((n, 1), n**-0.5, dtype=torch.float64), rest], 1)
+    return _with_ones_kept(h @ vectors.T)
+
+
+def _with_ones_kept(q: Tensor) -> Tensor:
+    """``q``, and behind it the reflection that takes ``q @ 1`` back to 1; ``q`` where that is nothing."""
+    one = torch.full_like(q[0], len(q) ** -0.5)
+    way = q @ one - one
+    length = way @ way
+    return q if length < 1e-24 else q - torch.outer(way, (2 / length) * (way @ q))
 
 
 def plan_transforms(
@@ -120,9 +141,13 @@ def plan_transforms(
             n = c.sink.groups[2]
             plan.append(Planned(c.key, (hadamard_matrix(n),), f"Hadamard of {n}, at run time"))
         elif isinstance(c, Residual):
+            if not all(bool(c.offset(model, n).isfinite().all()) for n in c.norms):
+                without.append(Skipped(c.kind, c.site, "the weight of a norm is 0 where its bias is not"))
+                continue
             moments = _second_moments(statistics.moments.get(c.key), c, model) if klt else None
             how = "Hadamard" if moments is None else "KLT and Hadamard"
-            plan.append(Planned(c.key, (rotation(c.channels, moments),), f"{how} of {c.channels}, free"))
+            matrix = rotation(c.channels, moments, keep_ones=c.centred)
+            plan.append(Planned(c.key, (matrix,), f"{how} of {c.channels}, free"))
     return plan, without
 
 
@@ -212,10 +237,12 @@ def _second_moments(moments: dict[int, Moments] | None, c: Residual, model: nn.M
     """Those of the norms' outputs before their weights, each norm counting the same."""
     if not moments:
         return None
-    norms = {n.node: n for _, n in c.readers if n is not None}
+    norms = {n.node: n for n in c.norms}
     total = torch.zeros(c.channels, c.channels, dtype=torch.float64)
     for k, (node, _) in enumerate(c.moments):
         weight = model.get_parameter(norms[node].weight).detach().double().cpu()
         safe = torch.where(weight == 0, 1.0, weight)
-        total += moments[k].covariance(centred=False) / torch.outer(safe, safe)
+        own = moments[k].covariance(centred=False) / torch.outer(safe, safe)
+        for i in range(0, len(own), c.channels):  # of pieces side by side
+            total += own[i : i + c.channels, i : i + c.channels]
     return total

@@ -1,23 +1,32 @@
-"""Rotation of the residual stream (R1): free where every norm that reads it is an RMS norm.
+"""Rotation of the residual stream (R1): free where norms read it, and projections write to it.
 
 RMS norms without weights commute with rotations, so their weights go to the columns of their readers first. Then all
 that writes to the stream (embeddings, tokens, every out_proj) is rotated, and all that reads it is rotated back.
 Nothing is left to do at run time, at the ends neither.
+
+Layer norms subtract the mean over channels, too. They commute with the rotations that leave the vector of ones where it
+is: ``mean(Q x) == mean(x)`` if ``Q^T 1 == 1``. SliceGPT takes the mean out of all that writes to a stream, so that RMS
+norms can take the place of layer norms and any rotation will do; with these rotations the norms stay, and with them the
+kernels for them, and nothing is lost: a centred value has no share along the ones that a rotation could spread. A norm's
+weight g goes to the columns of its readers; its bias b, which some readers have no bias to take, becomes ``Q (b / g)``.
+
+Several pieces of a stream may be read side by side, as by the norm of a patch merging: each is rotated by itself.
 
 Source: MambaQuant (arXiv 2501.13484), R1; SliceGPT (arXiv 2401.15024) for the invariance.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from ssmquant.graph.calls import MODE_DEPENDENT
 from ssmquant.graph.moves import is_number
-from ssmquant.graph.sites import op_name
+from ssmquant.graph.sites import ancestors, op_name
 from ssmquant.graph.transforms.candidates import Candidate, Norm, Skipped, View
 from ssmquant.graph.transforms.flow import follow, moved, name_of, shape
 from ssmquant.graph.transforms.projections import Projection, Unsuitable, has_parameter
@@ -33,6 +42,7 @@ _RESHAPES = {
     "reshape", "roll", "swapaxes", "movedim",
 }  # fmt: skip
 _MODULES = {"Identity", "Dropout", *MODE_DEPENDENT}
+_QUOTED = re.compile("'[^']*'")
 
 
 @dataclass
@@ -40,7 +50,8 @@ class Residual(Candidate):
     """One stream of ``channels``: what writes to it, and the norms between it and its readers.
 
     ``writers``: projections; ``parameters``: names, and the axis that holds the channels; ``readers``: projections with
-    the norm in front of each (None where there is none).
+    the norm in front of each (None where there is none). A reader of several pieces of the stream side by side has so
+    many times the channels.
     """
 
     channels: int = field(kw_only=True)
@@ -52,32 +63,67 @@ class Residual(Candidate):
     def identity(self) -> tuple[Any, ...]:
         readers = [(p.identity, "" if n is None else n.weight) for p, n in self.readers]
         ends = [(p.identity, "writes") for p in self.writers] + readers
-        return self.channels, set(self.parameters), tuple(sorted(ends, key=lambda e: (e[0][0], e[1])))
+        own = self.channels, set(self.parameters), tuple(sorted(ends, key=lambda e: (e[0][0], e[1])))
+        layers = {(n.weight, n.bias or "") for n in self.norms if not n.rms}
+        return (*own, layers) if layers else own
+
+    @property
+    def norms(self) -> list[Norm]:
+        """Those between the stream and its readers, each once, in the order of their names."""
+        return sorted(
+            {n.weight: n for _, n in self.readers if n is not None}.values(), key=lambda n: n.weight
+        )
+
+    @property
+    def centred(self) -> bool:
+        """Whether layer norms read it, so that rotations have to leave the vector of ones where it is."""
+        return any(not n.rms for n in self.norms)
 
     @property
     def touched(self) -> set[str]:
-        names = {p.parameter for p, _ in self.readers} | {n.weight for _, n in self.readers if n is not None}
+        names = {p.parameter for p, _ in self.readers} | {n.weight for n in self.norms}
+        names |= {n.bias for n in self.norms if n.bias is not None}
         return names.union({name for name, _ in self.parameters}, *(p.touched for p in self.writers))
+
+    @torch.no_grad()
+    def offset(self, model: nn.Module, norm: Norm) -> Tensor:
+        """A norm's bias over its weight, (n,) float64: not finite where the weight is 0 and the bias is not."""
+        weight = model.get_parameter(norm.weight).detach().double().cpu()
+        if norm.bias is None:
+            return torch.zeros_like(weight)
+        bias = model.get_parameter(norm.bias).detach().double().cpu()
+        return torch.where(bias == 0, 0.0, bias / weight)
 
     @torch.no_grad()
     def fold(self, model: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
         """Changes the weights so that the stream x becomes ``matrix @ x``; ``matrix`` (channels, channels), orthogonal.
 
         Raises:
-            ValueError: it is not orthogonal.
+            ValueError: it is not orthogonal, or moves the vector of ones although layer norms read the stream; or a
+                norm's bias cannot be kept, see :meth:`offset`.
         """
         matrix = matrix.detach().cpu().double()
         one = torch.eye(self.channels, dtype=torch.float64)
         if matrix.shape != one.shape or not torch.allclose(matrix @ matrix.T, one, rtol=0, atol=1e-9):
             raise ValueError(f"{self.key}: expected an orthogonal matrix {tuple(one.shape)}")
-        norms = {norm.weight: norm for _, norm in self.readers if norm is not None}
+        if self.centred and not torch.allclose(matrix.sum(1), one[0].new_ones(()), rtol=0, atol=1e-9):
+            raise ValueError(
+                f"{self.key}: expected a rotation that keeps the vector of ones, for layer norms"
+            )
+        offsets = {n.weight: self.offset(model, n) for n in self.norms}
+        if not all(bool(t.isfinite().all()) for t in offsets.values()):
+            raise ValueError(f"{self.key}: the weight of a norm is 0 where its bias is not")
         for p, norm in self.readers:
             if norm is not None:
                 p.scale_inputs(model, model.get_parameter(norm.weight).detach().double().cpu())
-        for name in norms:
-            model.get_parameter(name).fill_(1.0)
+        for norm in self.norms:
+            model.get_parameter(norm.weight).fill_(1.0)
+            if norm.bias is not None:
+                pieces = offsets[norm.weight].reshape(-1, self.channels)
+                model.get_parameter(norm.bias).copy_((pieces @ matrix.T).reshape(-1))
         for p, _ in self.readers:
-            p.turn_inputs(model, matrix)
+            pieces = torch.eye(p.groups[2] // self.channels, dtype=torch.float64)
+            p.turn_inputs(model, torch.kron(pieces, matrix))
         rows = torch.arange(self.channels)
         for p in self.writers:
             p.turn_outputs(model, matrix, rows)
@@ -93,6 +139,13 @@ def _first(node: fx.Node) -> fx.Node:
     if not node.args or not isinstance(node.args[0], fx.Node):
         raise Unsuitable(f"'{op_name(node)}' is called with keywords")
     return node.args[0]
+
+
+class _Behind(NamedTuple):
+    """Where a value's channels go by moves and sums: the nodes, and the readers with the axis that has all of them."""
+
+    nodes: set[fx.Node]
+    readers: list[tuple[fx.Node, fx.Node, int | None]]
 
 
 class _Stream:
@@ -160,8 +213,14 @@ class _Stream:
             source = self._elsewhere(node)
             assert source is not None
             self.join(_first(node), source[axis])
-        elif op_name(node) in _RESHAPES:
+        elif self.reshapes(node):
             self.join(_first(node), self._axis_before(node, axis))
+        elif self.pads(node, axis):
+            self.join(_first(node), axis)
+        elif (norm := view.norm(node)) is not None:
+            raise Unsuitable(
+                f"the norm '{norm.name}' writes to it, whose weights scale its channels one by one"
+            )
         else:
             raise Unsuitable(f"{name_of(view.model, node)} makes it, which does not commute with a rotation")
 
@@ -173,6 +232,19 @@ class _Stream:
         if node.op == "call_module":
             return type(self.view.model.get_submodule(str(node.target))).__name__ in _MODULES
         return op_name(node) in _PASSES
+
+    def reshapes(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return type(self.view.model.get_submodule(str(node.target))) is nn.Flatten
+        return op_name(node) in _RESHAPES
+
+    def pads(self, node: fx.Node, axis: int) -> bool:
+        """Whether a node pads other axes than the channels', with zeros or with what is there."""
+        if op_name(node) != "pad" or len(node.args) < 2 or not isinstance(node.args[1], (tuple, list)):
+            return False
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+        behind = len(shape(node) or ()) - 1 - axis
+        return value in (None, 0) and all(p == 0 for p in node.args[1][2 * behind : 2 * behind + 2])
 
     def _mixed(self, node: fx.Node, axis: int) -> None:
         size = shape(node)
@@ -204,7 +276,9 @@ class _Stream:
         tensors = [i for i in node.all_input_nodes if not is_number(i)]
         inside = [i for i in tensors if (shape(i) or ())[-(len(size) - axis) :][:1] == (self.channels,)]
         if len(inside) != 1 or (op_name(node) != "mul" and node.args[0] is not inside[0]):
-            raise Unsuitable(f"{name_of(self.view.model, node)} scales its channels one by one")
+            roots = [n for i in tensors if i in self.view.static for n in ancestors(i) if n.op == "get_attr"]
+            by = f"'{roots[0].target}'" if len(roots) == 1 else name_of(self.view.model, node)
+            raise Unsuitable(f"{by} scales its channels one by one")
         own = shape(inside[0])
         assert own is not None
         self.join(inside[0], len(own) - len(size) + axis)
@@ -243,8 +317,6 @@ class _Stream:
             return  # a number, or nothing at all, as in front of a class token that comes first
         norm = view.norm(user)
         if norm is not None:
-            if not norm.rms:
-                raise Unsuitable("a layer norm reads the stream, which subtracts the mean over channels")
             if axis != len(shape(node) or ()) - 1:
                 raise Unsuitable(f"'{norm.name}' norms another axis")
             self._read_through(norm)
@@ -254,6 +326,8 @@ class _Stream:
             raise Unsuitable("the model returns it")
         elif self.passes(user):
             self.join(user, axis)
+        elif name in ("cat", "concat") and self._joins(user, axis):
+            self._side_by_side(user, axis)
         elif name in _MIXES or name in ("mul", "div", "truediv"):
             size, own = shape(user), shape(node)
             shift = 0 if size is None or own is None else len(size) - len(own)
@@ -264,8 +338,10 @@ class _Stream:
             self.join(user, axis + shift + stacked)
         elif name in ("mean", "sum") and (axes := self._elsewhere(user)) is not None and axis in axes:
             self.join(user, axes.index(axis))
-        elif name in _RESHAPES and (after := self._axis_after(node, user, axis)) is not None:
+        elif self.reshapes(user) and (after := self._axis_after(node, user, axis)) is not None:
             self.join(user, after)
+        elif self.pads(user, axis):
+            self.join(user, axis)
         else:
             raise Unsuitable(f"{name_of(view.model, user)} reads it, which does not commute with a rotation")
 
@@ -281,27 +357,58 @@ class _Stream:
 
     def _read_through(self, norm: Norm) -> None:
         """The projections behind a norm, and nothing else, take its weight."""
-        view = self.view
-        size = shape(norm.node)
+        for reader, operand, axis in self._behind(norm.node, -1, norm.channels).readers:
+            if reader not in self.view.sites or axis is None:
+                raise Unsuitable(
+                    f"{name_of(self.view.model, reader)} reads '{norm.name}', whose weights it cannot take"
+                )
+            self._read(reader, operand, axis, norm)
+
+    def _joins(self, cat: fx.Node, axis: int) -> bool:
+        """Whether a concatenation puts channels next to each other."""
+        dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+        return isinstance(dim, int) and dim % len(shape(cat) or (0,)) == axis
+
+    def _side_by_side(self, cat: fx.Node, axis: int) -> None:
+        """Norms and projections behind a concatenation of pieces of the stream, each of all its channels."""
+        operands = [i for i in cat.all_input_nodes if not is_number(i)]
+        for i in operands:
+            self.join(i, axis)
+        size = shape(cat)
         assert size is not None
-        labels = torch.arange(norm.channels).reshape((1,) * (len(size) - 1) + (-1,))
-        flow = follow(view.places, {norm.node: labels}, sums=True)
+        behind = self._behind(cat, axis, size[axis])
+        self.seen |= behind.nodes
+        for reader, operand, place in behind.readers:
+            norm = self.view.norm(reader)
+            if norm is not None and place == len(shape(operand) or ()) - 1:
+                self._read_through(norm)
+            elif norm is None and reader in self.view.sites and place is not None:
+                self._read(reader, operand, place, None)
+            else:
+                raise Unsuitable(
+                    f"{name_of(self.view.model, reader)} reads pieces of the stream side by side, which does not "
+                    "commute with a rotation of each"
+                )
+
+    def _behind(self, node: fx.Node, axis: int, channels: int) -> _Behind:
+        dims = len(shape(node) or ())
+        labels = torch.arange(channels).reshape([-1 if d == axis % dims else 1 for d in range(dims)])
+        flow = follow(self.view.places, {node: labels}, sums=True)
+        readers = []
         for reader, operand in flow.readers:
             after = flow.of(operand)
             axes = [d for d, s in enumerate(after.shape) if s > 1]
-            if reader not in view.sites or len(axes) != 1:
-                raise Unsuitable(
-                    f"{name_of(view.model, reader)} reads '{norm.name}', whose weights it cannot take"
-                )
-            self._read(reader, operand, axes[0], norm)
+            in_order = len(axes) == 1 and torch.equal(after.reshape(-1), torch.arange(channels))
+            readers.append((reader, operand, axes[0] if in_order else None))
+        return _Behind({n for n, known in flow.labels.items() if known is not None}, readers)
 
 
 def residuals(view: View) -> tuple[list[Residual], list[Skipped]]:
-    """Streams that RMS norms read; of others the reason."""
+    """Streams that norms read; of others the reason."""
     found: list[Residual] = []
     skipped: list[Skipped] = []
     known: set[fx.Node] = set()
-    said: set[str] = set()
+    said: dict[str, tuple[Skipped, int]] = {}  # one line for all reasons that differ in names alone
     for node in view.graph.nodes:
         norm = view.norm(node)
         size = None if norm is None else shape(norm.input)
@@ -310,12 +417,13 @@ def residuals(view: View) -> tuple[list[Residual], list[Skipped]]:
         try:
             stream = _Stream(view, norm.input, len(size) - 1, norm.channels)
         except Unsuitable as e:
-            if str(e) not in said:  # one line for a stream, not one for each of its norms
-                said.add(str(e))
-                skipped.append(Skipped("residual_rotation", norm.name, str(e)))
+            first = Skipped("residual_rotation", norm.name, str(e))
+            alike = _QUOTED.sub("", str(e))
+            said[alike] = (said[alike][0], said[alike][1] + 1) if alike in said else (first, 0)
             continue
         known |= stream.seen
-        if any(not norm.rms for _, norm in stream.readers.values() if norm is not None) or not stream.readers:
+        if not stream.readers:
+            skipped.append(Skipped("residual_rotation", norm.name, "no projection reads it"))
             continue
         # By name, so that all graphs count them alike.
         norms = {n.weight: n for _, n in stream.readers.values() if n is not None}
@@ -334,4 +442,7 @@ def residuals(view: View) -> tuple[list[Residual], list[Skipped]]:
                 readers=list(stream.readers.values()),
             )
         )
+    for first, more in said.values():
+        also = f"; likewise at {more} more norm{'s' * (more > 1)}" if more else ""
+        skipped.append(Skipped(first.kind, first.site, first.reason + also))
     return found, skipped
