@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import QConfig, zoo
-from ssmquant.graph.runtime import runtime_of
 from tests.patterns import steps
 from tests.patterns.steps import TWINS, call, close, tensors
 from tests.patterns.twin import Twin, draw_values

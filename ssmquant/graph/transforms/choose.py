@@ -26,6 +26,8 @@ __all__ = ["Planned", "even_factors", "fold_transforms", "plan_transforms", "rot
 _UNSEEN = "no batch of calibrate has reached it"
 _MOST = 8
 _SHRINK = 1e-3
+_LARGEST_OFFSET = 2.0
+"""Of a norm's bias over its weight, root mean square: in a rotated norm that stands beside values of 1."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True, keep_
         n: size.
         moments: A covariance, or second moments about 0; only its eigenvectors matter.
         signs: whether H's columns get signs, the same in every call, so that equal inputs do not add up in one output.
-        keep_ones: Whether the vector of ones stays where it is. H has it for its first column then (or a multiple). With
-            moments it counts as the first eigenvector, and all variances still come out the same; without, a reflection
-            behind ``H S`` changes entries by O(1 / n) but for those of that column.
+        keep_ones: Whether the vector of ones stays where it is. All entries of H's first column are the same then.
+            With moments the ones count as the first eigenvector, and all variances still come out the same; without,
+            a reflection behind ``H S`` changes entries by O(1 / n) but for those of that column.
     """
     h = hadamard_matrix(n)
     if (
@@ -141,8 +143,8 @@ def plan_transforms(
             n = c.sink.groups[2]
             plan.append(Planned(c.key, (hadamard_matrix(n),), f"Hadamard of {n}, at run time"))
         elif isinstance(c, Residual):
-            if not all(bool(c.offset(model, n).isfinite().all()) for n in c.norms):
-                without.append(Skipped(c.kind, c.site, "the weight of a norm is 0 where its bias is not"))
+            if (why := _spread_biases(model, c)) is not None:
+                without.append(why)
                 continue
             moments = _second_moments(statistics.moments.get(c.key), c, model) if klt else None
             how = "Hadamard" if moments is None else "KLT and Hadamard"
@@ -231,6 +233,18 @@ def _low_rank(
     if "dt_mean" in names and c.bias is None:
         how.append(no_mean)
     return Planned(c.key, (matrix,) if mean is None else (matrix, mean), "; ".join(how))
+
+
+def _spread_biases(model: nn.Module, c: Residual) -> Skipped | None:
+    """Why norms' biases, which are small beside their weights as a rule, forbid a rotation, if they do."""
+    for norm in c.norms:
+        offset = c.offset(model, norm)
+        if not float(offset.square().mean()) <= _LARGEST_OFFSET**2:  # NaN, too
+            reason = (
+                f"'{norm.name}' has biases that are large beside its weights: all channels would get of them"
+            )
+            return Skipped(c.kind, c.site, reason)
+    return None
 
 
 def _second_moments(moments: dict[int, Moments] | None, c: Residual, model: nn.Module) -> Tensor | None:
