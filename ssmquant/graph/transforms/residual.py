@@ -91,7 +91,7 @@ class Residual(Candidate):
             ValueError: it is not orthogonal, or moves the vector of ones although layer norms read the stream; or a
                 norm's bias cannot be kept, see :meth:`offset`.
         """
-        matrix = matrix.detach().cpu().double()
+        matrix = matrix.detach().cpu().double().contiguous()  # kron wants it so
         one = torch.eye(self.channels, dtype=torch.float64)
         if matrix.shape != one.shape or not torch.allclose(matrix @ matrix.T, one, rtol=0, atol=1e-9):
             raise ValueError(f"{self.key}: expected an orthogonal matrix {tuple(one.shape)}")
