@@ -188,7 +188,7 @@ class QConfig:
             (``"conv_input"``), of scans' inputs (``"scan_input"``), of norms behind scans (``"gate"``), of scans' B and
             C (``"state"``), of the low rank of step sizes (``"dt_scale"``). Rotations: of that low rank
             (``"dt_rotation"``), of out_proj's input
-            (``"out_rotation"``, at run time), of the residual stream between RMS norms (``"residual_rotation"``).
+            (``"out_rotation"``, at run time), of residual streams between norms (``"residual_rotation"``).
             ``"dt_mean"`` takes the mean from the low rank. Where one does not apply, ``summary`` says why. Later a call
             whose graph cannot have what was done to the weights raises TraceError.
         rotation: ``"klt"`` turns rotations to the principal axes of calibration data first, ``"hadamard"`` does not.

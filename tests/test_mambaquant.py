@@ -106,7 +106,7 @@ def test_what_does_not_apply_is_listed() -> None:
     prepared = calibrated(tiny_mambair().eval(), torch.rand(2, 3, 8, 8))
     text = str(ssmquant.summary(prepared))
     assert "residual_rotation" in text
-    assert "NOT, a layer norm reads the stream" in text
+    assert "skip_scale' scales its channels one by one; likewise at 2 more norms" in text
 
 
 def test_copies_pickles_and_checkpoints() -> None:

@@ -71,7 +71,7 @@ FAMILIES = {
     "vim with layer norms": (
         functools.partial(vim, rms_norm=False),
         (2, 3, 16, 16),
-        {"conv_input", "scan_input", "state", "dt", "out_rotation"},
+        {"conv_input", "scan_input", "state", "dt", "out_rotation", "residual_rotation"},
     ),
     "vmamba v05": (
         functools.partial(vmamba, "v05_noz", norm_layer="ln2d"),
@@ -82,6 +82,11 @@ FAMILIES = {
         functools.partial(vmamba, "v0", norm_layer="ln"),
         (2, 3, 16, 16),
         {"conv_input", "scan_input", "gate", "state", "dt", "out_rotation"},
+    ),
+    "vmamba v0 with patch merging, as published": (
+        functools.partial(vmamba, "v0", norm_layer="ln", downsample_version="v1", mlp_ratio=0.0),
+        (2, 3, 16, 16),
+        {"conv_input", "scan_input", "gate", "state", "dt", "out_rotation", "residual_rotation"},
     ),
     "mambair": (tiny_mambair, (2, 3, 8, 8), {"conv_input", "scan_input", "gate", "state", "dt", "out_rotation"}),
     "raw parameters": (Scanner, (2, 3, 5, 6), {"scan_input", "state", "out_rotation"}),
@@ -122,6 +127,14 @@ def orthogonal(n: int) -> Tensor:
     return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
 
 
+def keeping_ones(n: int) -> Tensor:
+    """A random rotation of what is orthogonal to the vector of ones."""
+    basis = torch.linalg.qr(torch.cat([torch.ones(n, 1, dtype=torch.float64), orthogonal(n)[:, 1:]], 1)).Q
+    inner = torch.eye(n, dtype=torch.float64)
+    inner[1:, 1:] = orthogonal(n - 1)
+    return basis @ inner @ basis.T
+
+
 def fold(model: nn.Module, found: list[Candidate], spread: float = 2.0) -> None:
     """Every candidate with random factors or matrices; then the graph anew."""
     tensors: dict[str, Tensor] = {}
@@ -139,7 +152,7 @@ def fold(model: nn.Module, found: list[Candidate], spread: float = 2.0) -> None:
         elif isinstance(c, OutRotation):
             made = c.fold(model, hadamard_matrix(c.sink.groups[2]))
         elif isinstance(c, Residual):
-            made = c.fold(model, orthogonal(c.channels))
+            made = c.fold(model, keeping_ones(c.channels) if c.centred else orthogonal(c.channels))
         tensors |= made
         applied.append(Applied(c.kind, c.site, "", c.mark(placed=bool(made)), tuple(sorted(c.touched))))
     runtime = runtime_of(model)
@@ -308,6 +321,8 @@ class Stream(nn.Module):
         x = x + (self.gamma * out if self.case == "layer scale" else out)
         if self.case == "number":
             x = x + 1.0
+        if self.case == "backwards":
+            return self.head(self.last(x).flip(-1))
         y = self.last(x) if self.case != "both" else self.last(x) * self.second(x)
         return self.head(y.mean(1) if self.case == "pooled" else y)
 
@@ -321,6 +336,7 @@ class Stream(nn.Module):
         ("layer scale", "one by one"),
         ("number", "a number is added"),
         ("both", "whose weights it cannot take"),
+        ("backwards", "whose weights it cannot take"),
     ],
 )
 def test_reasons_of_streams(case: str, reason: str) -> None:

@@ -128,7 +128,8 @@ def transform(
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several:
         found, skipped = _shared(found, skipped)
-    plan = plan_transforms(model, found, statistics, names, klt=klt)
+    plan, without = plan_transforms(model, found, statistics, names, klt=klt)
+    skipped = [*skipped, *without]
     if several:  # of other batches, so decided otherwise; the reasons, too, are in a buffer of the same size
         plan, skipped = _from_first((plan, skipped))
     tensors, applied = fold_transforms(model, found, plan)

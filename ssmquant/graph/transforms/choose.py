@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmquant.graph.transforms.candidates import Applied, Candidate, Scale
+from ssmquant.graph.transforms.candidates import Applied, Candidate, Scale, Skipped
 from ssmquant.graph.transforms.residual import Residual
 from ssmquant.graph.transforms.statistics import Moments, Statistics
 from ssmquant.graph.transforms.turns import LowRank, OutRotation
-from ssmquant.ops.hadamard import hadamard_matrix
+from ssmquant.ops.hadamard import hadamard_matrix, is_hadamard
 
 __all__ = ["Planned", "even_factors", "fold_transforms", "plan_transforms", "rotation"]
 
+_UNSEEN = "no batch of calibrate has reached it"
 _MOST = 8
 _SHRINK = 1e-3
+_LARGEST_OFFSET = 2.0
+"""Of a norm's bias over its weight, root mean square: in a rotated norm that stands beside values of 1."""
 
 
 @dataclass(frozen=True)
@@ -53,31 +56,52 @@ def even_factors(values: Tensor, weights: Tensor, strength: float = 0.5) -> Tens
     return torch.where(used, steps.exp2(), 1.0)
 
 
-def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True) -> Tensor:
+def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True, keep_ones: bool = False) -> Tensor:
     """An orthogonal matrix (n, n), float64: ``H S`` or, with a covariance (n, n), ``H K^T``.
 
     Args:
         n: size.
         moments: A covariance, or second moments about 0; only its eigenvectors matter.
         signs: whether H's columns get signs, the same in every call, so that equal inputs do not add up in one output.
+        keep_ones: Whether the vector of ones stays where it is. All entries of H's first column are the same then.
+            With moments the ones count as the first eigenvector, and all variances still come out the same; without,
+            a reflection behind ``H S`` changes entries by O(1 / n) but for those of that column.
     """
     h = hadamard_matrix(n)
-    if signs:
+    if (
+        keep_ones
+    ):  # a Hadamard matrix stays one with other signs of rows; a cosine transform has a row of ones
+        h = h * h[:, :1].sign() if is_hadamard(n) else h.T
+    if signs and not (keep_ones and moments is not None):
         generator = torch.Generator().manual_seed(n)
         h = h * (torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0).double()
     if moments is None:
-        return h
+        return _with_ones_kept(h) if keep_ones else h
     c = (moments.double() + moments.double().T) / 2
     level = c.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     c = (1 - _SHRINK) * c + _SHRINK * level * torch.eye(n, dtype=torch.float64)
     if not bool(c.isfinite().all()):
-        return h
-    return h @ torch.linalg.eigh(c / level).eigenvectors.T
+        return rotation(n, signs=signs, keep_ones=keep_ones)
+    if not keep_ones:
+        return h @ torch.linalg.eigh(c / level).eigenvectors.T
+    centre = torch.eye(n, dtype=torch.float64) - 1 / n
+    c = centre @ (c / level) @ centre
+    rest = torch.linalg.eigh(c + 2 * c.diagonal().sum() / n).eigenvectors[:, :-1]  # the last one is the ones
+    vectors = torch.cat([torch.full((n, 1), n**-0.5, dtype=torch.float64), rest], 1)
+    return _with_ones_kept(h @ vectors.T)
+
+
+def _with_ones_kept(q: Tensor) -> Tensor:
+    """``q``, and behind it the reflection that takes ``q @ 1`` back to 1; ``q`` where that is nothing."""
+    one = torch.full_like(q[0], len(q) ** -0.5)
+    way = q @ one - one
+    length = way @ way
+    return q if length < 1e-24 else q - torch.outer(way, (2 / length) * (way @ q))
 
 
 def plan_transforms(
     model: nn.Module, found: Sequence[Candidate], statistics: Statistics, names: Collection[str], *, klt: bool
-) -> list[Planned]:
+) -> tuple[list[Planned], list[Skipped]]:
     """Decides on all factors and rotations; changes nothing.
 
     Args:
@@ -89,12 +113,14 @@ def plan_transforms(
 
     Returns:
         Those that have an effect, in the order in which they are folded: rotations of inputs and of the stream after
-        the factors of the same columns.
+        the factors of the same columns. And why the others have none.
     """
     plan: list[Planned] = []
+    without: list[Skipped] = []
     for c in found:
         if isinstance(c, Scale):
             if (largest := _pooled(statistics.largest.get(c.key), c)) is None:
+                without.append(Skipped(c.kind, c.site, _UNSEEN))
                 continue
             factor = (
                 even_factors(*largest)
@@ -102,20 +128,29 @@ def plan_transforms(
                 else even_factors(largest[0], c.weight_range(model))
             )
             if bool((factor == 1).all()):
+                without.append(Skipped(c.kind, c.site, "its channels are alike: all factors would be 1"))
                 continue
             low, high = (int(f.log2()) for f in (factor.min(), factor.max()))
             plan.append(Planned(c.key, (factor,), f"factors 2^{low} to 2^{high}, {_cost(c)}"))
-        elif isinstance(c, LowRank) and (low_rank := _low_rank(model, c, statistics, names, klt)) is not None:
-            plan.append(low_rank)
+        elif isinstance(c, LowRank):
+            low_rank = _low_rank(model, c, statistics, names, klt)
+            if isinstance(low_rank, Planned):
+                plan.append(low_rank)
+            else:
+                without.append(low_rank)
     for c in found:
         if isinstance(c, OutRotation):
             n = c.sink.groups[2]
             plan.append(Planned(c.key, (hadamard_matrix(n),), f"Hadamard of {n}, at run time"))
         elif isinstance(c, Residual):
+            if (why := _spread_biases(model, c)) is not None:
+                without.append(why)
+                continue
             moments = _second_moments(statistics.moments.get(c.key), c, model) if klt else None
             how = "Hadamard" if moments is None else "KLT and Hadamard"
-            plan.append(Planned(c.key, (rotation(c.channels, moments),), f"{how} of {c.channels}, free"))
-    return plan
+            matrix = rotation(c.channels, moments, keep_ones=c.centred)
+            plan.append(Planned(c.key, (matrix,), f"{how} of {c.channels}, free"))
+    return plan, without
 
 
 def fold_transforms(
@@ -168,10 +203,10 @@ def _pooled(largest: dict[int, Tensor] | None, c: Scale) -> tuple[Tensor, Tensor
 
 def _low_rank(
     model: nn.Module, c: LowRank, statistics: Statistics, names: Collection[str], klt: bool
-) -> Planned | None:
+) -> Planned | Skipped:
     moments = statistics.moments.get(c.key)
     if not moments:
-        return None
+        return Skipped(c.kind, c.site, _UNSEEN)
     g, r = c.groups, c.rank
     m: Moments = moments[0]
     how = []
@@ -192,19 +227,36 @@ def _low_rank(
         turns = torch.stack([rotation(r, k if klt else None) for k in covariance])
         matrix = turns @ matrix
         how.append(f"{'KLT and ' * klt}Hadamard of {r}, free")
+    no_mean = "no bias behind it can take the mean"
     if not how:
-        return None
+        return Skipped(c.kind, c.site, no_mean if "dt_mean" in names else "its rank is 1")
+    if "dt_mean" in names and c.bias is None:
+        how.append(no_mean)
     return Planned(c.key, (matrix,) if mean is None else (matrix, mean), "; ".join(how))
+
+
+def _spread_biases(model: nn.Module, c: Residual) -> Skipped | None:
+    """Why norms' biases, which are small beside their weights as a rule, forbid a rotation, if they do."""
+    for norm in c.norms:
+        offset = c.offset(model, norm)
+        if not float(offset.square().mean()) <= _LARGEST_OFFSET**2:  # NaN, too
+            reason = (
+                f"'{norm.name}' has biases that are large beside its weights: all channels would get of them"
+            )
+            return Skipped(c.kind, c.site, reason)
+    return None
 
 
 def _second_moments(moments: dict[int, Moments] | None, c: Residual, model: nn.Module) -> Tensor | None:
     """Those of the norms' outputs before their weights, each norm counting the same."""
     if not moments:
         return None
-    norms = {n.node: n for _, n in c.readers if n is not None}
+    norms = {n.node: n for n in c.norms}
     total = torch.zeros(c.channels, c.channels, dtype=torch.float64)
     for k, (node, _) in enumerate(c.moments):
         weight = model.get_parameter(norms[node].weight).detach().double().cpu()
         safe = torch.where(weight == 0, 1.0, weight)
-        total += moments[k].covariance(centred=False) / torch.outer(safe, safe)
+        own = moments[k].covariance(centred=False) / torch.outer(safe, safe)
+        for i in range(0, len(own), c.channels):  # of pieces side by side
+            total += own[i : i + c.channels, i : i + c.channels]
     return total

@@ -25,6 +25,9 @@ _MORE_MOVES = {"expand", "expand_as", "view_as"}
 _SUMS = {"add", "iadd"}
 _PRODUCTS = {"mul", "imul", "div", "truediv", "itruediv"}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_POOLS = (
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+)  # fmt: skip
 QUESTIONS = {"size", "dim"}
 
 
@@ -97,19 +100,23 @@ class Flow:
 
 def _moves(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return type(model.get_submodule(str(node.target))) in _IDENTITIES
+        return type(model.get_submodule(str(node.target))) in (*_IDENTITIES, nn.Flatten)
     return is_move(node) or op_name(node) in {*_CASTS, *_MORE_MOVES, "dropout"}
 
 
 def moved(model: nn.Module, node: fx.Node, source: fx.Node, labels: Tensor) -> Any:
     """Labels of ``node`` where it does nothing but move the elements of ``source``, else None."""
     tensors = [i for i in node.all_input_nodes if not is_number(i)]
-    return _run(node, {source: labels}) if tensors == [source] and _moves(model, node) else None
+    return _run(model, node, {source: labels}) if tensors == [source] and _moves(model, node) else None
 
 
-def _run(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+def _run(model: nn.Module, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     """The move on labels, at the traced sizes."""
     tensors = [i for i in node.all_input_nodes if i in known]
+    if node.op == "call_module" and isinstance(flatten := model.get_submodule(str(node.target)), nn.Flatten):
+        return _squeezed(
+            known[tensors[0]].expand(shape(tensors[0])).flatten(flatten.start_dim, flatten.end_dim)
+        )
     if node.op == "call_module" or is_cast(node) or op_name(node) in {*_CASTS, "dropout"}:
         return known[tensors[0]]
 
@@ -130,6 +137,16 @@ def _run(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     if isinstance(out, Tensor):
         return _squeezed(out)
     return tuple(_squeezed(o) if isinstance(o, Tensor) else None for o in out)
+
+
+def _pooled(model: nn.Module, node: fx.Node) -> int:
+    """How many axes, the last ones, a node takes means of windows of; 0 if it does not."""
+    name = op_name(node)
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        name = type(module).__name__ if type(module) in _POOLS else ""
+    name = name.lower().replace("_", "")
+    return int(name[-2]) if name.endswith("d") and name[:-2] in ("adaptiveavgpool", "avgpool") else 0
 
 
 def _aligned(labels: Tensor, dims: int) -> Tensor:
@@ -199,8 +216,8 @@ def follow(
         places: The graph's nodes.
         starts: Labels of the nodes to begin with, each broadcasting to the node's shape.
         scans: Scans that channels pass from u to the output (which is linear in u).
-        sums: Whether channels pass what is linear in them and mixes none of them: sums and means over other axes, sums
-            of equal channels, products with numbers.
+        sums: Whether channels pass what is linear in them and mixes none of them: sums and means over other axes, also
+            of windows (average pooling), sums of equal channels, products with numbers.
         gates: Whether they pass these and, in addition, products with any values that have none of them.
     """
     known: dict[fx.Node, Any] = dict(starts)
@@ -248,5 +265,7 @@ def _step(
     if node.op == "output" or any(places.is_written(i) for i in (*inputs, node)):
         return None
     if _moves(places.model, node) and len(inputs) == sum(not is_number(i) for i in node.all_input_nodes):
-        return _run(node, known)
+        return _run(places.model, node, known)
+    if sums and (axes := _pooled(places.model, node)):
+        return None if any(s > 1 for s in known[inputs[0]].shape[-axes:]) else known[inputs[0]]
     return _scaled(node, known, scans, sums, gates)

@@ -1,38 +1,37 @@
-"""Rotation of the residual stream (R1): free where every norm that reads it is an RMS norm.
+"""Rotation of the residual stream (R1): free where norms read it, and projections write to it.
 
 RMS norms without weights commute with rotations, so their weights go to the columns of their readers first. Then all
 that writes to the stream (embeddings, tokens, every out_proj) is rotated, and all that reads it is rotated back.
 Nothing is left to do at run time, at the ends neither.
+
+Layer norms subtract the mean over channels, too. They commute with the rotations that leave the vector of ones where it
+is: ``mean(Q x) == mean(x)`` if ``Q^T 1 == 1``. SliceGPT takes the mean out of all that writes to a stream, so that RMS
+norms can take the place of layer norms and any rotation will do. With these rotations the norms stay, and with them
+their kernels, and nothing is lost: a centred value has no share along the ones that a rotation could spread. A norm's
+weight g goes to the columns of its readers; its bias b, which some readers have no bias to take, becomes ``Q (b / g)``.
+
+Several pieces of a stream may be read side by side, as by the norm of a patch merging: each is rotated by itself.
 
 Source: MambaQuant (arXiv 2501.13484), R1; SliceGPT (arXiv 2401.15024) for the invariance.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.calls import MODE_DEPENDENT
-from ssmquant.graph.moves import is_number
-from ssmquant.graph.sites import op_name
 from ssmquant.graph.transforms.candidates import Candidate, Norm, Skipped, View
-from ssmquant.graph.transforms.flow import follow, moved, name_of, shape
-from ssmquant.graph.transforms.projections import Projection, Unsuitable, has_parameter
+from ssmquant.graph.transforms.flow import shape
+from ssmquant.graph.transforms.projections import Projection, Unsuitable
+from ssmquant.graph.transforms.stream import Stream
 
 __all__ = ["Residual", "residuals"]
 
-_PASSES = {
-    "contiguous", "clone", "to", "float", "double", "half", "bfloat16", "type_as", "alias", "detach", "dropout",
-}  # fmt: skip
-_MIXES = {"cat", "concat", "stack", "add", "iadd", "sub"}
-_RESHAPES = {
-    "getitem", "select", "narrow", "flip", "transpose", "permute", "expand", "unsqueeze", "squeeze", "flatten", "view",
-    "reshape", "roll", "swapaxes", "movedim",
-}  # fmt: skip
-_MODULES = {"Identity", "Dropout", *MODE_DEPENDENT}
+_QUOTED = re.compile("'[^']*'")
 
 
 @dataclass
@@ -40,7 +39,8 @@ class Residual(Candidate):
     """One stream of ``channels``: what writes to it, and the norms between it and its readers.
 
     ``writers``: projections; ``parameters``: names, and the axis that holds the channels; ``readers``: projections with
-    the norm in front of each (None where there is none).
+    the norm in front of each (None where there is none). A reader of several pieces of the stream side by side has so
+    many times the channels.
     """
 
     channels: int = field(kw_only=True)
@@ -52,32 +52,67 @@ class Residual(Candidate):
     def identity(self) -> tuple[Any, ...]:
         readers = [(p.identity, "" if n is None else n.weight) for p, n in self.readers]
         ends = [(p.identity, "writes") for p in self.writers] + readers
-        return self.channels, set(self.parameters), tuple(sorted(ends, key=lambda e: (e[0][0], e[1])))
+        own = self.channels, set(self.parameters), tuple(sorted(ends, key=lambda e: (e[0][0], e[1])))
+        layers = {(n.weight, n.bias or "") for n in self.norms if not n.rms}
+        return (*own, layers) if layers else own
+
+    @property
+    def norms(self) -> list[Norm]:
+        """Those between the stream and its readers, each once, in the order of their names."""
+        return sorted(
+            {n.weight: n for _, n in self.readers if n is not None}.values(), key=lambda n: n.weight
+        )
+
+    @property
+    def centred(self) -> bool:
+        """Whether layer norms read it, so that rotations have to leave the vector of ones where it is."""
+        return any(not n.rms for n in self.norms)
 
     @property
     def touched(self) -> set[str]:
-        names = {p.parameter for p, _ in self.readers} | {n.weight for _, n in self.readers if n is not None}
+        names = {p.parameter for p, _ in self.readers} | {n.weight for n in self.norms}
+        names |= {n.bias for n in self.norms if n.bias is not None}
         return names.union({name for name, _ in self.parameters}, *(p.touched for p in self.writers))
+
+    @torch.no_grad()
+    def offset(self, model: nn.Module, norm: Norm) -> Tensor:
+        """A norm's bias over its weight, (n,) float64: not finite where the weight is 0 and the bias is not."""
+        weight = model.get_parameter(norm.weight).detach().double().cpu()
+        if norm.bias is None:
+            return torch.zeros_like(weight)
+        bias = model.get_parameter(norm.bias).detach().double().cpu()
+        return torch.where(bias == 0, 0.0, bias / weight)
 
     @torch.no_grad()
     def fold(self, model: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
         """Changes the weights so that the stream x becomes ``matrix @ x``; ``matrix`` (channels, channels), orthogonal.
 
         Raises:
-            ValueError: it is not orthogonal.
+            ValueError: it is not orthogonal, or moves the vector of ones although layer norms read the stream; or a
+                norm's bias cannot be kept, see :meth:`offset`.
         """
-        matrix = matrix.detach().cpu().double()
+        matrix = matrix.detach().cpu().double().contiguous()  # kron wants it so
         one = torch.eye(self.channels, dtype=torch.float64)
         if matrix.shape != one.shape or not torch.allclose(matrix @ matrix.T, one, rtol=0, atol=1e-9):
             raise ValueError(f"{self.key}: expected an orthogonal matrix {tuple(one.shape)}")
-        norms = {norm.weight: norm for _, norm in self.readers if norm is not None}
+        if self.centred and not torch.allclose(matrix.sum(1), one[0].new_ones(()), rtol=0, atol=1e-9):
+            raise ValueError(
+                f"{self.key}: expected a rotation that keeps the vector of ones, for layer norms"
+            )
+        offsets = {n.weight: self.offset(model, n) for n in self.norms}
+        if not all(bool(t.isfinite().all()) for t in offsets.values()):
+            raise ValueError(f"{self.key}: the weight of a norm is 0 where its bias is not")
         for p, norm in self.readers:
             if norm is not None:
                 p.scale_inputs(model, model.get_parameter(norm.weight).detach().double().cpu())
-        for name in norms:
-            model.get_parameter(name).fill_(1.0)
+        for norm in self.norms:
+            model.get_parameter(norm.weight).fill_(1.0)
+            if norm.bias is not None:
+                pieces = offsets[norm.weight].reshape(-1, self.channels)
+                model.get_parameter(norm.bias).copy_((pieces @ matrix.T).reshape(-1))
         for p, _ in self.readers:
-            p.turn_inputs(model, matrix)
+            pieces = torch.eye(p.groups[2] // self.channels, dtype=torch.float64)
+            p.turn_inputs(model, torch.kron(pieces, matrix))
         rows = torch.arange(self.channels)
         for p in self.writers:
             p.turn_outputs(model, matrix, rows)
@@ -88,250 +123,41 @@ class Residual(Candidate):
         return {}
 
 
-def _first(node: fx.Node) -> fx.Node:
-    """What a move or a mean is of."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        raise Unsuitable(f"'{op_name(node)}' is called with keywords")
-    return node.args[0]
-
-
-class _Stream:
-    """The closure of one stream: from a norm's input to all that is connected to it without a change of basis."""
-
-    def __init__(self, view: View, start: fx.Node, axis: int, channels: int) -> None:
-        self.view, self.channels = view, channels
-        self.axis: dict[fx.Node, int] = {}
-        self.seen: set[fx.Node] = set()
-        self.todo: list[fx.Node] = []
-        self.writers: dict[fx.Node, Projection] = {}
-        self.parameters: dict[str, int] = {}
-        self.readers: dict[fx.Node, tuple[Projection, Norm | None]] = {}
-        self.join(start, axis)
-        while self.todo:
-            node = self.todo.pop()
-            self.made(node, self.axis[node])
-            for user in list(node.users):
-                self.used(node, user, self.axis[node])
-
-    def join(self, node: fx.Node, axis: int) -> None:
-        size = shape(node)
-        if size is None:
-            raise Unsuitable(f"{name_of(self.view.model, node)} is no tensor")
-        axis %= len(size)
-        if size[axis] != self.channels:
-            raise Unsuitable(
-                f"{name_of(self.view.model, node)} has not the channels of the stream in one axis"
-            )
-        if self.axis.setdefault(node, axis) != axis:
-            raise Unsuitable("the stream is added to itself in another order")
-        if node not in self.seen:
-            self.seen.add(node)
-            self.todo.append(node)
-
-    # ---- where it comes from ---------------------------------------------------------------------------------------
-    def made(self, node: fx.Node, axis: int) -> None:
-        view = self.view
-        if view.places.is_written(node):
-            raise Unsuitable(f"{name_of(view.model, node)} is written in place")
-        if node in view.sites:
-            if node not in view.projections:
-                raise Unsuitable(
-                    view.unsuitable.get(node, f"a scan writes to it ('{view.sites[node].name}')")
-                )
-            p = view.projections[node]
-            place = [d for d, s in enumerate(p.outputs.shape) if s > 1]
-            if p.groups[0] != 1 or place != [axis]:
-                raise Unsuitable(f"'{p.site.name}' writes to it in groups, as a depthwise convolution does")
-            self.writers[node] = p
-        elif node.op == "get_attr":
-            name = str(node.target)
-            if not has_parameter(view.model, name) or name in view.baked:
-                raise Unsuitable(f"'{name}' is no parameter, or is read as a Python number")
-            if node not in view.static or any(u not in self.seen for u in self._computing(node)):
-                raise Unsuitable(f"'{name}' is used elsewhere, or is no parameter")
-            self.parameters[name] = axis
-        elif self.passes(node):
-            self.join(next(i for i in node.all_input_nodes if not is_number(i)), axis)
-        elif op_name(node) in _MIXES:
-            self._mixed(node, axis)
-        elif op_name(node) in ("mul", "div", "truediv"):
-            self._scaled(node, axis)
-        elif op_name(node) in ("mean", "sum") and self._elsewhere(node) is not None:
-            source = self._elsewhere(node)
-            assert source is not None
-            self.join(_first(node), source[axis])
-        elif op_name(node) in _RESHAPES:
-            self.join(_first(node), self._axis_before(node, axis))
-        else:
-            raise Unsuitable(f"{name_of(view.model, node)} makes it, which does not commute with a rotation")
-
-    def _computing(self, node: fx.Node) -> list[fx.Node]:
-        """Users of a parameter's node outside the stream; views of it join later, so they do not count."""
-        return [u for u in node.users if op_name(u) not in {"size", "dim", *_MIXES, *_RESHAPES, *_PASSES}]
-
-    def passes(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return type(self.view.model.get_submodule(str(node.target))).__name__ in _MODULES
-        return op_name(node) in _PASSES
-
-    def _mixed(self, node: fx.Node, axis: int) -> None:
-        size = shape(node)
-        assert size is not None
-        operands = [i for i in node.all_input_nodes if not is_number(i) and 0 not in (shape(i) or ())]
-        if op_name(node) in ("cat", "concat", "stack"):
-            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-            if not isinstance(dim, int) or dim % len(size) == axis:
-                raise Unsuitable("channels are concatenated")
-            for i in operands:
-                self.join(i, axis - (op_name(node) == "stack" and dim % len(size) < axis))
-            return
-        if node.kwargs.keys() - {"alpha"} or len(node.args) != 2:
-            raise Unsuitable(f"{name_of(self.view.model, node)} is called with keywords")
-        if any(not isinstance(a, fx.Node) for a in node.args):
-            raise Unsuitable("a number is added to it")
-        for i in operands:
-            own = shape(i)
-            back = len(size) - axis
-            if own is None or len(own) < back or own[len(own) - back] != self.channels:
-                raise Unsuitable("the same number is added to all channels")
-            self.join(i, len(own) - back)
-
-    def _scaled(self, node: fx.Node, axis: int) -> None:
-        size = shape(node)
-        assert size is not None
-        if node.kwargs or len(node.args) != 2:
-            raise Unsuitable(f"{name_of(self.view.model, node)} is called with keywords")
-        tensors = [i for i in node.all_input_nodes if not is_number(i)]
-        inside = [i for i in tensors if (shape(i) or ())[-(len(size) - axis) :][:1] == (self.channels,)]
-        if len(inside) != 1 or (op_name(node) != "mul" and node.args[0] is not inside[0]):
-            raise Unsuitable(f"{name_of(self.view.model, node)} scales its channels one by one")
-        own = shape(inside[0])
-        assert own is not None
-        self.join(inside[0], len(own) - len(size) + axis)
-
-    def _elsewhere(self, node: fx.Node) -> list[int] | None:
-        """The axes of a mean's argument by axis of the result, where it is over other axes than the channels'."""
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        before = shape(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-        if before is None or not isinstance(dim, (int, tuple, list)):
-            return None
-        dims = {d % len(before) for d in ([dim] if isinstance(dim, int) else dim)}
-        keep = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
-        return [d for d in range(len(before)) if keep or d not in dims]
-
-    def _axis_before(self, node: fx.Node, axis: int) -> int:
-        source = _first(node)
-        for candidate, size in enumerate(shape(source) or ()):
-            if size == self.channels and self._axis_after(source, node, candidate) == axis:
-                return candidate
-        raise Unsuitable(f"{name_of(self.view.model, node)} mixes channels with other axes")
-
-    def _axis_after(self, source: fx.Node, node: fx.Node, axis: int) -> int | None:
-        """Where a move takes the channels of an axis: all of them, in order, along one axis; else None."""
-        dims = len(shape(source) or ())
-        labels = torch.arange(self.channels).reshape([-1 if d == axis else 1 for d in range(dims)])
-        after = moved(self.view.model, node, source, labels)
-        if not isinstance(after, Tensor) or not torch.equal(after.reshape(-1), torch.arange(self.channels)):
-            return None
-        return next((d for d, s in enumerate(after.shape) if s > 1), None)
-
-    # ---- where it goes ---------------------------------------------------------------------------------------------
-    def used(self, node: fx.Node, user: fx.Node, axis: int) -> None:
-        view = self.view
-        name = op_name(user)
-        if name in ("size", "dim") or is_number(user) or 0 in (shape(user) or ()):
-            return  # a number, or nothing at all, as in front of a class token that comes first
-        norm = view.norm(user)
-        if norm is not None:
-            if not norm.rms:
-                raise Unsuitable("a layer norm reads the stream, which subtracts the mean over channels")
-            if axis != len(shape(node) or ()) - 1:
-                raise Unsuitable(f"'{norm.name}' norms another axis")
-            self._read_through(norm)
-        elif user in view.sites:
-            self._read(user, node, axis, None)
-        elif user.op == "output":
-            raise Unsuitable("the model returns it")
-        elif self.passes(user):
-            self.join(user, axis)
-        elif name in _MIXES or name in ("mul", "div", "truediv"):
-            size, own = shape(user), shape(node)
-            shift = 0 if size is None or own is None else len(size) - len(own)
-            stacked = 0
-            if name == "stack":
-                dim: Any = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)
-                stacked, shift = int(dim % len(size or (0,)) <= axis), 0
-            self.join(user, axis + shift + stacked)
-        elif name in ("mean", "sum") and (axes := self._elsewhere(user)) is not None and axis in axes:
-            self.join(user, axes.index(axis))
-        elif name in _RESHAPES and (after := self._axis_after(node, user, axis)) is not None:
-            self.join(user, after)
-        else:
-            raise Unsuitable(f"{name_of(view.model, user)} reads it, which does not commute with a rotation")
-
-    def _read(self, reader: fx.Node, operand: fx.Node, axis: int, norm: Norm | None) -> None:
-        if reader not in self.view.projections:
-            site = self.view.sites[reader].name
-            raise Unsuitable(self.view.unsuitable.get(reader, f"'{site}' reads it, a scan"))
-        p = self.view.projections[reader]
-        place = [d for d, s in enumerate(p.inputs.shape) if s > 1]
-        if p.groups[0] != 1 or place != [axis] or p.site.inputs[0].node is not operand:
-            raise Unsuitable(f"'{p.site.name}' reads it in groups, as a depthwise convolution does")
-        self.readers[reader] = (p, norm)
-
-    def _read_through(self, norm: Norm) -> None:
-        """The projections behind a norm, and nothing else, take its weight."""
-        view = self.view
-        size = shape(norm.node)
-        assert size is not None
-        labels = torch.arange(norm.channels).reshape((1,) * (len(size) - 1) + (-1,))
-        flow = follow(view.places, {norm.node: labels}, sums=True)
-        for reader, operand in flow.readers:
-            after = flow.of(operand)
-            axes = [d for d, s in enumerate(after.shape) if s > 1]
-            if reader not in view.sites or len(axes) != 1:
-                raise Unsuitable(
-                    f"{name_of(view.model, reader)} reads '{norm.name}', whose weights it cannot take"
-                )
-            self._read(reader, operand, axes[0], norm)
-
-
 def residuals(view: View) -> tuple[list[Residual], list[Skipped]]:
-    """Streams that RMS norms read; of others the reason."""
+    """Streams that norms read; of others the reason."""
     found: list[Residual] = []
     skipped: list[Skipped] = []
     known: set[fx.Node] = set()
-    said: set[str] = set()
+    said: dict[str, tuple[Skipped, int]] = {}  # one line for all reasons that differ in names alone
     for node in view.graph.nodes:
         norm = view.norm(node)
         size = None if norm is None else shape(norm.input)
         if norm is None or size is None or norm.input in known or norm.channels < 2:
             continue
         try:
-            stream = _Stream(view, norm.input, len(size) - 1, norm.channels)
+            stream = Stream(view, norm.input, len(size) - 1, norm.channels)
         except Unsuitable as e:
-            if str(e) not in said:  # one line for a stream, not one for each of its norms
-                said.add(str(e))
-                skipped.append(Skipped("residual_rotation", norm.name, str(e)))
+            first = Skipped("residual_rotation", norm.name, str(e))
+            alike = _QUOTED.sub("", str(e))
+            said[alike] = (said[alike][0], said[alike][1] + 1) if alike in said else (first, 0)
             continue
         known |= stream.seen
-        if any(not norm.rms for _, norm in stream.readers.values() if norm is not None) or not stream.readers:
+        if not stream.readers:
+            skipped.append(Skipped("residual_rotation", norm.name, "no projection reads it"))
             continue
-        # By name, so that all graphs count them alike.
-        norms = {n.weight: n for _, n in stream.readers.values() if n is not None}
-        behind = {
-            n.node: torch.arange(n.channels).reshape((1,) * (len(shape(n.node) or ()) - 1) + (-1,))
-            for _, n in sorted(norms.items())
-        }
-        found.append(
-            Residual(
-                "residual_rotation",
-                norm.name,
-                moments=list(behind.items()),
-                channels=norm.channels,
-                writers=list(stream.writers.values()),
-                parameters=list(stream.parameters.items()),
-                readers=list(stream.readers.values()),
-            )
+        c = Residual(
+            "residual_rotation",
+            norm.name,
+            channels=norm.channels,
+            writers=list(stream.writers.values()),
+            parameters=list(stream.parameters.items()),
+            readers=list(stream.readers.values()),
         )
+        for n in c.norms:
+            dims = len(shape(n.node) or ())
+            c.moments.append((n.node, torch.arange(n.channels).reshape((1,) * (dims - 1) + (-1,))))
+        found.append(c)
+    for first, more in said.values():
+        also = f"; likewise at {more} more norm{'s' * (more > 1)}" if more else ""
+        skipped.append(Skipped(first.kind, first.site, first.reason + also))
     return found, skipped
