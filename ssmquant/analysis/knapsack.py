@@ -11,7 +11,7 @@ __all__ = ["allocate", "prices"]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-_KEPT = 2**12
+_KEPT = 2**11
 _STEPS = 1000
 
 
@@ -62,7 +62,9 @@ def allocate(
     room = np.array(budget) - costs[:, :, 0].sum(1)
     if (room < 0).any():
         return None
-    spare = costs - costs[:, :, :1]  # over the smallest widths, so that what is left to decide can cost nothing
+    spare = (
+        costs - costs[:, :, :1]
+    )  # over the smallest widths, so that what is left to decide can cost nothing
     share = spare / np.maximum(room, 1)[:, None, None]
     price, _ = prices(loss, share)
     priced = loss + np.tensordot(price, share, 1)

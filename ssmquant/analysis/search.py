@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,8 @@ def search(
     their Lagrangian bounds, so the sum is the least there is for small models and close to it for large ones.
 
     A weight and its input share a width, and so do the operands of a scan, and sites that read one weight. Sites in
-    float stay so. A rule of the user that sets ``w_bits`` or ``a_bits`` fixes its sites (and a rule for one operand of a
-    scan that operand): they count as they are, and what the budget leaves goes to the others. The widths of the
+    float stay so. A rule of the user that sets ``w_bits`` or ``a_bits`` fixes its sites (and a rule for one operand of
+    a scan that operand): they count as they are, and what the budget leaves goes to the others. The widths of the
     configuration itself (``w_bits``, ``a_bits``, ``scan_bits``) are what is searched for.
 
     Args:
@@ -69,72 +70,65 @@ def search(
         CalibrationError: see :func:`ssmquant.sensitivity`.
     """
     runtime = runtime_of(prepared, "prepared")
-    measured = batches_or_sensitivity if isinstance(batches_or_sensitivity, Sensitivity) else None
-    widths = check_bits(bits if bits is not None else measured.bits if measured else BITS)
+    given = batches_or_sensitivity
+    measured = given.bits if isinstance(given, Sensitivity) else None
+    widths = check_bits(bits if bits is not None else measured or BITS)
     e = effective_bits
     if isinstance(e, bool) or not isinstance(e, (int, float)) or not math.isfinite(e):
         raise ConfigError(f"effective_bits={e!r}: expected a number of bits, such as 3.0")
-    if measured is not None and not set(widths) <= set(measured.bits):
-        raise ConfigError(f"bits={widths}: the sensitivity was measured at {measured.bits}")
+    if measured is not None and not set(widths) <= set(measured):
+        raise ConfigError(f"bits={widths}: the sensitivity was measured at {measured}")
     ensure_traced(prepared)
     require_calibrated(runtime)
     costs = _Costs(prepared, runtime.records[0])
+    if not costs.free:
+        raise ConfigError("search: rules fix every site, or all are in float; there is nothing to choose")
     lowest = costs.lowest(widths)
     if not lowest <= e <= widths[-1]:
-        raise ConfigError(
-            f"effective_bits={e:g} cannot be met with bits={widths}" + " and what rules fix" * costs.fixes_some
-            + f": expected {lowest:g} to {widths[-1]}"
-        )  # fmt: skip
-    if measured is None:
-        measured = sensitivity(
-            prepared, batches_or_sensitivity, bits=widths, loss=loss, forward=forward, max_batches=max_batches,
+        besides = " and what rules fix" if costs.fixes_some() else ""
+        span = f"expected {lowest:g} to {widths[-1]}" if lowest <= widths[-1] else "no budget does"
+        raise ConfigError(f"effective_bits={e:g} cannot be met with bits={widths}{besides}: {span}")
+    if not isinstance(given, Sensitivity):
+        given = sensitivity(
+            prepared,
+            given,
+            bits=widths,
+            loss=loss,
+            forward=forward,
+            max_batches=max_batches,
             progress=progress,
-        )  # fmt: skip
-    losses = _losses(measured, costs.units, widths)
-    free = [i for i, unit in enumerate(costs.units) if costs.free(unit)]
-    chosen: dict[str, int] = {}
-    if free:
-        size, work = (
-            np.array([[cost(costs.units[i], b) for b in widths] for i in free], dtype=np.int64)
-            for cost in (costs.size, costs.work)
         )
-        fixed = [costs.units[i] for i in range(len(costs.units)) if i not in free]
-        budget = (
-            costs.size_budget(e) - sum(costs.size(u, widths[0]) for u in fixed),
-            costs.work_budget(e) - sum(costs.work(u, widths[0]) for u in fixed),
-        )
-        best = allocate(losses[free], size, work, budget)
-        assert best is not None, "the smallest widths fit"
-        chosen = {name: widths[k] for i, k in zip(free, best, strict=True) for name in costs.units[i].sites}
+    losses = _losses(given, costs, widths)
+    size, work = (
+        np.array([[cost(u, b) for b in widths] for u in costs.free], dtype=np.int64)
+        for cost in (costs.size, costs.work)
+    )
+    fixed = [u for u in costs.units if u not in costs.free]
+    budget = (
+        costs.size_budget(e) - sum(costs.size(u, widths[0]) for u in fixed),
+        costs.work_budget(e) - sum(costs.work(u, widths[0]) for u in fixed),
+    )
+    best = allocate(losses, size, work, budget)
+    assert best is not None, "the smallest widths fit"
+    chosen = {name: widths[k] for u, k in zip(costs.free, best, strict=True) for name in u.sites}
     return replace(runtime.config, rules=_rules(runtime.config, costs, chosen))
 
 
-def _losses(measured: Sensitivity, units: Sequence[Unit], widths: Sequence[int]) -> Any:
-    """Losses (units, widths), none larger than that of a smaller width."""
-    rows = {r.sites: r for r in measured.rows}
-    if {u.sites for u in units} != set(rows):
-        other = sorted({u.sites[0] for u in units} ^ {s[0] for s in rows})
+def _losses(measured: Sensitivity, costs: _Costs, widths: Sequence[int]) -> Any:
+    """Losses of free units, (units, widths), none larger than that of a smaller width."""
+    rows = {r.sites: r.loss for r in measured.rows}
+    other = sorted({u.sites[0] for u in costs.units if u.sites not in rows})
+    if other or len(rows) != len(costs.units):
         raise ConfigError(
-            f"the sensitivity is of another model or configuration: it differs at {', '.join(other[:3])}"
+            "the sensitivity is of another model or configuration"
+            + (f": it does not have {', '.join(other[:3])}" if other else ", with more sites")
         )
     at = [measured.bits.index(b) for b in widths]
-    losses = np.array([[rows[u.sites].loss[k] for k in at] for u in units], dtype=np.float64)
-    return np.minimum.accumulate(losses.reshape(len(units), len(widths)), axis=1)
+    losses = np.array([[rows[u.sites][k] for k in at] for u in costs.free], dtype=np.float64)
+    return np.minimum.accumulate(losses, axis=1)
 
 
 # ---- what a width costs --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """The user's rule for a site or for one operand of a scan."""
-
-    rule: Rule | None
-
-    @property
-    def fixed(self) -> bool:
-        r = self.rule
-        return r is not None and (r.keep_float or r.w_bits != "inherit" or r.a_bits != "inherit")
 
 
 class _Costs:
@@ -146,30 +140,32 @@ class _Costs:
         self.units = units_of(record)
         self.operands = operands_of(record)
         self.sites = {s.name: s for s in record.plan.sites}
+        self.free = [u for u in self.units if not any(self.fixed(self.sites[n]) for n in u.sites)]
+        self.codes = {p.key: self._codes(p) for p in record.plan.points if p.what != "activation"}
 
-    def decided(self, site: Site, operand: str = "") -> _Decided:
-        """What the configuration has for a site, or for an operand of it."""
+    def rule(self, site: Site, operand: str = "") -> Rule | None:
+        """The user's rule that decides a site, or one operand of a scan."""
         names = (f"{site.name}.{operand}", site.name) if operand and site.kind == "scan" else (site.name,)
-        return _Decided(self.runtime.config.rule_for(names, site.types, (site.kind,)))
+        return self.runtime.config.rule_for(names, site.types, (site.kind,))
 
-    def free(self, unit: Unit) -> bool:
-        """Whether its width may be chosen."""
-        return not any(self.decided(self.sites[name]).fixed for name in unit.sites)
+    def fixed(self, site: Site, operand: str = "") -> bool:
+        """Whether that rule sets a width."""
+        r = self.rule(site, operand)
+        sets_weight = r is not None and r.w_bits != "inherit" and site.kind != "scan"
+        return r is not None and (r.keep_float or r.a_bits != "inherit" or sets_weight)
 
-    @property
     def fixes_some(self) -> bool:
-        """Whether rules fix any width."""
-        return any(
-            self.decided(self.sites[name], o).fixed for u in self.units for name in u.sites for o in self.operands[name]
-        )
+        """Whether any rule does."""
+        quantized = (self.sites[name] for u in self.units for name in u.sites)
+        return any(self.fixed(site, o) for site in quantized for o in self.operands[site.name])
 
-    def _bits(self, unit: Unit, site: Site, bits: float | None) -> dict[str, float | None]:
-        """Widths of a site's quantized operands; ``bits=None``: as the configuration has them."""
-        out: dict[str, float | None] = {}
-        for name, point in self.operands[site.name].items():
-            fixed = bits is None or not self.free(unit) or self.decided(site, name).fixed
-            out[name] = point.scheme.bits if fixed else bits
-        return out
+    def _bits(self, unit: Unit, site: Site, bits: float) -> dict[str, float | None]:
+        """Widths of a site's quantized operands."""
+        free = unit in self.free
+        return {
+            name: bits if free and not self.fixed(site, name) else point.scheme.bits
+            for name, point in self.operands[site.name].items()
+        }
 
     def work(self, unit: Unit, bits: float) -> int:
         """Bit operations at a width; fixed operands keep theirs."""
@@ -185,24 +181,19 @@ class _Costs:
 
     def size(self, unit: Unit, bits: int) -> int:
         """Bytes of codes at a width; fixed operands keep theirs."""
-        total, done = 0, set()
+        sizes = {}
         for name in unit.sites:
             widths = self._bits(unit, self.sites[name], bits)
             for operand, p in self.operands[name].items():
-                if p.what != "activation" and p.key not in done:
-                    done.add(p.key)
-                    b = widths[operand]
-                    assert isinstance(b, int)
-                    total += packed_size(self._codes(p), b)
-        return total
+                if p.what != "activation":
+                    sizes[p.key] = packed_size(self.codes[p.key], int(widths[operand] or 8))
+        return sum(sizes.values())
 
     def size_budget(self, bits: float) -> int:
         """Bytes of codes of a model with all quantized operands at a width."""
         whole = math.floor(bits)
-        points = [p for p in self.record.plan.points if p.what != "activation"]
-        below, above = (
-            sum(packed_size(self._codes(p), b) for p in points) for b in (whole, min(whole + 1, 8))
-        )
+        ends = (whole, min(whole + 1, 8))
+        below, above = (sum(packed_size(n, b) for n in self.codes.values()) for b in ends)
         return math.floor(below + (above - below) * (bits - whole))
 
     def _codes(self, point: Point) -> int:
@@ -211,14 +202,15 @@ class _Costs:
         return holder.stored(stored_shape(point))[0]
 
     def lowest(self, widths: Sequence[int]) -> float:
-        """The smallest budget in bits, to a hundredth, that the smallest widths meet."""
+        """The smallest budget in bits, to a hundredth, that the smallest widths meet; above 8 where none does."""
         size = sum(self.size(u, widths[0]) for u in self.units)
         work = sum(self.work(u, widths[0]) for u in self.units)
-        for hundredths in range(100 * widths[0], 801):
+
+        def enough(hundredths: int) -> bool:
             e = hundredths / 100
-            if self.size_budget(e) >= size and self.work_budget(e) >= work:
-                return e
-        return 8.01
+            return self.size_budget(e) >= size and self.work_budget(e) >= work
+
+        return bisect.bisect_left(range(801), True, lo=200, key=enough) / 100
 
 
 # ---- rules ---------------------------------------------------------------------------------------------------------
@@ -227,32 +219,32 @@ class _Costs:
 def _rules(config: QConfig, costs: _Costs, chosen: dict[str, int]) -> tuple[Rule, ...]:
     """The user's rules, and one of each site's exact name with its width and all else that it had before.
 
-    An exact name speaks louder than any pattern of the user's, and of two rules for it the first one: so a rule of the
-    user's own for that name becomes the site's, and what other rules say of one operand of a scan comes in front.
+    An exact name speaks louder than any pattern of the user's, and of two rules for it the first one does: so a rule of
+    the user's own for that name becomes the site's, and what rules say of one operand of a scan comes in front.
     """
     own = list(config.rules)
     operands: list[Rule] = []
     sites: list[Rule] = []
+
+    def put(made: Rule, before: Rule | None, place: list[Rule]) -> None:
+        if before in own and before is not None and before.match == made.match:
+            own[own.index(before)] = made
+        else:
+            place.append(made)
+
     for name, bits in chosen.items():
         site, points = costs.sites[name], costs.operands[name]
-        before = costs.decided(site).rule
+        rule = costs.rule(site)
         made = replace(
-            before or Rule(name),
+            rule or Rule(name),
             match=name,
             w_bits=bits if "weight" in points else "inherit",
             a_bits=bits if set(points) - {"weight"} else "inherit",
         )
+        put(made, rule, sites)
         for operand in [o.name for o in site.inputs] if site.kind == "scan" else []:
-            decided = costs.decided(site, operand)
-            exact = f"{name}.{operand}"
-            if decided.rule is None or decided.rule == before or decided.rule in own and decided.rule.match == exact:
-                if decided.rule is not None and decided.rule.match == exact and not decided.fixed:
-                    own[own.index(decided.rule)] = replace(decided.rule, a_bits=bits)
-                continue
-            rule = replace(decided.rule, match=exact)
-            operands.append(rule if decided.fixed else replace(rule, a_bits=bits))
-        if before is not None and before.match == name:
-            own[own.index(before)] = made
-        else:
-            sites.append(made)
+            special = costs.rule(site, operand)
+            if special is not None and special != rule:
+                a_bits = special.a_bits if costs.fixed(site, operand) else bits
+                put(replace(special, match=f"{name}.{operand}", a_bits=a_bits), special, operands)
     return (*own, *operands, *sites)

@@ -191,8 +191,8 @@ def _pick(loss: Loss, reference: Any) -> tuple[str, Callable[[Any, Any], Any]]:
         loss = "kl" if reference.dim() == 2 and classes else "mse" if _is_picture(reference) else loss
     if loss == "auto":
         raise ConfigError(
-            f"an output of shape {tuple(reference.shape)} is neither (samples, classes) nor (samples, up to 4 channels, "
-            "height, width): pass loss='kl', loss='mse' or loss=lambda output, reference: ..."
+            f"an output of shape {tuple(reference.shape)} is neither (samples, classes) nor (samples, up to 4 "
+            "channels, height, width): pass loss='kl', loss='mse' or loss=lambda output, reference: ..."
         )
     if loss == "kl" and not classes:
         raise ConfigError(f"loss='kl' needs two or more classes in axis 1, not {tuple(reference.shape)}")
@@ -216,7 +216,11 @@ class Meter:
         self.widths = widths
         widths.set_all(None)
         self.references = widths.outputs()
-        values = [t.double() for t in tree_leaves(self.references) if isinstance(t, Tensor) and t.is_floating_point()]
+        values = [
+            t.double()
+            for t in tree_leaves(self.references)
+            if isinstance(t, Tensor) and t.is_floating_point()
+        ]
         if not all(bool(t.isfinite().all()) for t in values):
             raise CalibrationError("the float model returns NaN or inf for these batches")
         self.name, self.function = _pick(loss, self.references[0])
@@ -308,7 +312,9 @@ def sensitivity(
         meter = Meter(widths, loss)
         sqnr = widths.site_sqnr()
         tasks = [(u, b) for u in widths.units for b in given]
-        measured = {(u, b): _alone(widths, meter, u, b) for u, b in limited(tasks, None, progress, "measuring")}
+        measured = {
+            (u, b): _alone(widths, meter, u, b) for u, b in limited(tasks, None, progress, "measuring")
+        }
         rows = tuple(
             SensitivityRow(
                 u.sites,

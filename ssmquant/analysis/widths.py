@@ -21,8 +21,6 @@ from ssmquant.graph.plan import Plan, Point, module_key
 from ssmquant.graph.regions import compile_graph
 from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.runtime import Record, runtime_of
-from ssmquant.modules import ActivationQuantizer
-from ssmquant.quantizers import Quantizer
 from ssmquant.workflow import calibrate, limited, reconfigured
 
 __all__ = ["Unit", "Widths", "at_width", "decibel", "units_of"]
@@ -140,7 +138,9 @@ class Widths:
         self.records: dict[int, tuple[Record, _Switched]] = {}
         self.rng = rng_states(list(self.model.parameters()))
         self.calls = 0
-        self.look: Callable[[_Switched, Sequence[Tensor]], Any] = lambda r, tensors: r.run(self.model, *tensors)
+        self.look: Callable[[_Switched, Sequence[Tensor]], Any] = lambda r, tensors: r.run(
+            self.model, *tensors
+        )
         self.runtime.instead = self._switched
 
     def set(self, unit: Unit, bits: int | None) -> None:
