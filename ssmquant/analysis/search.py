@@ -55,7 +55,7 @@ def search(
     Args:
         prepared: A prepared, calibrated model; it is not changed.
         batches_or_sensitivity: What :func:`ssmquant.sensitivity` takes or returns, of this model.
-        effective_bits: The budget, a number from the smallest width to the greatest.
+        effective_bits: The budget, a number from the smallest width to the greatest (or to what fixed sites need).
         bits: Widths to choose from; all those of the sensitivity, 2, 3, 4 and 8 where it is measured here.
         loss, forward, max_batches, progress: Of the measurement, see :func:`ssmquant.sensitivity`.
 
@@ -83,10 +83,10 @@ def search(
     costs = _Costs(prepared, runtime.records[0])
     if not costs.free:
         raise ConfigError("search: rules fix every site, or all are in float; there is nothing to choose")
-    lowest = costs.lowest(widths)
-    if not lowest <= e <= widths[-1]:
+    lowest, highest = costs.needed(widths[0]), max(widths[-1], min(costs.needed(widths[-1]), 8))
+    if not lowest <= e <= highest:
         besides = " and what rules fix" if costs.fixes_some() else ""
-        span = f"expected {lowest:g} to {widths[-1]}" if lowest <= widths[-1] else "no budget does"
+        span = f"expected {lowest:g} to {highest:g}" if lowest <= highest else "no budget does"
         raise ConfigError(f"effective_bits={e:g} cannot be met with bits={widths}{besides}: {span}")
     if not isinstance(given, Sensitivity):
         given = sensitivity(
@@ -201,10 +201,10 @@ class _Costs:
         assert isinstance(holder, Quantizer)
         return holder.stored(stored_shape(point))[0]
 
-    def lowest(self, widths: Sequence[int]) -> float:
-        """The smallest budget in bits, to a hundredth, that the smallest widths meet; above 8 where none does."""
-        size = sum(self.size(u, widths[0]) for u in self.units)
-        work = sum(self.work(u, widths[0]) for u in self.units)
+    def needed(self, bits: int) -> float:
+        """The smallest budget in bits, to a hundredth, for a width of all that is free; above 8 if none is enough."""
+        size = sum(self.size(u, bits) for u in self.units)
+        work = sum(self.work(u, bits) for u in self.units)
 
         def enough(hundredths: int) -> bool:
             e = hundredths / 100

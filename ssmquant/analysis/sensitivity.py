@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -33,7 +34,7 @@ class SensitivityRow:
         sites: Their names, as a :class:`ssmquant.Rule` takes them.
         kind: ``"linear"``, ``"conv"``, ``"matmul"``, ``"scan"`` or ``"model"``.
         sqnr_db: For each width, signal to quantization noise in dB of the site's output, of the weakest of several
-            sites, with inputs as they are in the float model. From -300 to 300 (exact).
+            sites, with inputs as they are in the float model. From -300 to 300 (exact, or reached by no batch).
         loss: For each width, the loss of the model's output.
     """
 
@@ -306,25 +307,27 @@ def sensitivity(
         raise CalibrationError("sensitivity: there was no batch; check the loader (or pass a list)")
     states = rng_states([*prepared.parameters(), *prepared.buffers()])
     try:
-        widths = Widths(prepared, kept, given, forward or _call, progress)
-        if not widths.units:
-            raise ConfigError("sensitivity: the configuration leaves every site of this model in float")
-        meter = Meter(widths, loss)
-        sqnr = widths.site_sqnr()
-        tasks = [(u, b) for u in widths.units for b in given]
-        measured = {
-            (u, b): _alone(widths, meter, u, b) for u, b in limited(tasks, None, progress, "measuring")
-        }
-        rows = tuple(
-            SensitivityRow(
-                u.sites,
-                u.kind,
-                tuple(min(sqnr[b][s] for s in u.sites) for b in given),
-                tuple(measured[u, b] for b in given),
+        # Not in inference mode: copies of the model's tensors would be such that cannot be traced.
+        with torch.inference_mode(False), torch.no_grad():
+            widths = Widths(prepared, kept, given, forward or _call, progress)
+            if not widths.units:
+                raise ConfigError("sensitivity: the configuration leaves every site of this model in float")
+            meter = Meter(widths, loss)
+            sqnr = widths.site_sqnr()
+            tasks = [(u, b) for u in widths.units for b in given]
+            measured = {
+                (u, b): _alone(widths, meter, u, b) for u, b in limited(tasks, None, progress, "measuring")
+            }
+            rows = tuple(
+                SensitivityRow(
+                    u.sites,
+                    u.kind,
+                    tuple(min(sqnr[b].get(s, 300.0) for s in u.sites) for b in given),
+                    tuple(measured[u, b] for b in given),
+                )
+                for u in widths.units
             )
-            for u in widths.units
-        )
-        together = [_together(widths, meter, b) for b in given]
+            together = [_together(widths, meter, b) for b in given]
     finally:
         set_rng(states)
     overall = SensitivityRow(

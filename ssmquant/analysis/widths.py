@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ssmquant.analysis.summary import operands_of
 from ssmquant.analysis.verify import Student, Teacher, rng_states, set_rng
@@ -123,12 +124,16 @@ class Widths:
         forward: Callable[[nn.Module, Any], Any],
         progress: bool | None = False,
     ) -> None:
-        self.batches, self.bits, self.forward = batches, tuple(bits), forward
+        def call(model: nn.Module, batch: Any) -> Any:
+            """On copies: the user's code may write into what it is given, and each batch is used many times."""
+            return forward(model, tree_map_only(Tensor, torch.clone, batch))
+
+        self.batches, self.bits, self.forward = batches, tuple(bits), call
         config = runtime_of(prepared, "prepared").config
         self.found: list[Mapping[str, nn.Module]] = []
         for b in limited(self.bits, None, progress):
             self.model = reconfigured(prepared, at_width(config, b)).eval()
-            calibrate(self.model, batches, forward=forward, progress=False)
+            calibrate(self.model, batches, forward=call, progress=False)
             runtime = runtime_of(self.model)
             self.found.append({**runtime.activations, **runtime.weights})
         self.runtime = runtime
