@@ -20,7 +20,6 @@ from tests.graph.deployed import MODELS
 from tests.small import Scanner, images, prepared_and_calibrated, rows, tiny_mambair
 
 X = images(2, 3, 6, 5)
-WIDTHS = (2, 3, 4, 8)
 
 
 def tiny() -> nn.Module:
@@ -29,8 +28,8 @@ def tiny() -> nn.Module:
 
 FAMILIES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "mambair": (tiny, (1, 3, 8, 8)),
-    "vim": MODELS["vim"],
-    "vmamba": MODELS["vmamba"],
+    "vim": (MODELS["vim"][0], (1, 3, 32, 32)),
+    "vmamba": (MODELS["vmamba"][0], (1, 3, 32, 32)),
 }
 
 
