@@ -11,7 +11,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from ssmquant.errors import ConfigError
@@ -156,6 +156,16 @@ class Rule:
         if self.match in types:
             return 3
         return 4 if self.match in kinds else None
+
+    def __str__(self) -> str:
+        """As Python, without what is inherited."""
+        return f"Rule({', '.join([repr(self.match), *_changed(self)[1:]])})"
+
+
+def _changed(data: Any) -> list[str]:
+    """``name=value`` of the fields of a dataclass that differ from their defaults."""
+    values = ((f, getattr(data, f.name)) for f in dataclasses.fields(data))
+    return [f"{f.name}={v!r}" for f, v in values if v != f.default]
 
 
 @dataclass(frozen=True)
@@ -392,6 +402,14 @@ class QConfig:
             method = method if rule.activation == "inherit" else rule.activation
             bits = None if rule.keep_float else bits
         return Scheme(bits, method, self.statistics, options if method == usual else ())
+
+    # ---- text ----------------------------------------------------------------------------------------------------
+    def __str__(self) -> str:
+        """As Python, without what has its default, a rule a line."""
+        lines = [f"    {line}," for line in _changed(replace(self, rules=()))]
+        if self.rules:
+            lines += ["    rules=(", *(f"        {rule}," for rule in self.rules), "    ),"]
+        return "\n".join(["QConfig(", *lines, ")"]) if lines else "QConfig()"
 
     # ---- JSON ----------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:

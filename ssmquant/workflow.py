@@ -222,6 +222,21 @@ def _make_quantizers(model: nn.Module) -> None:
     runtime.train(model.training)
 
 
+def reconfigured(prepared: nn.Module, config: QConfig) -> Any:
+    """A copy of a prepared model under another configuration: its weights and transforms, new quantizers.
+
+    Activation ranges are not known in it, and its method is traced anew.
+    """
+    new = copy.deepcopy(prepared)
+    runtime = runtime_of(new, "prepared")
+    runtime.config, runtime.graphs, runtime.known = config, None, None
+    runtime.weights, runtime.activations = nn.ModuleDict(), nn.ModuleDict()
+    trace_example(new, runtime.example, check=False)
+    _make_quantizers(new)
+    initialize_weights(new)
+    return new
+
+
 # ---- calibrate -----------------------------------------------------------------------------------------------------
 
 
@@ -281,14 +296,14 @@ def calibrate(
     try:
         prepared.eval()
         if fit and runtime.config.transforms and not runtime.transforms.settled:
-            batches = list(_limited(batches, max_batches, False))
+            batches = list(limited(batches, max_batches, False))
             if batches:
                 ensure_traced(prepared)
                 undo = Undone(prepared)  # of a failure in the pass below, too
                 _transform(prepared, batches, forward or _call)
         for q in quantizers:
             q.start(passes=fit)
-        for batch in _limited(batches, max_batches, progress):
+        for batch in limited(batches, max_batches, progress):
             (forward or _call)(prepared, batch)
             n += 1
         if n == 0:
@@ -357,9 +372,10 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:
     return model
 
 
-def _limited(
-    batches: Iterable[Any], limit: int | None, progress: bool | None, title: str = "calibrating"
+def limited(
+    batches: Iterable[Any], limit: int | None, progress: bool | None, label: str = "calibrating"
 ) -> Iterable[Any]:
+    """The first ``limit`` of them, with a progress bar; ``progress=None``: where stderr is a terminal."""
     it = itertools.islice(batches, limit)
     if progress or (progress is None and sys.stderr.isatty()):
         try:
@@ -369,7 +385,7 @@ def _limited(
             return it
         known = [n for n in (len(batches) if isinstance(batches, Sized) else None, limit) if n is not None]
         total = min(known) if known else None
-        return track(it, title, total=total, console=Console(stderr=True))
+        return track(it, label, total=total, console=Console(stderr=True))
     return it
 
 

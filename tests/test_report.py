@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import ssmquant
 from ssmquant import ConfigError, InputError, NotCalibratedError, QConfig, Rule
 from ssmquant.analysis.page import text
-from ssmquant.analysis.report import describe
 from ssmquant.config import TRANSFORMS
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules import PackedTensor
@@ -322,17 +321,3 @@ def test_half_precision_and_loops_of_samples(tmp_path: Path) -> None:
 
 
 # ---- the rest ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        QConfig(),
-        QConfig.recommended(4, 2),
-        QConfig(
-            w_bits=4, rules=(Rule("*.scan.A", a_bits=8), Rule("Linear", weight="lsq")), keep_float=("head",)
-        ),
-    ],
-)
-def test_the_configuration_is_code(config: QConfig) -> None:
-    assert eval(describe(config), {"QConfig": QConfig, "Rule": Rule}) == config

@@ -2,6 +2,8 @@
 
 from ssmquant.analysis.health import HealthMonitor, HealthReport, HealthRow, HealthWarning, health
 from ssmquant.analysis.report import report
+from ssmquant.analysis.search import search
+from ssmquant.analysis.sensitivity import Sensitivity, SensitivityRow, sensitivity
 from ssmquant.analysis.summary import Summary, SummaryRow, summary
 from ssmquant.analysis.verify import SiteError, VerifyReport, verify
 
@@ -10,12 +12,16 @@ __all__ = [
     "HealthReport",
     "HealthRow",
     "HealthWarning",
+    "Sensitivity",
+    "SensitivityRow",
     "SiteError",
     "Summary",
     "SummaryRow",
     "VerifyReport",
     "health",
     "report",
+    "search",
+    "sensitivity",
     "summary",
     "verify",
 ]

@@ -5,7 +5,6 @@ What ``summary`` and ``health`` tell, with histograms of weights and activations
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -19,12 +18,11 @@ from ssmquant.analysis.measure import points_of
 from ssmquant.analysis.page import Card, Content, SiteView, render
 from ssmquant.analysis.samples import Measured, Measurement, measure_batches, measure_parameters
 from ssmquant.analysis.summary import Summary, summary
-from ssmquant.config import QConfig
 from ssmquant.errors import ConfigError
 from ssmquant.files import replacing
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Runtime, runtime_of
-from ssmquant.workflow import _limited
+from ssmquant.workflow import limited
 
 __all__ = ["check_page", "report"]
 
@@ -77,7 +75,7 @@ def report(
     measured = measure_parameters(model)
     found: Measurement | None = None
     if batches is not None:
-        found = measure_batches(model, _limited(batches, None, progress, "measuring"), forward, reference)
+        found = measure_batches(model, limited(batches, None, progress, "measuring"), forward, reference)
         measured |= found.activations
     page = render(_content(model, runtime, looked, measured, found, title))
     with replacing(target) as new:
@@ -95,27 +93,6 @@ def check_page(path: str | os.PathLike[str], *, force: bool) -> Path:
     if target.exists() and not force:
         raise ConfigError(f"{target} exists; give force=True (--force) to replace it")
     return target
-
-
-def describe(config: QConfig) -> str:
-    """A configuration as the call that makes it, without what is at its default."""
-    default = QConfig()
-    lines = []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if value == getattr(default, f.name):
-            continue
-        if f.name == "rules":
-            rules = "".join(f"        {_call_of(rule)},\n" for rule in value)
-            lines.append(f"    rules=(\n{rules}    ),")
-        else:
-            lines.append(f"    {f.name}={dict(value) if f.name.endswith('_options') else value!r},")
-    return "\n".join(["QConfig(", *lines, ")"]) if lines else "QConfig()"
-
-
-def _call_of(rule: Any) -> str:
-    own = [f for f in dataclasses.fields(rule) if f.name != "match" and getattr(rule, f.name) != f.default]
-    return f"Rule({', '.join([repr(rule.match), *(f'{f.name}={getattr(rule, f.name)!r}' for f in own)])})"
 
 
 def _versions() -> str:
@@ -145,7 +122,7 @@ def _content(
         title=title if title is not None else f"{name}, {bits}",
         model=name,
         stage=runtime.stage,
-        config=describe(config),
+        config=str(config),
         summary=looked,
         sites=_sites(runtime, looked, points, measured, found),
         problems=tuple(sentence for m in measured.values() for _, sentence in m.row.problems),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from ssmquant.pack import packed_size
 from ssmquant.quantizers import Quantizer
 from ssmquant.workflow import ensure_traced
 
-__all__ = ["Summary", "SummaryRow", "summary"]
+__all__ = ["Summary", "SummaryRow", "bit_operations", "operands_of", "site_widths", "stored_shape", "summary"]
 
 
 @dataclass(frozen=True)
@@ -125,24 +125,42 @@ def _macs(site: Site) -> int:
         return math.prod(sizes.values())
     if site.kind == "matmul":
         return int(out.numel() * x.shape[-1 if site.inputs[0].at == 0 else -2])
-    return int(out.numel())  # times the fan-in, see _cost
+    return int(out.numel())  # times the fan-in, see bit_operations
 
 
-def _cost(model: nn.Module, record: Record, site: Site, w_bits: int, a_bits: int, samples: int) -> int:
+def bit_operations(model: nn.Module, record: Record, site: Site, w_bits: float, a_bits: float) -> int:
+    """Those of one sample of the traced sizes, with a weight and inputs (operands of a scan) of so many bits."""
+    trace = record.trace
+    samples = trace.shapes[0][0] if (0, 0) in trace.free else 1
     if site.kind == "scan":
         u, a = site.scan["u"].meta["val"], site.scan["A"].meta["val"]
         # Per (b, d, l, n): delta*A and delta*u*B on operands, C*h on one, and the state update in float.
         n = u.numel() * (a.shape[1] if a.dim() == 2 else site.scan["B"].meta["val"].shape[-1])
-        return n * (2 * a_bits * a_bits + 32 * a_bits + 32 * 32) // samples
+        return int(n * (2 * a_bits * a_bits + 32 * a_bits + 32 * 32) // samples)
     if site.kind == "matmul":
-        return _macs(site) * w_bits * a_bits // samples
+        return int(_macs(site) * w_bits * a_bits // samples)
     weight = _weight_shape(model, site)
     transposed = "transpose" in op_name(site.node) or "Transpose" in "".join(site.types)
     if transposed:
         macs = site.inputs[0].node.meta["val"].numel() * math.prod(weight[1:])
     else:
         macs = _output_numel(site) * math.prod(weight[1:])
-    return int(macs) * w_bits * a_bits // samples
+    return int(int(macs) * w_bits * a_bits // samples)
+
+
+def operands_of(record: Record) -> dict[str, dict[str, Point]]:
+    """The quantized operands of every quantized site, by their names; its weight is ``"weight"``."""
+    out: dict[str, dict[str, Point]] = {}
+    for p in record.plan.points:
+        for site, operand in p.uses:
+            out.setdefault(site.name, {})[operand.name if p.what != "weight" else "weight"] = p
+    return out
+
+
+def site_widths(bits: Mapping[str, float | None]) -> tuple[float, float]:
+    """Bits of a site's weight and of its inputs, 32 for float, from those of its operands by name."""
+    inputs = [b or 32 for name, b in bits.items() if name != "weight"]
+    return bits.get("weight") or 32, max(inputs, default=32)
 
 
 def _output_numel(site: Site) -> int:
@@ -175,9 +193,14 @@ def _point_bytes(point: Point, runtime: Runtime, absorbed: Collection[str]) -> i
         return codes + sum(4 * t.numel() for name, t in holder.named_buffers() if name not in left_out)
     assert isinstance(holder, Quantizer)
     assert point.scheme.bits is not None
-    called = point.what == "weight" and point.node.op == "call_module"
-    codes, scalars = holder.stored(point.weight_shape if called else point.node.meta["val"].shape)
+    codes, scalars = holder.stored(stored_shape(point))
     return packed_size(codes, point.scheme.bits) + 4 * scalars
+
+
+def stored_shape(point: Point) -> tuple[int, ...]:
+    """Shape of a weight or static operand as its quantizer gets it."""
+    called = point.what == "weight" and point.node.op == "call_module"
+    return point.weight_shape if called else tuple(point.node.meta["val"].shape)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -189,16 +212,13 @@ def summary(model: nn.Module) -> Summary:
     ensure_traced(model)
     record = runtime.records[0]
     trace = record.trace
-    samples = trace.shapes[0][0] if (0, 0) in trace.free else 1
     plans = [r.plan for r in runtime.records if not any(r.mode.values())]  # as convert does
     absorbed = foldable(model, plans, runtime.activations) if runtime.stage == "prepared" else {}
-    by_site: dict[str, dict[str, Point]] = {}
+    by_site = operands_of(record)
     owned: dict[str, int] = {}
     for p in record.plan.points:
-        for k, (site, operand) in enumerate(p.uses):
-            by_site.setdefault(site.name, {})[operand.name if p.what != "weight" else "weight"] = p
-            if k == 0:
-                owned[site.name] = owned.get(site.name, 0) + _point_bytes(p, runtime, absorbed)
+        first = p.uses[0][0].name
+        owned[first] = owned.get(first, 0) + _point_bytes(p, runtime, absorbed)
     rows = []
     health = weight_rows(model)
     fused = record.kernels(model)
@@ -206,8 +226,7 @@ def summary(model: nn.Module) -> Summary:
         points = by_site.get(site.name, {})
         weight = points.get("weight")
         acts = [p for p in points.values() if p.what != "weight"]
-        w = (weight.scheme.bits if weight else None) or 32
-        a = max([p.scheme.bits or 32 for p in acts], default=32)
+        w, a = site_widths({name: p.scheme.bits for name, p in points.items()})
         scheme = f"A{a}" if site.kind == "scan" else f"W{w}A{a}"
         methods = "/".join(
             dict.fromkeys([*([weight.scheme.method] if weight else []), *(p.scheme.method for p in acts)])
@@ -232,9 +251,9 @@ def summary(model: nn.Module) -> Summary:
         rows.append(
             SummaryRow(
                 site.name, site.kind, scheme if points else "float", methods, size,
-                _cost(model, record, site, w, a, samples), kernel if points else "torch", note,
+                bit_operations(model, record, site, w, a), kernel if points else "torch", note,
                 looked.dead_levels if looked else None, looked.zero_ratio if looked else None,
-                _cost(model, record, site, 32, 32, samples),
+                bit_operations(model, record, site, 32, 32),
             )
         )  # fmt: skip
     outside = [p for p in record.plan.parameters if not p.must_cover]

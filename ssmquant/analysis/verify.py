@@ -57,7 +57,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-class _Teacher(fx.Interpreter):
+class Teacher(fx.Interpreter):
     """Runs a graph and keeps what every site returns."""
 
     def __init__(self, model: nn.Module, record: Record) -> None:
@@ -74,7 +74,7 @@ class _Teacher(fx.Interpreter):
         return out
 
 
-class _Student(fx.Interpreter):
+class Student(fx.Interpreter):
     """Runs a graph; every site's result is compared with the teacher's, and the teacher's is what goes on."""
 
     def __init__(self, model: nn.Module, record: Record, outputs: dict[str, Any]) -> None:
@@ -108,13 +108,13 @@ def _compare(name: str, out: Tensor, reference: Tensor) -> SiteError:
     return SiteError(name, error, error / top if top > 0 else (0.0 if error == 0 else math.inf), sqnr)
 
 
-def _rng_states(tensors: list[Tensor]) -> dict[torch.device, Tensor]:
+def rng_states(tensors: list[Tensor]) -> dict[torch.device, Tensor]:
     devices = {t.device for t in tensors if t.device.type == "cuda"}
     states = {d: torch.cuda.get_rng_state(d) for d in devices}
     return {torch.device("cpu"): torch.random.get_rng_state(), **states}
 
 
-def _set_rng(states: dict[torch.device, Tensor]) -> None:
+def set_rng(states: dict[torch.device, Tensor]) -> None:
     for device, state in states.items():
         if device.type == "cpu":
             torch.random.set_rng_state(state)
@@ -141,8 +141,8 @@ def verify(
         prepared.eval()
         call = describe_call(bind(teacher_rt.signature(prepared), args, example_kwargs))
         first, second = teacher_rt.select(prepared, call), student_rt.select(deployed, call)
-        states = _rng_states(call.tensors)
-        teacher = _Teacher(prepared, first)
+        states = rng_states(call.tensors)
+        teacher = Teacher(prepared, first)
         teacher.run(*(t.clone() for t in call.tensors))  # the user's code may write into its input
     finally:
         for m, flag in modes.items():
@@ -152,11 +152,11 @@ def verify(
         raise ConfigError(
             "verify: the two models have different sites; compare a model with its own conversion"
         )
-    student = _Student(deployed, second, teacher.outputs)
-    after = _rng_states(call.tensors)
-    _set_rng(states)  # models that draw in evaluation draw the same
+    student = Student(deployed, second, teacher.outputs)
+    after = rng_states(call.tensors)
+    set_rng(states)  # models that draw in evaluation draw the same
     try:
         student.run(*(t.clone() for t in call.tensors))
     finally:
-        _set_rng(after)
+        set_rng(after)
     return VerifyReport(tuple(student.rows))
