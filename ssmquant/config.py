@@ -192,9 +192,9 @@ class QConfig:
             ``"dt_mean"`` takes the mean from the low rank. Where one does not apply, ``summary`` says why. Later a call
             whose graph cannot have what was done to the weights raises TraceError.
         rotation: ``"klt"`` turns rotations to the principal axes of calibration data first, ``"hadamard"`` does not.
-        rounding: ``"nearest"``, or ``"gptq"``: ``calibrate`` rounds weights one input after the other so that the outputs
-            of their layers change least (GPTQ, arXiv 2210.17323), and writes the result into the model's weights. What
-            stays at nearest, and why, is in ``summary``.
+        rounding: ``"nearest"``, or ``"gptq"``: ``calibrate`` rounds weights so that the outputs of their layers change
+            little (GPTQ, arXiv 2210.17323), and writes the result into the model's weights. What stays at nearest, and
+            why, is in ``summary``.
         statistics: Dynamic statistics (DLS) per ``"sample"``, so that outputs do not depend on the rest of the
             batch, or per ``"tensor"`` (as published).
         rules: Overrides, see :class:`Rule`.

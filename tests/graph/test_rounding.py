@@ -326,6 +326,12 @@ class Two(nn.Module):
         return F.linear(F.linear(x, self.weight), self.weight.t())
 
 
+def zero() -> nn.Module:
+    model = nn.Linear(4, 3)
+    nn.init.zeros_(model.weight)
+    return model
+
+
 UNSUITABLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any], str]] = {
     "transposed convolution": (
         lambda: nn.ConvTranspose2d(3, 4, 2),
@@ -353,12 +359,6 @@ UNSUITABLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, 
     "levels of the moment": (lambda: nn.Linear(7, 5), (2, 7), {"weight": "n2uq"}, "levels of N2UQ"),
     "all zero": (zero, (2, 4), {}, "all zero"),
 }
-
-
-def zero() -> nn.Module:
-    model = nn.Linear(4, 3)
-    nn.init.zeros_(model.weight)
-    return model
 
 
 @pytest.mark.parametrize("name", UNSUITABLE)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from ssmquant.graph.plan import Point
 from ssmquant.graph.prepared import Values
+from ssmquant.graph.rewrite import WEIGHTS
 from ssmquant.graph.rounding.gptq import Levels, quadratic_error, round_rows
 from ssmquant.graph.rounding.inputs import Inputs
-from ssmquant.graph.rewrite import WEIGHTS
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.graph.sites import op_name
 from ssmquant.graph.transforms.calibration import from_first, has_ranks
@@ -55,9 +56,22 @@ def rounded_gains(model: nn.Module) -> set[str]:
 def round_weights(model: nn.Module, found: dict[str, Inputs]) -> None:
     """Rounds every weight that ``found`` tells the inputs of, and notes for all what was done (``Runtime.rounded``).
 
-    The model's parameters become the values that their quantizers then give for them, exactly. All ranks of a
-    distributed run take those of rank 0. A failure leaves some rounded: the caller puts them back.
+    The model's parameters become values for which their quantizers give exactly the codes that were chosen. All ranks
+    of a distributed run take those of rank 0, whose inputs count. A failure leaves some rounded: the caller puts them
+    back (see ``Undone``).
     """
+    if not has_ranks():
+        notes, _ = _round_all(model, found)
+    else:
+        own = _round_all(model, found) if dist.get_rank() == 0 else None
+        notes, values = from_first(own)
+        for name, value in values.items():
+            model.get_parameter(name).copy_(value)
+    runtime_of(model).rounded = notes
+
+
+def _round_all(model: nn.Module, found: dict[str, Inputs]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Rounds the weights in place: what was done by key of a quantizer, the new values by name of a parameter."""
     runtime = runtime_of(model)
     notes: dict[str, str] = {}
     changed: dict[str, Tensor] = {}
@@ -91,16 +105,12 @@ def round_weights(model: nn.Module, found: dict[str, Inputs]) -> None:
         parameter.copy_(new)
         if _gives(quantizer, values.of(point), codes, encoded):
             notes[key] = f"gptq: {share:.2f} of nearest's squared error"
-            changed[str(point.parameter)] = parameter
+            changed[str(point.parameter)] = parameter.detach().cpu()
         else:
             parameter.copy_(before)
             what = f"the levels of {type(quantizer).__name__}"
             notes[key] = f"rounded to nearest: {what} follow the values, or it has trained thresholds"
-    if has_ranks():  # of other batches, so rounded otherwise
-        notes, of_first = from_first((notes, {k: t.detach().cpu() for k, t in changed.items()}))
-        for name, value in of_first.items():
-            model.get_parameter(name).copy_(value)
-    runtime.rounded = notes
+    return notes, changed
 
 
 def _readers(model: nn.Module, graph: fx.Graph) -> dict[int, set[str | None]]:
@@ -128,7 +138,8 @@ def _key_of(node: fx.Node) -> str | None:
 def _codes(inputs: Inputs, value: Tensor, encoded: QTensor) -> tuple[Tensor, float]:
     """The codes of a weight, and their squared error as a part of nearest's."""
     projection, second = inputs.projection, inputs.second
-    assert projection is not None and second is not None
+    assert projection is not None
+    assert second is not None
     groups, outputs, _ = projection.groups
 
     def rows(t: Tensor) -> Tensor:
