@@ -259,9 +259,9 @@ def calibrate(
     both modes and of the calls that the batches make. Several ranks fold what the first one decides. Meanwhile the
     batches, and a copy of the model's tensors to go back to, are kept in memory.
 
-    With ``QConfig.rounding="gptq"`` a last pass, in float, measures what weights multiply, and they are rounded for it,
-    in place (several ranks take what the first one has). Weights that are on their levels, as after a calibration
-    before, stay as they are, and so do the factors of their inputs; only ranges are measured anew.
+    With ``QConfig.rounding="gptq"`` a last pass, of the quantized model, measures what weights multiply, and they are
+    rounded for it, in place (several ranks take what the first one has). Weights that are on their levels, as after a
+    calibration before, stay as they are, and so do the factors of their inputs; only ranges are measured anew.
 
     Args:
         batches: An iterable of what the prepared method takes. A tensor is passed as it is, of a tuple or list the

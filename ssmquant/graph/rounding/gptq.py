@@ -18,8 +18,11 @@ from torch import Tensor
 
 __all__ = ["Levels", "quadratic_error", "round_rows"]
 
-DAMPING = 0.01
-"""What is added to the diagonal of H, in parts of its mean, as published."""
+DAMPING = 0.05
+"""What is added to the diagonal of H, in parts of its mean.
+
+Published: 0.01, for 262,144 rows of data. With the pixels of 8 crops in MambaIR-light 0.05 gives 0.4 dB more.
+"""
 _BLOCK = 128
 
 
