@@ -475,6 +475,25 @@ def test_trained_thresholds_that_do_not_give_the_codes_back() -> None:
     assert torch.equal(model.weight, before)
 
 
+def test_in_inference_mode() -> None:
+    model, x = prepared_form("conv2d")
+    with torch.inference_mode():
+        ssmquant.calibrate(model, [x])
+    model.train()(x).sum().backward()
+    assert next(iter(runtime_of(model).rounded.values())).startswith("gptq")
+
+
+def test_training_goes_on_from_the_rounded_weights() -> None:
+    model, x = prepared_form("linear")
+    ssmquant.calibrate(model, [x]).train()
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+    assert bool(model.weight.isfinite().all())
+
+
 def test_trained_weights_are_rounded_again() -> None:
     model, x = prepared_form("linear")
     ssmquant.calibrate(model, [x])

@@ -82,7 +82,7 @@ def _round_all(model: nn.Module, found: dict[str, Inputs]) -> tuple[dict[str, st
         inputs = found.get(key, Inputs())
         parameter = model.get_parameter(str(point.parameter))
         reason = inputs.reason
-        if reason is None and any(graph.get(id(parameter), {key}) != {key} for graph in graphs):
+        if reason is None and any(graph.get(id(parameter), set()) - {key} for graph in graphs):
             reason = "its parameter is read in float, or by another quantizer, elsewhere"
         if reason is None and inputs.second is None:
             reason = "no batch reached it"
