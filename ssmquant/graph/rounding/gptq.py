@@ -5,8 +5,9 @@ For rows w (the weights of one output) and the second moments H = sum x x^T of t
 inverse of H (Optimal Brain Quantization, arXiv 2208.11580, equation 3). GPTQ takes the same order for all rows, so that
 all these inverses are rows of one Cholesky factor of the damped inverse (its algorithm 1).
 
-Departures. A row keeps the rounding to nearest where that has the smaller error, so that no row gets worse. The weights
-of an input that was always 0 are rounded to nearest, where the published code sets them to 0.
+Departures. The damping is larger (see ``DAMPING``). A row keeps its rounding to nearest where that has less error,
+so that no row gets worse. The weights of an input that was always 0 are rounded to nearest, where the published code
+sets them to 0.
 """
 
 from __future__ import annotations

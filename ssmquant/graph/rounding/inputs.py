@@ -47,8 +47,8 @@ def measure_inputs(
 ) -> dict[str, Inputs]:
     """Runs the quantized model and adds up the second moments of what its weights multiply.
 
-    Weights are still rounded to nearest in front of each. In MambaIR-light at W3A8 inputs as they are quantized give
-    0.5 dB more than those of the float model, at W4A8 as much.
+    Weights are rounded to nearest in front of each. In MambaIR-light, calibrated twice on 8 crops, inputs of the
+    quantized model instead of the float one's give 0.5 and 0.4 dB more at W3A8, and 0.4 and 0.1 dB less at W4A8.
 
     Args:
         model: A prepared model in evaluation mode, traced, with its ranges.
