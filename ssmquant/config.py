@@ -202,6 +202,9 @@ class QConfig:
             ``"dt_mean"`` takes the mean from the low rank. Where one does not apply, ``summary`` says why. Later a call
             whose graph cannot have what was done to the weights raises TraceError.
         rotation: ``"klt"`` turns rotations to the principal axes of calibration data first, ``"hadamard"`` does not.
+        rounding: ``"nearest"``, or ``"gptq"``: ``calibrate`` rounds weights so that the outputs of their layers change
+            little (GPTQ, arXiv 2210.17323), and writes the result into the model's weights. What stays at nearest, and
+            why, is in ``summary``.
         statistics: Dynamic statistics (DLS) per ``"sample"``, so that outputs do not depend on the rest of the
             batch, or per ``"tensor"`` (as published).
         rules: Overrides, see :class:`Rule`.
@@ -230,6 +233,7 @@ class QConfig:
     smooth: float = 0.0
     transforms: tuple[str, ...] = ()
     rotation: str = "klt"
+    rounding: str = "nearest"
     statistics: str = "sample"
     rules: tuple[Rule, ...] = ()
     keep_float: tuple[str, ...] = ()
@@ -261,6 +265,7 @@ class QConfig:
             _check_choice("transforms", name, TRANSFORMS)
         object.__setattr__(self, "transforms", tuple(self.transforms))
         _check_choice("rotation", self.rotation, ("klt", "hadamard"))
+        _check_choice("rounding", self.rounding, ("nearest", "gptq"))
         for name in ("keep_first_last", "keep_gates", "official"):
             _check_flag(name, getattr(self, name))
         patterns: object = self.keep_float
@@ -420,6 +425,8 @@ class QConfig:
         d["transforms"] = list(self.transforms)
         if not self.transforms and self.rotation == "klt":  # as files of before have it
             del d["transforms"], d["rotation"]
+        if self.rounding == "nearest":
+            del d["rounding"]
         for name in ("weight_options", "activation_options", "scan_options"):
             d[name] = dict(getattr(self, name))
         return d

@@ -154,6 +154,8 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
         places = [[name, list(t.shape)] for name, t in transforms.places.items()]
         state += [t.detach().float().reshape(-1).cpu() for t in transforms.places.values()]
         meta["transforms"] = {"places": places, **transforms.entries()}
+    if runtime.rounded:
+        meta["rounded"] = runtime.rounded
     blob = zlib.compress(json.dumps(meta, separators=(",", ":")).encode(), 9)
     tensors = {
         "meta": torch.frombuffer(bytearray(blob), dtype=torch.uint8), "codes": _cat(codes, torch.uint8),
@@ -250,6 +252,9 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
     attach(new, runtime)
     runtime.eval()
     places = _take_transforms(runtime, meta, reader)
+    runtime.rounded = meta.get("rounded", {})
+    if not isinstance(runtime.rounded, dict) or not all(isinstance(v, str) for v in runtime.rounded.values()):
+        raise reader.fail("entry 'rounded' of the metadata is malformed")
     try:
         # The saved model may have been cast; the one given computes in its own precision.
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

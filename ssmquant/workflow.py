@@ -27,6 +27,8 @@ from ssmquant.graph.prepared import (
     move_plain_tensors,
     refuse_elsewhere,
 )
+from ssmquant.graph.rounding.inputs import measure_inputs
+from ssmquant.graph.rounding.weights import round_weights, rounded_gains
 from ssmquant.graph.runtime import Runtime, adopted_modules, is_prepared, runtime_of
 from ssmquant.graph.sites import ancestors
 from ssmquant.graph.trace import SEED, describe_call
@@ -273,6 +275,10 @@ def calibrate(
     both modes and of the calls that the batches make. Several ranks fold what the first one decides. Meanwhile the
     batches, and a copy of the model's tensors to go back to, are kept in memory.
 
+    With ``QConfig.rounding="gptq"`` a last pass, of the quantized model, measures what weights multiply, and they are
+    rounded for it, in place (several ranks take what the first one has). Weights that are on their levels, as after a
+    calibration before, stay as they are, and so do the factors of their inputs; only ranges are measured anew.
+
     Args:
         batches: An iterable of what the prepared method takes. A tensor is passed as it is, of a tuple or list the
             first element, a dict as keywords.
@@ -288,19 +294,23 @@ def calibrate(
     runtime = runtime_of(prepared, "prepared")
     if max_batches is not None and max_batches < 1:
         raise ConfigError(f"calibrate: max_batches={max_batches}")
-    quantizers = [m for m in runtime.activations.values() if isinstance(m, ActivationQuantizer)]
+    by_key = {k: m for k, m in runtime.activations.items() if isinstance(m, ActivationQuantizer)}
+    quantizers = list(by_key.values())
+    transforms = fit and bool(runtime.config.transforms) and not runtime.transforms.settled
+    rounds = fit and runtime.config.rounding == "gptq"
     modes = {m: m.training for m in prepared.modules()}
     n = 0
     undo: Undone | None = None
     graphs, runtime.graphs = runtime.graphs, None  # what is collected waits for the GPU
     try:
         prepared.eval()
-        if fit and runtime.config.transforms and not runtime.transforms.settled:
+        if transforms or rounds:
             batches = list(limited(batches, max_batches, False))
             if batches:
                 ensure_traced(prepared)
-                undo = Undone(prepared)  # of a failure in the pass below, too
-                _transform(prepared, batches, forward or _call)
+                undo = Undone(prepared)  # of a failure in the passes below, too
+                if transforms:
+                    _transform(prepared, batches, forward or _call)
         for q in quantizers:
             q.start(passes=fit)
         for batch in limited(batches, max_batches, progress):
@@ -312,10 +322,15 @@ def calibrate(
             )
         if quantizers and not any(q.stats for q in quantizers):
             raise CalibrationError("calibrate: the batches reached no quantizer (are they empty?)")
-        for q in quantizers:
-            q.finish(search=runtime.config.searches, smooth=runtime.config.smooth)
-        if fit and any(q.gain is not None for q in quantizers):
-            initialize_weights(prepared, smoothed=True)
+        kept = rounded_gains(prepared) if rounds else set()
+        for k, q in by_key.items():
+            smooth = None if k in kept else runtime.config.smooth
+            q.finish(search=runtime.config.searches, smooth=smooth)
+        if fit:
+            initialize_weights(prepared, smoothed={k for k, q in by_key.items() if q.gain is not None} - kept)
+        if rounds:
+            assert isinstance(batches, list)
+            round_weights(prepared, measure_inputs(prepared, batches, forward or _call))
     except BaseException:
         for q in quantizers:
             q.abandon()

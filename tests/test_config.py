@@ -46,6 +46,7 @@ CONFIGS = st.builds(
     activation_options=OPTIONS,
     scan_options=OPTIONS,
     initialization=st.sampled_from(["mse", "published"]),
+    rounding=st.sampled_from(["nearest", "gptq"]),
     statistics=st.sampled_from(["sample", "tensor"]),
     rules=st.lists(RULES, max_size=3).map(tuple),
     keep_float=st.lists(st.text(min_size=1).filter(lambda s: not s.startswith("re:")), max_size=3).map(tuple),
@@ -77,6 +78,7 @@ def test_inherit_is_for_rules_and_the_scan() -> None:
     "bad",
     [
         {"weight": ""}, {"activation": None}, {"scan": 3}, {"granularity": "group"}, {"statistics": "batch"},
+        {"rounding": "up"}, {"rounding": None},
         {"granularity": None}, {"keep_float": "head"}, {"keep_float": [""]}, {"keep_float": ["re:("]},
         {"keep_float": [3]},
         {"initialization": "random"}, {"weight_options": {"bits": 3}}, {"scan_options": {"axis": 0}}, {"decay": ""},
@@ -228,6 +230,11 @@ def test_what_a_configuration_does_not_use_takes_no_place(changes: dict[str, Any
     config = QConfig(**changes)
     assert ("transforms" in config.to_dict()) == ("rotation" in config.to_dict()) == kept
     assert QConfig.from_dict(config.to_dict()) == config
+
+
+def test_rounding_takes_place_where_it_is_not_to_nearest() -> None:
+    assert "rounding" not in QConfig(transforms=("gate",)).to_dict()
+    assert QConfig(rounding="gptq").to_dict()["rounding"] == "gptq"
 
 
 def test_a_missing_key_is_the_default() -> None:

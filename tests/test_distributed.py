@@ -116,3 +116,30 @@ def test_two_ranks_calibrate_one_model(tmp_path: Path) -> None:
     assert first[1:] == second[1:]
     assert {"state", "dt", "out_rotation"} <= {kind for kind, _, _ in first[1]}
     assert "residual_rotation" not in {kind for kind, _, _ in first[1]}  # which the stream of rank 1 forbids
+
+
+ROUNDING = """
+import json, sys, torch, torch.distributed as dist
+import ssmquant
+from ssmquant.graph.runtime import runtime_of
+from tests.small import Scanner, images
+rank, where = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
+torch.manual_seed(0)
+config = ssmquant.QConfig(w_bits=3, a_bits=8, rounding="gptq", keep_first_last=False)
+prepared = ssmquant.prepare(Scanner().eval(), config, example_inputs=images(2, 3, 6, 5))
+ssmquant.calibrate(prepared, [images(2, 3, 6, 5, seed=rank)])
+state = {k: v.tolist() for k, v in prepared.state_dict().items() if "activations" not in k}
+dist.barrier()
+dist.destroy_process_group()
+print(json.dumps([runtime_of(prepared).rounded, state]))
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_ranks_round_alike(tmp_path: Path) -> None:
+    first, second = on_two_ranks(ROUNDING, tmp_path)
+    assert len(first[0]) == 5
+    assert all(note.startswith("gptq") for note in first[0].values())
+    assert first == second

@@ -241,6 +241,8 @@ def summary(model: nn.Module) -> Summary:
             window = site.scan.get("window")
             kind = f"{site.role.kind}_lb, window {window}" if window else site.role.kind
             note = "; ".join(part for part in (kind, note) if part not in ("", "s6"))
+        if weight is not None and weight.key in runtime.rounded:
+            note = "; ".join(part for part in (note, runtime.rounded[weight.key]) if part)
         kernel = "fake-quantized"
         if runtime.stage == "deployed":
             kernel = fused.get(site.name, "dequantize + torch")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -148,7 +148,10 @@ def _subclass(
         return base.train(self, mode)
 
     def _load(self: nn.Module, state: Any, strict: bool = True, assign: bool = False) -> Any:
-        return _load_state(self, base, state, strict, assign)
+        result = _load_state(self, base, state, strict, assign)
+        if any(not k.startswith("_ssmquant.activations.") for k in state):  # of other weights
+            runtime_of(self).rounded = {}
+        return result
 
     space = {
         method: _entry(base.__qualname__, method, sig),
@@ -240,6 +243,7 @@ class Undone:
         t = runtime.transforms
         self.transforms = t.folded, t.skipped, t.settled
         self.graphs = list(runtime.records), runtime.known, runtime.notes
+        self.rounded = runtime.rounded
 
     def __enter__(self) -> None:
         pass
@@ -256,6 +260,7 @@ class Undone:
         t = self.runtime.transforms
         t.folded, t.skipped, t.settled = self.transforms
         self.runtime.records, self.runtime.known, self.runtime.notes = self.graphs
+        self.runtime.rounded = self.rounded
         if self.runtime.graphs is not None:
             self.runtime.graphs.known.clear()
 
@@ -268,17 +273,21 @@ def forget_baked(model: nn.Module) -> None:
         runtime.retrace(model, describe_call(runtime.example))
 
 
-def initialize_weights(model: nn.Module, *, smoothed: bool = False) -> None:
+def initialize_weights(model: nn.Module, *, smoothed: Collection[str] | None = None) -> None:
     """Initialises every weight quantizer from the parameter that it reads, and static operands from their values.
 
-    ``smoothed``: only those of weights whose inputs' channels have factors.
+    ``smoothed``: only those of weights whose inputs' channels have factors, of inputs with these keys.
     """
     runtime = runtime_of(model)
     done: set[str] = set()
     for record in runtime.records:
         values = Values(model)
         for p in record.plan.points:
-            if p.what in ("weight", "static") and p.key not in done and (p.gain is not None or not smoothed):
+            if (
+                p.what in ("weight", "static")
+                and p.key not in done
+                and (smoothed is None or p.gain in smoothed)
+            ):
                 done.add(p.key)
                 quantizer = runtime.weights[p.key]
                 assert isinstance(quantizer, Quantizer)

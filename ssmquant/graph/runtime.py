@@ -313,6 +313,9 @@ class Runtime(nn.Module):
         self.instance_forward: Any = None
         self.example: tuple[Any, ...] = ()  # (static description) of the example call, for save and pickle
         self.notes: list[str] = []
+        self.rounded: dict[
+            str, str
+        ] = {}  # how calibrate rounded each weight, by key; nothing where it did not
         self.graphs: CudaGraphs | None = None
         self.float_dtype: torch.dtype | None = None
         self.memory, self.unchanged = Pool(), Unchanged()
@@ -506,6 +509,7 @@ class Runtime(nn.Module):
         if "transforms" not in self._modules:  # of a version that had none
             self.transforms = Transforms()
         self.__dict__.setdefault("instead", None)
+        self.__dict__.setdefault("rounded", {})
 
 
 class _Stand:

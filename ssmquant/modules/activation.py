@@ -118,12 +118,16 @@ class ActivationQuantizer(nn.Module):
         x = self.scaled(x)  # as the weight expects
         return x if self.passes else self.quantizer(x)
 
-    def finish(self, *, search: bool = True, smooth: float = 0.0) -> None:
-        """Fit the quantizer to what was collected (where values passed in float), and note the ranges."""
+    def finish(self, *, search: bool = True, smooth: float | None = 0.0) -> None:
+        """Fit the quantizer to what was collected (where values passed in float), and note the ranges.
+
+        ``smooth``: strength of new factors; None keeps those that are there.
+        """
         samples, self.samples = self.samples or [], None
         if samples:
             if self.gain is not None:
-                self.gain.copy_(gains(torch.stack(self.largest).amax(0), smooth))
+                if smooth is not None:
+                    self.gain.copy_(gains(torch.stack(self.largest).amax(0), smooth))
                 samples = [self.scaled(s) for s in samples]
             if any(bool(s.any()) for s in samples):
                 self.quantizer.reset()  # the result depends on these data only, not on a calibration before

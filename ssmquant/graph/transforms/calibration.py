@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ssmquant.graph.runtime import Record, Runtime, runtime_of
 from ssmquant.graph.transforms.candidates import Candidate, Skipped, View
@@ -16,16 +16,21 @@ from ssmquant.graph.transforms.choose import fold_transforms, plan_transforms
 from ssmquant.graph.transforms.find import find_transforms
 from ssmquant.graph.transforms.statistics import Statistics, Watcher
 
-__all__ = ["measure", "transform"]
+__all__ = ["Watched", "from_first", "has_ranks", "measure", "transform"]
 
 _KINDS = {"dt_scale": "dt", "dt_rotation": "dt", "dt_mean": "dt"}
 
 
 @dataclass
-class _Watched(Record):
-    """Runs the float graph of a record, and measures."""
+class Watched(Record):
+    """A record whose calls run in an interpreter that measures."""
 
-    watcher: Watcher | None = None
+    watcher: fx.Interpreter | None = None
+
+    @classmethod
+    def by(cls, watcher: fx.Interpreter, record: Record) -> Watched:
+        """The record with that interpreter of one of its graphs."""
+        return cls(**{f.name: getattr(record, f.name) for f in fields(record)}, watcher=watcher)
 
     def __call__(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         assert self.watcher is not None
@@ -40,7 +45,7 @@ class _Graphs:
         self.kinds = {_KINDS.get(name, name) for name in runtime.config.transforms}
         # The records are kept: the runtime forgets some where there are very many.
         self.seen: dict[int, tuple[Record, list[Candidate], list[Skipped]]] = {}
-        self.watched: dict[int, _Watched] = {}
+        self.watched: dict[int, Watched] = {}
 
     def look(self, record: Record) -> list[Candidate]:
         if id(record) not in self.seen:
@@ -52,8 +57,7 @@ class _Graphs:
     def watch(self, record: Record) -> Record:
         if id(record) not in self.watched:
             watcher = Watcher(self.model, record.trace.graph, self.look(record), self.statistics)
-            own = {f.name: getattr(record, f.name) for f in fields(record)}
-            self.watched[id(record)] = _Watched(**own, watcher=watcher)
+            self.watched[id(record)] = Watched.by(watcher, record)
         return self.watched[id(record)]
 
     def common(self) -> tuple[list[Candidate], list[Skipped]]:
@@ -125,20 +129,25 @@ def transform(
     """
     runtime = runtime_of(model)
     names, klt = runtime.config.transforms, runtime.config.rotation == "klt"
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    several = has_ranks()
     if several:
         found, skipped = _shared(found, skipped)
     plan, without = plan_transforms(model, found, statistics, names, klt=klt)
     skipped = [*skipped, *without]
     if several:  # of other batches, so decided otherwise; the reasons, too, are in a buffer of the same size
-        plan, skipped = _from_first((plan, skipped))
+        plan, skipped = from_first((plan, skipped))
     tensors, applied = fold_transforms(model, found, plan)
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     runtime.transforms.settle(tensors, applied, skipped, like)
     return bool(applied), bool(tensors)
 
 
-def _from_first(value: Any) -> Any:
+def has_ranks() -> bool:
+    """Whether several processes work together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def from_first(value: Any) -> Any:
     """Rank 0's value, on all ranks."""
     box = [value]
     dist.broadcast_object_list(box, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,28 +84,46 @@ class Projection:
 
     def read(self, model: nn.Module) -> Tensor:
         """The weight (g, o, i, taps), float64 on the CPU, as all that is computed of weights here."""
-        w = model.get_parameter(self.parameter).detach().cpu().double()
-        if self._index is not None:
-            w = w.reshape(-1)[self._index]
-        return w.permute(self._order).reshape(*self.groups, -1)
+        return self.arranged(model.get_parameter(self.parameter).detach().cpu().double())
 
     @torch.no_grad()
     def write(self, model: nn.Module, value: Tensor) -> None:
         """Puts a weight (g, o, i, taps) in the place of the model's own."""
         p = model.get_parameter(self.parameter)
-        used = p.shape if self._index is None else self._index.shape
+        p.copy_(self.stored(value, p.shape))
+
+    def arranged(self, values: Tensor) -> Tensor:
+        """Values of the parameter's elements, in its shape, as (g, o, i, taps)."""
+        if self._index is not None:
+            values = values.reshape(-1)[self._index.to(values.device)]
+        return values.permute(self._order).reshape(*self.groups, -1)
+
+    def stored(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """Inverse of :meth:`arranged`; ``shape`` is the parameter's."""
+        used = shape if self._index is None else self._index.shape
         moved = [used[d] for d in self._order]
         back = sorted(range(len(moved)), key=lambda d: self._order[d])
-        w = value.reshape(moved).permute(back)
+        values = values.reshape(moved).permute(back)
         if self._index is None:
-            p.copy_(w)
-        else:
-            scatter(p, self._index.reshape(-1), w.reshape(-1))
+            return values
+        flat = values.new_empty(math.prod(shape))
+        flat[self._index.reshape(-1).to(values.device)] = values.reshape(-1)
+        return flat.reshape(shape)
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """What it computes with, equal in all graphs where it is the same."""
         return self.parameter, self.bias, self.groups, self._index, self._order
+
+    def multiplies_like(self, other: Projection) -> bool:
+        """Whether the elements of the same parameter stand in the same places of (g, o, i, taps)."""
+        indices = self._index, other._index
+        same = (
+            torch.equal(*indices)  # type: ignore[arg-type]
+            if all(isinstance(t, Tensor) for t in indices)
+            else indices == (None, None)
+        )
+        return same and (self.groups, self._order) == (other.groups, other._order)
 
     @property
     def touched(self) -> set[str]:
