@@ -17,13 +17,14 @@ from ssmquant.config import QConfig
 from ssmquant.errors import CalibrationError, ConfigError, InputError
 from ssmquant.graph.cuda_graphs import CudaGraphs
 from ssmquant.graph.gains import fold_gains
-from ssmquant.graph.plan import Point
+from ssmquant.graph.plan import Point, module_key
 from ssmquant.graph.prepared import (
     Undone,
     Values,
     attach,
     bind,
     initialize_weights,
+    input_ranges,
     move_plain_tensors,
     refuse_elsewhere,
 )
@@ -33,7 +34,7 @@ from ssmquant.graph.trace import SEED, describe_call
 from ssmquant.graph.transforms.calibration import measure, transform
 from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
-from ssmquant.quantizers import DLS, RLQ, Quantizer, Token, get_quantizer
+from ssmquant.quantizers import DLS, PTS, RLQ, Quantizer, Token, get_quantizer
 from ssmquant.quantizers.lsq import LearnedScale
 
 __all__ = ["calibrate", "convert", "cuda_graph", "param_groups", "prepare"]
@@ -189,6 +190,13 @@ def make_quantizer(point: Point, config: QConfig) -> Quantizer:
                 "convolutions; see QConfig.scan_output"
             )
         kwargs["channel_axis"] = point.channels[0]
+    elif issubclass(cls, PTS):
+        if point.what != "activation" or any(site.kind == "scan" for site, _ in point.uses):
+            raise ConfigError(
+                f"'{point.name}' cannot have the quantizer {scheme.method!r}, which is for inputs of projections and "
+                "convolutions; see QConfig.scan_output"
+            )
+        kwargs["position_axes"] = point.position_axes
     elif weight:
         kwargs |= {"axis": point.axis, "num_groups": point.groups} if point.groups > 1 else {}
     elif issubclass(cls, DLS):
@@ -225,8 +233,8 @@ def _make_quantizers(model: nn.Module) -> None:
 # ---- calibrate -----------------------------------------------------------------------------------------------------
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    method = runtime_of(model).method
+def call_model(model: nn.Module, batch: Any, method: str) -> Any:
+    """Calls a method with what a loader yields."""
     call = model if method == "forward" else getattr(model, method)
     if isinstance(batch, Tensor):
         return call(batch)
@@ -235,9 +243,13 @@ def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (tuple, list)) and batch:
         return call(batch[0])
     raise InputError(
-        f"calibrate: a batch of type {type(batch).__name__} is neither a tensor, a tuple or list (its first element is "
+        f"a batch of type {type(batch).__name__} is neither a tensor, a tuple or list (its first element is "
         "the input) nor a dict (keyword arguments); pass forward=lambda model, batch: ..."
     )
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    return call_model(model, batch, runtime_of(model).method)
 
 
 @torch.no_grad()
@@ -280,14 +292,14 @@ def calibrate(
     try:
         prepared.eval()
         if fit and runtime.config.transforms and not runtime.transforms.settled:
-            batches = list(_limited(batches, max_batches, False))
+            batches = list(limited(batches, max_batches, False))
             if batches:
                 ensure_traced(prepared)
                 undo = Undone(prepared)  # of a failure in the pass below, too
                 _transform(prepared, batches, forward or _call)
         for q in quantizers:
             q.start(passes=fit)
-        for batch in _limited(batches, max_batches, progress):
+        for batch in limited(batches, max_batches, progress):
             (forward or _call)(prepared, batch)
             n += 1
         if n == 0:
@@ -296,8 +308,13 @@ def calibrate(
             )
         if quantizers and not any(q.stats for q in quantizers):
             raise CalibrationError("calibrate: the batches reached no quantizer (are they empty?)")
+        read = input_ranges(prepared) if fit and runtime.config.smooth_weights else {}
         for q in quantizers:
-            q.finish(search=runtime.config.searches, smooth=runtime.config.smooth)
+            q.finish(
+                search=runtime.config.searches,
+                smooth=runtime.config.smooth,
+                weights=read.get(module_key(q.name)),
+            )
         if fit and any(q.gain is not None for q in quantizers):
             initialize_weights(prepared, smoothed=True)
     except BaseException:
@@ -356,7 +373,14 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:
     return model
 
 
-def _limited(batches: Iterable[Any], limit: int | None, progress: bool | None) -> Iterable[Any]:
+def limited(
+    batches: Iterable[Any],
+    limit: int | None,
+    progress: bool | None,
+    label: str = "calibrating",
+    total: int | None = None,
+) -> Iterable[Any]:
+    """So many batches at most, with a progress bar; ``total``: how many there are, where ``batches`` has no length."""
     it = itertools.islice(batches, limit)
     if progress or (progress is None and sys.stderr.isatty()):
         try:
@@ -364,9 +388,10 @@ def _limited(batches: Iterable[Any], limit: int | None, progress: bool | None) -
             from rich.progress import track
         except ImportError:
             return it
-        known = [n for n in (len(batches) if isinstance(batches, Sized) else None, limit) if n is not None]
+        length = len(batches) if isinstance(batches, Sized) else total
+        known = [n for n in (length, limit) if n is not None]
         total = min(known) if known else None
-        return track(it, "calibrating", total=total, console=Console(stderr=True))
+        return track(it, label, total=total, console=Console(stderr=True))
     return it
 
 

@@ -124,11 +124,11 @@ def transform(
         the model has to be traced again.
     """
     runtime = runtime_of(model)
-    names, klt = runtime.config.transforms, runtime.config.rotation == "klt"
+    names, kind = runtime.config.transforms, runtime.config.rotation
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several:
         found, skipped = _shared(found, skipped)
-    plan = plan_transforms(model, found, statistics, names, klt=klt)
+    plan = plan_transforms(model, found, statistics, names, kind=kind)
     if several:  # of other batches, so decided otherwise; the reasons, too, are in a buffer of the same size
         plan, skipped = _from_first((plan, skipped))
     tensors, applied = fold_transforms(model, found, plan)

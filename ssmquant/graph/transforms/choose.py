@@ -19,11 +19,11 @@ from ssmquant.graph.transforms.candidates import Applied, Candidate, Scale
 from ssmquant.graph.transforms.residual import Residual
 from ssmquant.graph.transforms.statistics import Moments, Statistics
 from ssmquant.graph.transforms.turns import LowRank, OutRotation
+from ssmquant.modules.activation import gains
 from ssmquant.ops.hadamard import hadamard_matrix
 
 __all__ = ["Planned", "even_factors", "fold_transforms", "plan_transforms", "rotation"]
 
-_MOST = 8
 _SHRINK = 1e-3
 
 
@@ -44,25 +44,26 @@ def even_factors(values: Tensor, weights: Tensor, strength: float = 0.5) -> Tens
         weights: (n,) those of what they multiply.
         strength: between 0 (weights alone decide) and 1 (values alone).
     """
-    used = (values > 0) & (weights > 0) & values.isfinite() & weights.isfinite()
-    if not bool(used.any()):
-        return torch.ones_like(values, dtype=torch.float64)
-    log = values.double().clamp(min=1e-300).log2() * strength
-    log = log - weights.double().clamp(min=1e-300).log2() * (1 - strength)
-    steps = (log - log[used].mean()).round().clamp(-_MOST, _MOST)
-    return torch.where(used, steps.exp2(), 1.0)
+    known = values.isfinite() & weights.isfinite()
+    return 1 / gains(
+        torch.where(known, values.double(), 0.0), strength, torch.where(known, weights.double(), 0.0)
+    )
 
 
-def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True) -> Tensor:
-    """An orthogonal matrix (n, n), float64: ``H S`` or, with a covariance (n, n), ``H K^T``.
+def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True, hadamard: bool = True) -> Tensor:
+    """An orthogonal matrix (n, n), float64: ``H S`` or, with a covariance (n, n), ``H K^T``, or K^T alone.
 
     Args:
         n: size.
-        moments: A covariance, or second moments about 0; only its eigenvectors matter.
+        moments: A covariance, or second moments about 0; only its eigenvectors matter. Without one, or of one that is
+            not finite, K is the identity.
         signs: whether H's columns get signs, the same in every call, so that equal inputs do not add up in one output.
+        hadamard: with H; else it is the identity.
     """
-    h = hadamard_matrix(n)
-    if signs:
+    h = torch.eye(n, dtype=torch.float64)
+    if hadamard:
+        h = hadamard_matrix(n)
+    if hadamard and signs:
         generator = torch.Generator().manual_seed(n)
         h = h * (torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0).double()
     if moments is None:
@@ -76,7 +77,7 @@ def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True) -> Te
 
 
 def plan_transforms(
-    model: nn.Module, found: Sequence[Candidate], statistics: Statistics, names: Collection[str], *, klt: bool
+    model: nn.Module, found: Sequence[Candidate], statistics: Statistics, names: Collection[str], *, kind: str
 ) -> list[Planned]:
     """Decides on all factors and rotations; changes nothing.
 
@@ -85,12 +86,13 @@ def plan_transforms(
         found: candidates of a trace of this model.
         statistics: what was measured of them.
         names: ``QConfig.transforms``.
-        klt: rotations from covariances; else from Hadamard matrices alone.
+        kind: ``QConfig.rotation``.
 
     Returns:
         Those that have an effect, in the order in which they are folded: rotations of inputs and of the stream after
         the factors of the same columns.
     """
+    klt, hadamard = kind != "hadamard", kind != "klt_only"
     plan: list[Planned] = []
     for c in found:
         if isinstance(c, Scale):
@@ -105,7 +107,9 @@ def plan_transforms(
                 continue
             low, high = (int(f.log2()) for f in (factor.min(), factor.max()))
             plan.append(Planned(c.key, (factor,), f"factors 2^{low} to 2^{high}, {_cost(c)}"))
-        elif isinstance(c, LowRank) and (low_rank := _low_rank(model, c, statistics, names, klt)) is not None:
+        elif (
+            isinstance(c, LowRank) and (low_rank := _low_rank(model, c, statistics, names, kind)) is not None
+        ):
             plan.append(low_rank)
     for c in found:
         if isinstance(c, OutRotation):
@@ -113,8 +117,11 @@ def plan_transforms(
             plan.append(Planned(c.key, (hadamard_matrix(n),), f"Hadamard of {n}, at run time"))
         elif isinstance(c, Residual):
             moments = _second_moments(statistics.moments.get(c.key), c, model) if klt else None
-            how = "Hadamard" if moments is None else "KLT and Hadamard"
-            plan.append(Planned(c.key, (rotation(c.channels, moments),), f"{how} of {c.channels}, free"))
+            if moments is None and not hadamard:
+                continue
+            how = " and ".join(["KLT"] * (moments is not None) + ["Hadamard"] * hadamard)
+            turn = rotation(c.channels, moments, hadamard=hadamard)
+            plan.append(Planned(c.key, (turn,), f"{how} of {c.channels}, free"))
     return plan
 
 
@@ -167,7 +174,7 @@ def _pooled(largest: dict[int, Tensor] | None, c: Scale) -> tuple[Tensor, Tensor
 
 
 def _low_rank(
-    model: nn.Module, c: LowRank, statistics: Statistics, names: Collection[str], klt: bool
+    model: nn.Module, c: LowRank, statistics: Statistics, names: Collection[str], kind: str
 ) -> Planned | None:
     moments = statistics.moments.get(c.key)
     if not moments:
@@ -189,9 +196,10 @@ def _low_rank(
         covariance = covariance / (factor[:, :, None] * factor[:, None, :])
         how.append("factors, free")
     if "dt_rotation" in names and r > 1:
-        turns = torch.stack([rotation(r, k if klt else None) for k in covariance])
+        klt, hadamard = kind != "hadamard", kind != "klt_only"
+        turns = torch.stack([rotation(r, k if klt else None, hadamard=hadamard) for k in covariance])
         matrix = turns @ matrix
-        how.append(f"{'KLT and ' * klt}Hadamard of {r}, free")
+        how.append(f"{' and '.join(['KLT'] * klt + ['Hadamard'] * hadamard)} of {r}, free")
     if not how:
         return None
     return Planned(c.key, (matrix,) if mean is None else (matrix, mean), "; ".join(how))
