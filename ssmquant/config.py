@@ -184,7 +184,8 @@ class QConfig:
             to this power become factors, powers of two, of the input's quantizer and, inversely, of the weight's
             (SmoothQuant's migration, arXiv 2211.10438). Where a norm comes before, ``convert`` leaves them to it.
         smooth_weights: Factors by the whole formula of that paper: divided by the largest values of the weights' input
-            channels to the power ``1 - smooth``. Without, inputs alone decide.
+            channels to the power ``1 - smooth``; of all that comes from a norm. Without, inputs alone decide, and
+            projections whose gate a scan takes (Vim's in_proj) have none.
         transforms: Rewrites that keep the float model's function and make it easier to quantize, chosen by
             ``calibrate`` (MambaQuant, arXiv 2501.13484). Factors of channels: of what convolutions read
             (``"conv_input"``), of scans' inputs (``"scan_input"``), of norms behind scans (``"gate"``), of scans' B and
@@ -350,7 +351,7 @@ class QConfig:
 
         ``alpha`` is the published migration strength. Factors are the paper's, rounded to powers of two. As published
         (its static setting) activations have one range a tensor; weights one for each output channel, where the paper
-        has one a tensor; and inputs near a scan, behind which there is a gate, stay as they are (see ``smooth``).
+        has one a tensor. As there, inputs behind norms have factors; so have some convolutions', but none near a scan.
         """
         return cls.minmax(w_bits, a_bits, **{"smooth": alpha, "smooth_weights": True, **changes})
 

@@ -27,7 +27,7 @@ def learn_ranges(
     reference: nn.Module,
     *,
     steps: int = 100,
-    lr: float = 1e-2,
+    lr: float = 5e-3,
     loss: str = "cosine",
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: bool | None = None,
@@ -37,9 +37,10 @@ def learn_ranges(
     The joint learning of PTQ4VM (arXiv 2412.20386, JLSS), but of the whole model's output at once instead of one block
     after the other, and without its smoothing factors, which stay powers of two. Weights of the model do not change; no
     labels are needed. Runs in evaluation mode. Adam moves each step, and each shift in units of its step, by about
-    ``lr`` of itself an update, less and less towards the end (cosine). All batches and the float model's outputs are
-    kept in memory, and those of one batch for its backward pass. Ranks of a distributed run do not talk to each other:
-    give them the same batches, or load what one has learnt.
+    ``lr`` of itself an update, less and less towards the end (cosine). The loss over all batches is measured before,
+    after each turn of them and at the end, and what was best is kept: on these batches it is never worse than before.
+    All batches and the float model's outputs are kept in memory, and those of one batch for its backward pass. Ranks of
+    a distributed run do not talk to each other: give them the same batches, or load what one has learnt.
 
     Args:
         prepared: A calibrated model; changed in place.
@@ -144,22 +145,43 @@ def _descend(
     optimizer = torch.optim.Adam(moves, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     parameters = [p for p, _ in scalars]
-    turns = itertools.islice(itertools.cycle(pairs), steps)
-    for batch, wanted in limited(turns, None, progress, "learning ranges", steps):
+
+    def place(positions: list[Tensor]) -> None:
+        for position, old, (p, unit) in zip(positions, start, scalars, strict=True):
+            p.copy_(old + position * unit)
+
+    @torch.no_grad()
+    def total() -> float:
+        return _require_finite(
+            sum(float(_distance(run(prepared, batch), wanted, loss)) for batch, wanted in pairs), lr
+        )
+
+    best, least = [m.detach().clone() for m in moves], total()
+    turns = limited(itertools.islice(itertools.cycle(pairs), steps), None, progress, "learning ranges", steps)
+    for n, (batch, wanted) in enumerate(turns, 1):
         value = _distance(run(prepared, batch), wanted, loss)
         found = torch.autograd.grad(value, parameters, allow_unused=True)
         with torch.no_grad():
             for move, gradient, (_, unit) in zip(moves, found, scalars, strict=True):
                 move.grad = None if gradient is None else gradient * unit
-            finite = [value.isfinite(), *(m.grad.isfinite().all() for m in moves if m.grad is not None)]
-            if not bool(torch.stack([f.to(value.device) for f in finite]).all()):
-                raise CalibrationError(
-                    f"learn_ranges: the loss or a gradient became NaN or inf (lr={lr}); all is as it was before"
-                )
+            # A sum of magnitudes is NaN or inf if one of them is.
+            _require_finite(float(value), lr)
+            _require_finite(sum(float(m.grad.abs().max()) for m in moves if m.grad is not None), lr)
             optimizer.step()
             schedule.step()
-            for move, old, (p, unit) in zip(moves, start, scalars, strict=True):
-                p.copy_(old + move * unit)
+            place(moves)
+        if (n % len(pairs) == 0 or n == steps) and (now := total()) < least:
+            best, least = [m.detach().clone() for m in moves], now
+    with torch.no_grad():
+        place(best)
+
+
+def _require_finite(value: float, lr: float) -> float:
+    if not math.isfinite(value):
+        raise CalibrationError(
+            f"learn_ranges: an output, the loss or a gradient became NaN or inf (lr={lr}); all is as it was before"
+        )
+    return value
 
 
 def _distance(outputs: list[Tensor], wanted: list[Tensor], loss: str) -> Tensor:

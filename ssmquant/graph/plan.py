@@ -329,7 +329,7 @@ def make_plan(
         if not quantized:
             floats[site.name] = "bits=None"
     if config.smooth:
-        _pair_up(model, list(points.values()))
+        _pair_up(model, list(points.values()), behind_norms=config.smooth_weights)
     # A tied weight has one quantizer, an operand of several sites too; every point's name must be its own.
     assert len({p.name for p in points.values()}) == len(points), "quantizer names collide"
     parameters = [p for p in found.floats if p.name]
@@ -349,11 +349,13 @@ def _sums_over_axis_1(model: nn.Module, site: Site) -> bool:
     return site.weight.node is site.parameter_node and bool(groups == 1)
 
 
-def _pair_up(model: nn.Module, points: list[Point]) -> None:
+def _pair_up(model: nn.Module, points: list[Point], *, behind_norms: bool) -> None:
     """Factors of channels for inputs that go to quantized weights alone, and these to no other input.
 
     The low-rank projections of a scan have none, as their input is the scan's, too, nor what reads a scan, where a gate
     stands between: one kernel does all of it. (In MambaIR it would make no difference to that input's error.)
+    ``behind_norms``: what comes from a norm has factors all the same, as in_proj's input where its gate goes to a scan
+    (Vim); the norm takes them.
     """
     weights = {id(site): p for p in points if p.what == "weight" for site, _ in p.uses}
     for p in points:
@@ -361,7 +363,9 @@ def _pair_up(model: nn.Module, points: list[Point]) -> None:
             continue
         sites = [site for site, _ in p.uses]
         readers = [weights.get(id(site)) for site in sites]
-        near_scan = any(site.feeds_scan or site.reads_scan for site in sites)
+        normed = behind_norms and p.node.op == "call_module"
+        normed = normed and isinstance(model.get_submodule(str(p.node.target)), (nn.LayerNorm, nn.RMSNorm))
+        near_scan = any(site.reads_scan or (site.feeds_scan and not normed) for site in sites)
         if near_scan or not all(_sums_over_axis_1(model, site) for site in sites):
             continue
         own = {id(site) for site in sites}

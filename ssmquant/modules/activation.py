@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.name = name
         self.quantizer = quantizer
-        self.samples: list[Tensor | PositionSample] | None = None
+        self.samples: list[Any] | None = None
         self.passes = True
         self.stats: list[Tensor] = []
         self.largest: list[Tensor] = []
