@@ -164,9 +164,8 @@ def _descend(
         with torch.no_grad():
             for move, gradient, (_, unit) in zip(moves, found, scalars, strict=True):
                 move.grad = None if gradient is None else gradient * unit
-            # A sum of magnitudes is NaN or inf if one of them is.
-            _require_finite(float(value), lr)
-            _require_finite(sum(float(m.grad.abs().max()) for m in moves if m.grad is not None), lr)
+            sizes = [m.grad.abs().max() for m in moves if m.grad is not None]
+            _require_finite(float(torch.stack([value.to(sizes[0]), *sizes]).sum()), lr)
             optimizer.step()
             schedule.step()
             place(moves)
