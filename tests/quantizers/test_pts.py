@@ -213,7 +213,7 @@ def test_a_sample_of_much_data_clips_as_all_of_it() -> None:
     ]
     mine = (q.eval()(x) - x).abs().pow(2.4).sum((0, 2))
     assert (mine < 1.15 * torch.stack(errors).amin(0)).all()
-    assert (mine < 0.6 * errors[-1]).all()
+    assert (mine < 0.8 * errors[-1]).all()
 
 
 @given(bits, shapes, st.integers(0, 100))
