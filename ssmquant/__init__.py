@@ -35,6 +35,7 @@ from ssmquant.errors import (
     TraceError,
 )
 from ssmquant.io import load, load_checkpoint, save
+from ssmquant.learning import learn_ranges
 from ssmquant.workflow import calibrate, convert, cuda_graph, param_groups, prepare
 
 __version__ = "0.1.0.dev0"
@@ -65,6 +66,7 @@ __all__ = [
     "cuda_graph",
     "health",
     "install_standins",
+    "learn_ranges",
     "load",
     "load_checkpoint",
     "param_groups",

@@ -180,7 +180,7 @@ class QConfig:
         activation: Quantizer of the inputs of projections and convolutions.
         scan: Quantizer of the scan's operands.
         scan_output: Quantizer of the input of the projection that reads the scan's output; defaults to ``scan``.
-            ``"token"`` gives every position a range of its own.
+            ``"token"`` gives every position a range of its own in each call, ``"pts"`` a static one.
         decay: Quantizer of the scan's A; defaults to ``scan``. ``"shared"`` keeps one value for each state, shared over
             channels, ``"ladder"`` evenly spaced ones (where A has more than one state; else ``scan`` it is).
         granularity: Scales of a weight: ``"tensor"`` (one, as published), ``"direction"`` (one for each direction of a
@@ -193,6 +193,9 @@ class QConfig:
         smooth: Strength, 0 (off) to 1, with which ``calibrate`` evens out the channels of inputs: their largest values
             to this power become factors, powers of two, of the input's quantizer and, inversely, of the weight's
             (SmoothQuant's migration, arXiv 2211.10438). Where a norm comes before, ``convert`` leaves them to it.
+        smooth_weights: Factors by the whole formula of that paper: divided by the largest values of the weights' input
+            channels to the power ``1 - smooth``; of all that comes from a norm. Without, inputs alone decide, and
+            projections whose gate a scan takes (Vim's in_proj) have none.
         transforms: Rewrites that keep the float model's function and make it easier to quantize, chosen by
             ``calibrate`` (MambaQuant, arXiv 2501.13484). Factors of channels: of what convolutions read
             (``"conv_input"``), of scans' inputs (``"scan_input"``), of norms behind scans (``"gate"``), of scans' B and
@@ -201,7 +204,9 @@ class QConfig:
             (``"out_rotation"``, at run time), of residual streams between norms (``"residual_rotation"``).
             ``"dt_mean"`` takes the mean from the low rank. Where one does not apply, ``summary`` says why. Later a call
             whose graph cannot have what was done to the weights raises TraceError.
-        rotation: ``"klt"`` turns rotations to the principal axes of calibration data first, ``"hadamard"`` does not.
+        rotation: ``"klt"`` turns rotations to the principal axes of calibration data first, ``"hadamard"`` does not,
+            ``"klt_only"`` does nothing else (for ablations: it gathers the variance in few channels). That of
+            out_proj's input, which is computed at run time, is always a Hadamard transform.
         rounding: ``"nearest"``, or ``"gptq"``: ``calibrate`` rounds weights so that the outputs of their layers change
             little (GPTQ, arXiv 2210.17323), and writes the result into the model's weights. What stays at nearest, and
             why, is in ``summary``.
@@ -231,6 +236,7 @@ class QConfig:
     scan_options: Mapping[str, Any] | Options = ()
     initialization: str = "mse"
     smooth: float = 0.0
+    smooth_weights: bool = False
     transforms: tuple[str, ...] = ()
     rotation: str = "klt"
     rounding: str = "nearest"
@@ -264,9 +270,9 @@ class QConfig:
         for name in self.transforms:
             _check_choice("transforms", name, TRANSFORMS)
         object.__setattr__(self, "transforms", tuple(self.transforms))
-        _check_choice("rotation", self.rotation, ("klt", "hadamard"))
+        _check_choice("rotation", self.rotation, ("klt", "hadamard", "klt_only"))
         _check_choice("rounding", self.rounding, ("nearest", "gptq"))
-        for name in ("keep_first_last", "keep_gates", "official"):
+        for name in ("smooth_weights", "keep_first_last", "keep_gates", "official"):
             _check_flag(name, getattr(self, name))
         patterns: object = self.keep_float
         if not isinstance(patterns, (str, list, tuple)) or not isinstance(self.rules, (list, tuple)):
@@ -354,6 +360,56 @@ class QConfig:
         }
         return cls(**{**base, **changes})
 
+    @classmethod
+    def smoothquant(cls, w_bits: Bits = 8, a_bits: Bits = 8, alpha: float = 0.5, **changes: Any) -> QConfig:
+        """Without training: SmoothQuant (arXiv 2211.10438), min-max ranges of inputs whose channels are evened out.
+
+        ``alpha`` is the published migration strength. Factors are the paper's, rounded to powers of two. As published
+        (its static setting) activations have one range a tensor; weights one for each output channel, where the paper
+        has one a tensor. As there, inputs behind norms have factors; so have some convolutions', but none near a scan.
+        """
+        return cls.minmax(w_bits, a_bits, **{"smooth": alpha, "smooth_weights": True, **changes})
+
+    @classmethod
+    def quarot(cls, w_bits: Bits = 4, a_bits: Bits = 8, **changes: Any) -> QConfig:
+        """Without training: QuaRot (arXiv 2404.00456), min-max ranges of values that Hadamard matrices rotate.
+
+        Of the residual stream between RMS norms, of the low rank of step sizes, of out_proj's input at run time; no
+        factors, no principal axes. The paper's are a transformer's (it rotates attention and the feed-forward layer)
+        with ranges of each token and weights by GPTQ or rounding to nearest: here static ranges and rounding.
+        """
+        base: dict[str, Any] = {
+            "transforms": ("dt_rotation", "out_rotation", "residual_rotation"),
+            "rotation": "hadamard",
+        }
+        return cls.minmax(w_bits, a_bits, **{**base, **changes})
+
+    @classmethod
+    def ptq4vm(cls, w_bits: Bits = 8, a_bits: Bits = 8, **changes: Any) -> QConfig:
+        """Without labels: PTQ4VM (arXiv 2412.20386), a static range for each position of a token.
+
+        Inputs of projections have ranges by position (``"pts"``), weights a step for each output channel without a
+        shift, and both SmoothQuant's factors; scans stay in float, all as published. ``calibrate``, then
+        ``learn_ranges`` for its joint learning, of the steps only: factors stay what calibration made them, powers of
+        two. Convolutions are quantized too, as in the other presets; ``rules=(Rule("conv", keep_float=True),)`` leaves
+        them in float, as published where no projection is written as one. ``activation_options`` and ``scan_options``
+        (of out_proj's input) take ``{"positions": n}``. A scan in codes, too, wants another quantizer:
+        ``scan_bits=8, scan="minmax", scan_output="pts"``.
+        """
+        base: dict[str, Any] = {
+            "w_bits": w_bits,
+            "a_bits": a_bits,
+            "scan_bits": None,
+            "weight": "lsq",
+            "activation": "pts",
+            "scan": "pts",
+            "granularity": "channel",
+            "weight_options": {"shift": "none"},
+            "smooth": 0.5,
+            "smooth_weights": True,
+        }
+        return cls(**{**base, **changes})
+
     @property
     def searches(self) -> bool:
         """Whether quantizers start from the least squared error."""
@@ -427,6 +483,8 @@ class QConfig:
             del d["transforms"], d["rotation"]
         if self.rounding == "nearest":
             del d["rounding"]
+        if not self.smooth_weights:
+            del d["smooth_weights"]
         for name in ("weight_options", "activation_options", "scan_options"):
             d[name] = dict(getattr(self, name))
         return d

@@ -396,7 +396,10 @@ def _fill_activation(runtime: Runtime, p: Point, e: dict[str, Any], reader: Read
         if not bool(value.isfinite().all()):
             raise reader.fail(f"'{p.name}': {name} is not finite")
         state[name] = value.reshape(own[name].shape).to(own[name].dtype)
-    quantizer.load_state_dict(state)
+    try:
+        quantizer.load_state_dict(state)
+    except RuntimeError as error:
+        raise reader.fail(f"'{p.name}': {error}") from error
     if not quantizer.ready:  # a deployed model would not run
         raise reader.fail(f"'{p.name}' has no range")
     if p.gain is None and "gain" in e:

@@ -24,6 +24,7 @@ from ssmquant.graph.prepared import (
     attach,
     bind,
     initialize_weights,
+    input_ranges,
     move_plain_tensors,
     refuse_elsewhere,
 )
@@ -35,7 +36,7 @@ from ssmquant.graph.trace import SEED, describe_call
 from ssmquant.graph.transforms.calibration import measure, transform
 from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
-from ssmquant.quantizers import DLS, RLQ, Quantizer, Token, get_quantizer
+from ssmquant.quantizers import DLS, PTS, RLQ, Quantizer, Token, get_quantizer
 from ssmquant.quantizers.lsq import LearnedScale
 
 __all__ = ["calibrate", "convert", "cuda_graph", "param_groups", "prepare"]
@@ -191,6 +192,13 @@ def make_quantizer(point: Point, config: QConfig) -> Quantizer:
                 "convolutions; see QConfig.scan_output"
             )
         kwargs["channel_axis"] = point.channels[0]
+    elif issubclass(cls, PTS):
+        if point.what != "activation" or any(site.kind == "scan" for site, _ in point.uses):
+            raise ConfigError(
+                f"'{point.name}' cannot have the quantizer {scheme.method!r}, which is for inputs of projections and "
+                "convolutions; see QConfig.scan_output"
+            )
+        kwargs["position_axes"] = point.position_axes
     elif weight:
         kwargs |= {"axis": point.axis, "num_groups": point.groups} if point.groups > 1 else {}
     elif issubclass(cls, DLS):
@@ -242,8 +250,8 @@ def reconfigured(prepared: nn.Module, config: QConfig) -> Any:
 # ---- calibrate -----------------------------------------------------------------------------------------------------
 
 
-def _call(model: nn.Module, batch: Any, method: str | None = None) -> Any:
-    """``method``: of a model that was not prepared."""
+def call_model(model: nn.Module, batch: Any, method: str | None = None) -> Any:
+    """Calls a model with what a loader yields; ``method``: of one that is not prepared."""
     method = method or runtime_of(model).method
     call = model if method == "forward" else getattr(model, method)
     if isinstance(batch, Tensor):
@@ -253,7 +261,7 @@ def _call(model: nn.Module, batch: Any, method: str | None = None) -> Any:
     if isinstance(batch, (tuple, list)) and batch:
         return call(batch[0])
     raise InputError(
-        f"calibrate: a batch of type {type(batch).__name__} is neither a tensor, a tuple or list (its first element is "
+        f"a batch of type {type(batch).__name__} is neither a tensor, a tuple or list (its first element is "
         "the input) nor a dict (keyword arguments); pass forward=lambda model, batch: ..."
     )
 
@@ -310,11 +318,11 @@ def calibrate(
                 ensure_traced(prepared)
                 undo = Undone(prepared)  # of a failure in the passes below, too
                 if transforms:
-                    _transform(prepared, batches, forward or _call)
+                    _transform(prepared, batches, forward or call_model)
         for q in quantizers:
             q.start(passes=fit)
         for batch in limited(batches, max_batches, progress):
-            (forward or _call)(prepared, batch)
+            (forward or call_model)(prepared, batch)
             n += 1
         if n == 0:
             raise CalibrationError(
@@ -323,14 +331,15 @@ def calibrate(
         if quantizers and not any(q.stats for q in quantizers):
             raise CalibrationError("calibrate: the batches reached no quantizer (are they empty?)")
         kept = rounded_gains(prepared) if rounds else set()
+        read = input_ranges(prepared) if fit and runtime.config.smooth_weights else {}
         for k, q in by_key.items():
             smooth = None if k in kept else runtime.config.smooth
-            q.finish(search=runtime.config.searches, smooth=smooth)
+            q.finish(search=runtime.config.searches, smooth=smooth, weights=read.get(k))
         if fit:
             initialize_weights(prepared, smoothed={k for k, q in by_key.items() if q.gain is not None} - kept)
         if rounds:
             assert isinstance(batches, list)
-            round_weights(prepared, measure_inputs(prepared, batches, forward or _call))
+            round_weights(prepared, measure_inputs(prepared, batches, forward or call_model))
     except BaseException:
         for q in quantizers:
             q.abandon()
@@ -388,9 +397,13 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:
 
 
 def limited(
-    batches: Iterable[Any], limit: int | None, progress: bool | None, label: str = "calibrating"
+    batches: Iterable[Any],
+    limit: int | None,
+    progress: bool | None,
+    label: str = "calibrating",
+    total: int | None = None,
 ) -> Iterable[Any]:
-    """The first ``limit`` of them, with a progress bar; ``progress=None``: where stderr is a terminal."""
+    """So many batches at most, with a progress bar; ``total``: how many there are, where ``batches`` has no length."""
     it = itertools.islice(batches, limit)
     if progress or (progress is None and sys.stderr.isatty()):
         try:
@@ -398,7 +411,8 @@ def limited(
             from rich.progress import track
         except ImportError:
             return it
-        known = [n for n in (len(batches) if isinstance(batches, Sized) else None, limit) if n is not None]
+        length = len(batches) if isinstance(batches, Sized) else total
+        known = [n for n in (length, limit) if n is not None]
         total = min(known) if known else None
         return track(it, label, total=total, console=Console(stderr=True))
     return it

@@ -33,7 +33,7 @@ from ssmquant.errors import ConfigError, InputError
 from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
 from ssmquant.modules import ActivationQuantizer
 from ssmquant.quantizers import DLS
-from ssmquant.workflow import _call
+from ssmquant.workflow import call_model
 
 __all__ = ["HealthMonitor", "HealthReport", "HealthRow", "HealthWarning", "health", "weight_rows"]
 
@@ -345,7 +345,7 @@ def _activations(
     hooks = [m.register_forward_pre_hook(look) for m in runtime.activations.values()]
     try:
         with _undisturbed(model):
-            (forward or _call)(model, batch)
+            (forward or call_model)(model, batch)
     finally:
         for h in hooks:
             h.remove()

@@ -25,7 +25,7 @@ from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.modules import PackedTensor
 from ssmquant.modules.activation import over_gain
 from ssmquant.quantizers import RFA, QTensor, Quantizer, Token
-from ssmquant.workflow import _call
+from ssmquant.workflow import call_model
 
 __all__ = ["Measured", "Measurement", "measure_batches", "measure_parameters"]
 
@@ -208,7 +208,7 @@ def measure_batches(
             results: list[Any] = []
 
             def passed(m: nn.Module, b: Any, results: list[Any] = results) -> None:
-                results.append((forward or _call)(m, b))
+                results.append((forward or call_model)(m, b))
 
             items = _activations(model, batch, passed, finite=True)
             numbers = _numbers(items)
@@ -239,7 +239,7 @@ def _reference(
     reference: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None, method: str
 ) -> Any:
     with _undisturbed(reference):
-        return forward(reference, batch) if forward is not None else _call(reference, batch, method)
+        return forward(reference, batch) if forward is not None else call_model(reference, batch, method)
 
 
 def _compare(out: Any, reference: Any, sums: list[float]) -> None:

@@ -16,7 +16,7 @@ from ssmquant.analysis.widths import Unit, Widths, decibel
 from ssmquant.errors import CalibrationError, ConfigError
 from ssmquant.graph.runtime import Runtime, runtime_of
 from ssmquant.modules import ActivationQuantizer
-from ssmquant.workflow import _call, ensure_traced, limited
+from ssmquant.workflow import call_model, ensure_traced, limited
 
 __all__ = ["BITS", "Loss", "Sensitivity", "SensitivityRow", "check_bits", "sensitivity"]
 
@@ -309,7 +309,7 @@ def sensitivity(
     try:
         # Not in inference mode: copies of the model's tensors would be such that cannot be traced.
         with torch.inference_mode(False), torch.no_grad():
-            widths = Widths(prepared, kept, given, forward or _call, progress)
+            widths = Widths(prepared, kept, given, forward or call_model, progress)
             if not widths.units:
                 raise ConfigError("sensitivity: the configuration leaves every site of this model in float")
             meter = Meter(widths, loss)

@@ -32,8 +32,9 @@ class Point:
     ``what`` is ``"weight"`` (a parameter, quantized where it is read), ``"static"`` (a value made of parameters only,
     encoded once at convert) or ``"activation"``. ``axis``: the sample axis of an activation whose statistics are taken
     per sample, or the channel axis of a weight, with ``leading`` axes in front counting as one. ``channels``: axis and
-    number of an activation's channels, over which its projection or convolution sums. ``gain``: the key of the
-    activation whose channels have factors (its own, or that of a weight's input), see ``QConfig.smooth``.
+    number of an activation's channels, over which its projection or convolution sums. ``position_axes``: those axes of
+    an activation that are neither samples nor channels; none where the samples have no axis of their own. ``gain``: the
+    key of the activation whose channels have factors (its own, or that of a weight's input), see ``QConfig.smooth``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Point:
     groups: int = 1
     leading: int = 1
     channels: tuple[int, int] | None = None
+    position_axes: tuple[int, ...] = ()
     gain: str | None = None
     uses: list[tuple[Site, Operand]] = field(default_factory=list)
     parameter: str | None = None
@@ -210,6 +212,21 @@ def _input_channels(model: nn.Module, site: Site, operand: Operand) -> tuple[int
     return axis, shape[axis]
 
 
+def _position_axes(site: Site, operand: Operand, sample: int | None, channels: int | None) -> tuple[int, ...]:
+    """The axes of an input that number neither samples nor channels."""
+    dims = operand.node.meta["val"].dim()
+    if (
+        channels is None
+        and site.kind == "matmul"
+        and op_name(site.node) != "einsum"
+        and site.weight is not None
+    ):
+        channels = dims - (1 if operand.at == 0 else 2)  # x @ W or W @ x
+    if sample is None or channels is None:
+        return ()
+    return tuple(d for d in range(dims) if d not in (sample, channels % dims))
+
+
 def make_plan(
     model: nn.Module,
     trace: Trace,
@@ -296,7 +313,8 @@ def make_plan(
                 raise ConfigError(f"{what}: {decay_only(scheme.method)}")
             quantized = True
             static = o.node in found.static
-            axis = axis_of(o.node) if config.statistics == "sample" and not static else None
+            sample = None if static else axis_of(o.node)
+            axis = sample if config.statistics == "sample" else None
             # A value whose storage is written later may differ from one reader to the next: no sharing.
             alone = site.node if o.node.meta.get("storage") in written else None
             key = (o.node, scheme, axis, alone)
@@ -304,11 +322,14 @@ def make_plan(
             what = "static" if static else "activation"
             point = points.setdefault(key, Point(name, what, scheme, o.node, axis))
             point.channels = point.channels or _input_channels(model, site, o)
+            if site.kind != "scan" and not point.position_axes:
+                own = None if point.channels is None else point.channels[0]
+                point.position_axes = _position_axes(site, o, sample, own)
             point.uses.append((site, o))
         if not quantized:
             floats[site.name] = "bits=None"
     if config.smooth:
-        _pair_up(model, list(points.values()))
+        _pair_up(model, list(points.values()), behind_norms=config.smooth_weights)
     # A tied weight has one quantizer, an operand of several sites too; every point's name must be its own.
     assert len({p.name for p in points.values()}) == len(points), "quantizer names collide"
     parameters = [p for p in found.floats if p.name]
@@ -328,11 +349,13 @@ def _sums_over_axis_1(model: nn.Module, site: Site) -> bool:
     return site.weight.node is site.parameter_node and bool(groups == 1)
 
 
-def _pair_up(model: nn.Module, points: list[Point]) -> None:
+def _pair_up(model: nn.Module, points: list[Point], *, behind_norms: bool) -> None:
     """Factors of channels for inputs that go to quantized weights alone, and these to no other input.
 
     The low-rank projections of a scan have none, as their input is the scan's, too, nor what reads a scan, where a gate
     stands between: one kernel does all of it. (In MambaIR it would make no difference to that input's error.)
+    ``behind_norms``: what comes from a norm has factors all the same, as in_proj's input where its gate goes to a scan
+    (Vim); the norm takes them.
     """
     weights = {id(site): p for p in points if p.what == "weight" for site, _ in p.uses}
     for p in points:
@@ -340,7 +363,9 @@ def _pair_up(model: nn.Module, points: list[Point]) -> None:
             continue
         sites = [site for site, _ in p.uses]
         readers = [weights.get(id(site)) for site in sites]
-        near_scan = any(site.feeds_scan or site.reads_scan for site in sites)
+        normed = behind_norms and p.node.op == "call_module"
+        normed = normed and isinstance(model.get_submodule(str(p.node.target)), (nn.LayerNorm, nn.RMSNorm))
+        near_scan = any(site.reads_scan or (site.feeds_scan and not normed) for site in sites)
         if near_scan or not all(_sums_over_axis_1(model, site) for site in sites):
             continue
         own = {id(site) for site in sites}

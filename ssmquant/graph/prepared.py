@@ -35,6 +35,7 @@ __all__ = [
     "bind",
     "forget_baked",
     "initialize_weights",
+    "input_ranges",
     "move_plain_tensors",
     "refuse_elsewhere",
 ]
@@ -297,6 +298,18 @@ def initialize_weights(model: nn.Module, *, smoothed: Collection[str] | None = N
                     quantizer.fit([value])
                 else:
                     quantizer.initialize(value)
+
+
+@torch.no_grad()
+def input_ranges(model: nn.Module) -> dict[str, Tensor]:
+    """By the key of an activation whose channels have factors: the largest magnitude (channels,) of what reads each."""
+    found: dict[str, list[Tensor]] = {}
+    for record in runtime_of(model).records:
+        values = Values(model)
+        for p in record.plan.points:
+            if p.what == "weight" and p.gain is not None:
+                found.setdefault(p.gain, []).append(values(p.node).abs().movedim(1, 0).flatten(1).amax(1))
+    return {key: torch.stack(each).amax(0) for key, each in found.items()}
 
 
 class Values:

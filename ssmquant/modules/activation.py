@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ssmquant.errors import CalibrationError, ConfigError, NotCalibratedError
 from ssmquant.modules.packed import FixedPrecision
-from ssmquant.quantizers import DLS, Quantizer
+from ssmquant.quantizers import DLS, PTS, PositionSample, Quantizer
 from ssmquant.quantizers.base import Affine, QTensor, affine_decode
 from ssmquant.quantizers.dls import dls_range, dls_statistics
 
@@ -28,13 +28,27 @@ def over_gain(weight: Tensor, gain: Tensor) -> Tensor:
     return weight / gain.reshape(-1, *[1] * (weight.dim() - 2)).to(weight.dtype)
 
 
-def gains(largest: Tensor, strength: float) -> Tensor:
-    """Powers of two, whose products need no rounding, near ``(typical / largest) ** strength``; 1 for what is zero."""
+def gains(largest: Tensor, strength: float, weights: Tensor | None = None) -> Tensor:
+    """Powers of two, whose products need no rounding, of geometric mean 1 but for that; 1 for what is zero.
+
+    Args:
+        largest: (channels,) magnitudes of inputs.
+        strength: a of the formula.
+        weights: (channels,) magnitudes of the weights that they meet.
+
+    Returns:
+        Near ``1 / largest ** a`` or, with weights, ``weights ** (1 - a) / largest ** a`` (1 / s_j of SmoothQuant,
+        arXiv 2211.10438, equation 4), but for one factor that all channels share.
+    """
+    tiny = torch.finfo(torch.float64).tiny
     used = largest > 0
+    log = largest.double().clamp(min=tiny).log2() * strength
+    if weights is not None:
+        used = used & (weights > 0)
+        log = log - weights.double().clamp(min=tiny).log2() * (1 - strength)
     if not bool(used.any()):
         return torch.ones_like(largest)
-    log = largest.double().clamp(min=torch.finfo(torch.float64).tiny).log2()
-    steps = ((log[used].mean() - log) * strength).round()
+    steps = (log[used].mean() - log).round()
     return torch.where(used, steps.clamp(-MOST_GAIN, MOST_GAIN).exp2(), 1.0).to(largest.dtype)
 
 
@@ -56,7 +70,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.name = name
         self.quantizer = quantizer
-        self.samples: list[Tensor] | None = None
+        self.samples: list[Any] | None = None
         self.passes = True
         self.stats: list[Tensor] = []
         self.largest: list[Tensor] = []
@@ -112,23 +126,31 @@ class ActivationQuantizer(nn.Module):
             self.stats.append(dls_statistics(f, axis).reshape(4, -1).T)
             if self.passes:
                 kept = self.quantizer.kept_axis if self.gain is None else self.channel_axis
-                self.samples.append(_thin(f, kept))
+                if isinstance(self.quantizer, PTS):  # which has to see where an element was
+                    self.samples.append(self.quantizer.sample(f, None if self.gain is None else kept))
+                else:
+                    self.samples.append(_thin(f, kept))
                 if self.gain is not None:
                     self.largest.append(f.abs().movedim(self.channel_axis, 0).flatten(1).amax(1))
         x = self.scaled(x)  # as the weight expects
         return x if self.passes else self.quantizer(x)
 
-    def finish(self, *, search: bool = True, smooth: float | None = 0.0) -> None:
+    def finish(
+        self, *, search: bool = True, smooth: float | None = 0.0, weights: Tensor | None = None
+    ) -> None:
         """Fit the quantizer to what was collected (where values passed in float), and note the ranges.
 
-        ``smooth``: strength of new factors; None keeps those that are there.
+        ``smooth``, ``weights``: what new factors of channels are made from besides, see :func:`gains`; None for
+        ``smooth`` keeps those that are there.
         """
         samples, self.samples = self.samples or [], None
         if samples:
             if self.gain is not None:
                 if smooth is not None:
-                    self.gain.copy_(gains(torch.stack(self.largest).amax(0), smooth))
-                samples = [self.scaled(s) for s in samples]
+                    self.gain.copy_(gains(torch.stack(self.largest).amax(0), smooth, weights))
+                samples = [
+                    s.scaled(self.gain) if isinstance(s, PositionSample) else self.scaled(s) for s in samples
+                ]
             if any(bool(s.any()) for s in samples):
                 self.quantizer.reset()  # the result depends on these data only, not on a calibration before
             self.quantizer.fit(samples, search=search)

@@ -13,6 +13,7 @@ from ssmquant.quantizers.lsq import LSQ
 from ssmquant.quantizers.minmax import MinMax
 from ssmquant.quantizers.n2uq import N2UQ
 from ssmquant.quantizers.pact import PACT
+from ssmquant.quantizers.pts import PTS, PositionSample
 from ssmquant.quantizers.rfa import RFA
 from ssmquant.quantizers.rlq import RLQ
 from ssmquant.quantizers.shared import Ladder, Shared
@@ -24,12 +25,14 @@ __all__ = [
     "N2UQ",
     "OPERANDS",
     "PACT",
+    "PTS",
     "QUANTIZERS",
     "RFA",
     "RLQ",
     "DoReFa",
     "Ladder",
     "MinMax",
+    "PositionSample",
     "QTensor",
     "Quantizer",
     "Shared",
@@ -48,6 +51,7 @@ QUANTIZERS: Mapping[str, type[Quantizer]] = MappingProxyType(
         "n2uq": N2UQ,
         "rlq": RLQ,
         "token": Token,
+        "pts": PTS,
     }
 )
 """Quantizers of single elements, by the names that :class:`ssmquant.QConfig` uses."""

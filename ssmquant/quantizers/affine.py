@@ -100,14 +100,16 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def group_dims(ndim: int, axis: int | None) -> tuple[int, ...]:
-    """Dimensions that a per-group reduction runs over."""
-    return tuple(d for d in range(ndim) if axis is None or d != axis % ndim)
+def group_dims(ndim: int, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Dimensions that a per-group reduction runs over: all but ``axis``, or those."""
+    axes = () if axis is None else (axis,) if isinstance(axis, int) else axis
+    kept = {a % ndim for a in axes} if ndim else set()
+    return tuple(d for d in range(ndim) if d not in kept)
 
 
-def group_sum(t: Tensor, axis: int | None) -> Tensor:
-    """Sum of every group: shape ``()`` if ``axis`` is None, else all dimensions but ``axis`` reduced to 1."""
-    if axis is None:
+def group_sum(t: Tensor, axis: int | tuple[int, ...] | None) -> Tensor:
+    """Sum of every group: shape ``()`` if ``axis`` is None or (), else all dimensions but ``axis`` reduced to 1."""
+    if axis is None or axis == ():
         return t.sum()
     dims = group_dims(t.dim(), axis)
     return t.sum(dims, keepdim=True) if dims else t  # an empty tuple would mean all dimensions

@@ -51,7 +51,14 @@ class _LSQFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, alpha: Tensor, beta: Tensor, qmin: int, qmax: int, axis: int | None, copies: int
+        ctx: Any,
+        x: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        qmin: int,
+        qmax: int,
+        axis: int | tuple[int, ...] | None,
+        copies: int,
     ) -> Tensor:
         ctx.save_for_backward(x, alpha, beta)
         ctx.static = qmin, qmax, axis, copies

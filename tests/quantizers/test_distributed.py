@@ -16,7 +16,7 @@ from ssmquant.quantizers import QUANTIZERS
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import json, sys, torch, torch.distributed as dist
-from ssmquant.quantizers import QUANTIZERS
+from ssmquant.quantizers import PTS, QUANTIZERS
 rank, where = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
 generator = torch.Generator().manual_seed(3)
@@ -30,6 +30,9 @@ for case, batches in own.items():
             q = cls(4, official=official).train()
             q(batches[rank])
             result[f"{case} {name} {official}"] = {k: v.tolist() for k, v in q.state_dict().items()}
+    q = PTS(4, position_axes=(1,)).train()  # of sequences that are shorter on one rank
+    q(batches[rank][:, : 40 - 10 * rank])
+    result[f"{case} positions"] = {k: v.tolist() for k, v in q.state_dict().items()}
 weight = QUANTIZERS["rfa"](4, is_weight=True).train()
 if rank == 0:
     weight(data)  # a weight never communicates, or this would hang
@@ -63,7 +66,7 @@ def test_two_ranks_start_alike(tmp_path: Path) -> None:
             process.kill()
             process.wait()
     first, second = outputs
-    assert len(first) == 3 * 2 * len(QUANTIZERS)
+    assert len(first) == 3 * (2 * len(QUANTIZERS) + 1)
     assert first == second
     # ... and as one process would that sees both batches.
     data = torch.rand(5, 40, generator=torch.Generator().manual_seed(3)) - 0.3

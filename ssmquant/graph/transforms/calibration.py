@@ -128,11 +128,11 @@ def transform(
         the model has to be traced again.
     """
     runtime = runtime_of(model)
-    names, klt = runtime.config.transforms, runtime.config.rotation == "klt"
+    names, kind = runtime.config.transforms, runtime.config.rotation
     several = has_ranks()
     if several:
         found, skipped = _shared(found, skipped)
-    plan, without = plan_transforms(model, found, statistics, names, klt=klt)
+    plan, without = plan_transforms(model, found, statistics, names, kind=kind)
     skipped = [*skipped, *without]
     if several:  # of other batches, so decided otherwise; the reasons, too, are in a buffer of the same size
         plan, skipped = from_first((plan, skipped))

@@ -19,12 +19,12 @@ from ssmquant.graph.transforms.candidates import Applied, Candidate, Scale, Skip
 from ssmquant.graph.transforms.residual import Residual
 from ssmquant.graph.transforms.statistics import Moments, Statistics
 from ssmquant.graph.transforms.turns import LowRank, OutRotation
+from ssmquant.modules.activation import gains
 from ssmquant.ops.hadamard import hadamard_matrix, is_hadamard
 
 __all__ = ["Planned", "even_factors", "fold_transforms", "plan_transforms", "rotation"]
 
 _UNSEEN = "no batch of calibrate has reached it"
-_MOST = 8
 _SHRINK = 1e-3
 _LARGEST_OFFSET = 2.0
 """Of a norm's bias over its weight, root mean square: in a rotated norm that stands beside values of 1."""
@@ -47,32 +47,38 @@ def even_factors(values: Tensor, weights: Tensor, strength: float = 0.5) -> Tens
         weights: (n,) those of what they multiply.
         strength: between 0 (weights alone decide) and 1 (values alone).
     """
-    used = (values > 0) & (weights > 0) & values.isfinite() & weights.isfinite()
-    if not bool(used.any()):
-        return torch.ones_like(values, dtype=torch.float64)
-    log = values.double().clamp(min=1e-300).log2() * strength
-    log = log - weights.double().clamp(min=1e-300).log2() * (1 - strength)
-    steps = (log - log[used].mean()).round().clamp(-_MOST, _MOST)
-    return torch.where(used, steps.exp2(), 1.0)
+    known = values.isfinite() & weights.isfinite()
+    return 1 / gains(
+        torch.where(known, values.double(), 0.0), strength, torch.where(known, weights.double(), 0.0)
+    )
 
 
-def rotation(n: int, moments: Tensor | None = None, *, signs: bool = True, keep_ones: bool = False) -> Tensor:
-    """An orthogonal matrix (n, n), float64: ``H S`` or, with a covariance (n, n), ``H K^T``.
+def rotation(
+    n: int,
+    moments: Tensor | None = None,
+    *,
+    signs: bool = True,
+    hadamard: bool = True,
+    keep_ones: bool = False,
+) -> Tensor:
+    """An orthogonal matrix (n, n), float64: ``H S`` or, with a covariance (n, n), ``H K^T``, or K^T alone.
 
     Args:
         n: size.
-        moments: A covariance, or second moments about 0; only its eigenvectors matter.
+        moments: A covariance, or second moments about 0; only its eigenvectors matter. Without one, or of one that is
+            not finite, K is the identity.
         signs: whether H's columns get signs, the same in every call, so that equal inputs do not add up in one output.
+        hadamard: with H; else it is the identity.
         keep_ones: Whether the vector of ones stays where it is. All entries of H's first column are the same then.
             With moments the ones count as the first eigenvector, and all variances still come out the same; without,
-            a reflection behind ``H S`` changes entries by O(1 / n) but for those of that column.
+            a reflection behind ``H S`` changes entries by O(1 / n) but for those of that column. Without H a reflection
+            behind K^T spreads the ones, and so a little of each eigenvector, over all channels.
     """
-    h = hadamard_matrix(n)
-    if (
-        keep_ones
-    ):  # a Hadamard matrix stays one with other signs of rows; a cosine transform has a row of ones
+    h = hadamard_matrix(n) if hadamard else torch.eye(n, dtype=torch.float64)
+    if hadamard and keep_ones:
+        # A Hadamard matrix stays one with other signs of rows; a cosine transform has a row of ones.
         h = h * h[:, :1].sign() if is_hadamard(n) else h.T
-    if signs and not (keep_ones and moments is not None):
+    if hadamard and signs and not (keep_ones and moments is not None):
         generator = torch.Generator().manual_seed(n)
         h = h * (torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0).double()
     if moments is None:
@@ -100,7 +106,7 @@ def _with_ones_kept(q: Tensor) -> Tensor:
 
 
 def plan_transforms(
-    model: nn.Module, found: Sequence[Candidate], statistics: Statistics, names: Collection[str], *, klt: bool
+    model: nn.Module, found: Sequence[Candidate], statistics: Statistics, names: Collection[str], *, kind: str
 ) -> tuple[list[Planned], list[Skipped]]:
     """Decides on all factors and rotations; changes nothing.
 
@@ -109,12 +115,13 @@ def plan_transforms(
         found: candidates of a trace of this model.
         statistics: what was measured of them.
         names: ``QConfig.transforms``.
-        klt: rotations from covariances; else from Hadamard matrices alone.
+        kind: ``QConfig.rotation``.
 
     Returns:
         Those that have an effect, in the order in which they are folded: rotations of inputs and of the stream after
         the factors of the same columns. And why the others have none.
     """
+    klt, hadamard = kind != "hadamard", kind != "klt_only"
     plan: list[Planned] = []
     without: list[Skipped] = []
     for c in found:
@@ -133,7 +140,7 @@ def plan_transforms(
             low, high = (int(f.log2()) for f in (factor.min(), factor.max()))
             plan.append(Planned(c.key, (factor,), f"factors 2^{low} to 2^{high}, {_cost(c)}"))
         elif isinstance(c, LowRank):
-            low_rank = _low_rank(model, c, statistics, names, klt)
+            low_rank = _low_rank(model, c, statistics, names, kind)
             if isinstance(low_rank, Planned):
                 plan.append(low_rank)
             else:
@@ -147,8 +154,11 @@ def plan_transforms(
                 without.append(why)
                 continue
             moments = _second_moments(statistics.moments.get(c.key), c, model) if klt else None
-            how = "Hadamard" if moments is None else "KLT and Hadamard"
-            matrix = rotation(c.channels, moments, keep_ones=c.centred)
+            if moments is None and not hadamard:
+                without.append(Skipped(c.kind, c.site, _UNSEEN))
+                continue
+            how = " and ".join(["KLT"] * (moments is not None) + ["Hadamard"] * hadamard)
+            matrix = rotation(c.channels, moments, hadamard=hadamard, keep_ones=c.centred)
             plan.append(Planned(c.key, (matrix,), f"{how} of {c.channels}, free"))
     return plan, without
 
@@ -202,7 +212,7 @@ def _pooled(largest: dict[int, Tensor] | None, c: Scale) -> tuple[Tensor, Tensor
 
 
 def _low_rank(
-    model: nn.Module, c: LowRank, statistics: Statistics, names: Collection[str], klt: bool
+    model: nn.Module, c: LowRank, statistics: Statistics, names: Collection[str], kind: str
 ) -> Planned | Skipped:
     moments = statistics.moments.get(c.key)
     if not moments:
@@ -224,9 +234,10 @@ def _low_rank(
         covariance = covariance / (factor[:, :, None] * factor[:, None, :])
         how.append("factors, free")
     if "dt_rotation" in names and r > 1:
-        turns = torch.stack([rotation(r, k if klt else None) for k in covariance])
+        klt, hadamard = kind != "hadamard", kind != "klt_only"
+        turns = torch.stack([rotation(r, k if klt else None, hadamard=hadamard) for k in covariance])
         matrix = turns @ matrix
-        how.append(f"{'KLT and ' * klt}Hadamard of {r}, free")
+        how.append(f"{' and '.join(['KLT'] * klt + ['Hadamard'] * hadamard)} of {r}, free")
     no_mean = "no bias behind it can take the mean"
     if not how:
         return Skipped(c.kind, c.site, no_mean if "dt_mean" in names else "its rank is 1")
