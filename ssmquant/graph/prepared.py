@@ -284,10 +284,8 @@ def initialize_weights(model: nn.Module, *, smoothed: bool = False) -> None:
                 assert isinstance(quantizer, Quantizer)
                 quantizer.reset()
                 value = values.of(p)
-                if value.numel() and runtime.config.searches:
-                    quantizer.fit([value])
-                else:
-                    quantizer.initialize(value)
+                if value.numel():
+                    quantizer.fit([value], search=runtime.config.searches)
 
 
 class Values:

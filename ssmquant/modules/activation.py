@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmquant.errors import CalibrationError, ConfigError, NotCalibratedError
 from ssmquant.modules.packed import FixedPrecision
-from ssmquant.quantizers import DLS, Quantizer
+from ssmquant.quantizers import DLS, MinMax, Quantizer
 from ssmquant.quantizers.base import Affine, QTensor, affine_decode
 from ssmquant.quantizers.dls import dls_range, dls_statistics
 
@@ -111,8 +111,13 @@ class ActivationQuantizer(nn.Module):
             axis = self.quantizer.stats_axis if isinstance(self.quantizer, DLS) else None
             self.stats.append(dls_statistics(f, axis).reshape(4, -1).T)
             if self.passes:
-                kept = self.quantizer.kept_axis if self.gain is None else self.channel_axis
-                self.samples.append(_thin(f, kept))
+                if isinstance(self.quantizer, MinMax):
+                    self.samples.append(
+                        self.quantizer.keep(f, None if self.gain is None else self.channel_axis)
+                    )
+                else:
+                    kept = self.quantizer.kept_axis if self.gain is None else self.channel_axis
+                    self.samples.append(_thin(f, kept))
                 if self.gain is not None:
                     self.largest.append(f.abs().movedim(self.channel_axis, 0).flatten(1).amax(1))
         x = self.scaled(x)  # as the weight expects
@@ -124,10 +129,13 @@ class ActivationQuantizer(nn.Module):
         if samples:
             if self.gain is not None:
                 self.gain.copy_(gains(torch.stack(self.largest).amax(0), smooth))
-                samples = [self.scaled(s) for s in samples]
-            if any(bool(s.any()) for s in samples):
-                self.quantizer.reset()  # the result depends on these data only, not on a calibration before
-            self.quantizer.fit(samples, search=search)
+            if isinstance(self.quantizer, MinMax):
+                self.quantizer.fit_kept(samples, self.gain)
+            else:
+                samples = [self.scaled(s) for s in samples] if self.gain is not None else samples
+                if any(bool(s.any()) for s in samples):
+                    self.quantizer.reset()  # the result depends on these data only, not on a calibration before
+                self.quantizer.fit(samples, search=search)
         if self.stats:
             self.seen.copy_(torch.cat(self.stats).mean(0))
         self.stats, self.largest = [], []
