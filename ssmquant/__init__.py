@@ -30,6 +30,7 @@ from ssmquant.errors import (
     TraceError,
 )
 from ssmquant.io import load, load_checkpoint, save
+from ssmquant.synthetic import synthetic_batches
 from ssmquant.workflow import calibrate, convert, cuda_graph, param_groups, prepare
 
 __version__ = "0.1.0.dev0"
@@ -67,5 +68,6 @@ __all__ = [
     "save",
     "standins",
     "summary",
+    "synthetic_batches",
     "verify",
 ]

@@ -1,7 +1,7 @@
-"""Static ranges from data that calibration has seen: what is kept of a batch, and the rules of ``MinMax(observer=...)``.
+"""Static ranges from data that calibration has seen: what is kept of a batch, and the observers of ``MinMax``.
 
-Data are rows of points, one row a group, each point with a weight: the number of elements that it stands for. Rules take
-rows in ascending order, in float64, and return the ends of the ranges, ``(groups,)`` each.
+Data are rows of points, one row a group, each point with a weight: the number of elements that it stands for. Observers
+take rows in ascending order, in float64, and return the ends of the ranges, ``(groups,)`` each.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def observe(rows: Tensor, limit: int) -> Tensor:
         limit: number of points of all rows together; a row gets at least 4.
 
     Returns:
-        ``(2, rows, points)``, float64 as ``rows``, else float32: points, and how many elements each stands for. The outermost elements
-        of a row stand for themselves, which keeps extremes and far percentiles exact; the weights of a row sum to n.
+        ``(2, rows, points)``, float64 where ``rows`` are, else float32: points, and how many elements each stands for.
+        The outermost elements of a row stand for themselves, which keeps extremes and far percentiles exact; the
+        weights of a row sum to n.
     """
     count, n = rows.shape
     rows = rows.to(compute_dtype(rows))
@@ -215,8 +216,8 @@ def kl_range(points: Tensor, weights: Tensor, bits: int, *, symmetric: bool) -> 
 
     ``symmetric``: the histogram is that of magnitudes, from 0, in 2**(bits-1) levels, as published. Otherwise it runs
     from the smallest to the largest element, in 2**bits levels, and both ends move: towards the median together first,
-    then each by itself; where the median is in the first bin, as behind a ReLU, that is the published search. Ends go in
-    steps of 16 bins. A row of fewer elements than bins says nothing about them and keeps its extremes.
+    then each by itself; where the median is in the first bin, as behind a ReLU, that is the published search. Ends go
+    in steps of 16 bins. A row of fewer elements than bins says nothing about them and keeps its extremes.
     """
     low, high = points[:, 0].clone(), points[:, -1].clone()
     for g in range(len(points)):
