@@ -69,7 +69,7 @@ class Ranges:
             for name, shapes in zip(self._LISTS, lists, strict=True):
                 tensors = [take(shape, torch.float32) for shape in shapes]
                 if not all(_fits(q, name, t) for t in tensors):
-                    raise FormatError(f"what was collected at '{q.name}' does not fit it")
+                    raise ValueError(f"not of '{q.name}'")
                 setattr(q, name, [t.to(q.seen.device) for t in tensors])
 
 
@@ -122,13 +122,13 @@ class Sums:
         for key, k, count, shape, square in table["moments"]:
             total, outer = _vector(take(shape, torch.float64)), take(square, torch.float64)
             if type(count) is not int or count < 0 or outer.shape != (len(total), len(total)):
-                raise FormatError(f"the moments of '{key}' are malformed")
+                raise ValueError(f"moments of '{key}'")
             s.moments.setdefault(key, {})[k] = Moments(count, total, outer)
 
 
 def _vector(t: Tensor) -> Tensor:
     if t.dim() != 1 or not bool(t.isfinite().all()):
-        raise FormatError("statistics of transforms are malformed")
+        raise ValueError("not a vector of numbers")
     return t
 
 
@@ -288,10 +288,11 @@ class CalibrationFile:
 
         try:
             collected.fill(found["table"], take)
+            self.found = {name: entry for name, entry in self.found.items() if entry is not found}
+            if not self.found:
+                self.reader.done()
         except MALFORMED as e:
             raise FormatError(f"{self.path}: malformed contents ({type(e).__name__}: {e})") from None
-        except FormatError as e:
-            raise FormatError(f"{self.path}: {e}") from None
 
     def _read(self) -> None:
         assert self.path is not None
@@ -307,6 +308,8 @@ class CalibrationFile:
             unzip = zlib.decompressobj()
             meta = json.loads(unzip.decompress(tensors["meta"].numpy().tobytes(), _META_LIMIT))
             theirs, found = meta["identity"], dict(meta["passes"])
+            if not found.keys() <= {"transforms", "ranges"}:
+                raise ValueError
             for entry in found.values():
                 digests, graphs = entry["digests"], entry["graphs"]
                 if not all(isinstance(d, str) for d in digests) or not all(type(g) is int for g in graphs):
