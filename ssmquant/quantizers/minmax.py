@@ -26,6 +26,7 @@ from ssmquant.quantizers.ranges import (
     mse_range,
     observe,
     percentile_range,
+    tally,
 )
 
 __all__ = ["OBSERVERS", "MinMax"]
@@ -60,7 +61,8 @@ class MinMax(Quantizer):
             ``momentum`` not above 0 or above 1.
 
     Of a batch of calibration the extremes count exactly, percentiles as exactly as the 128 outermost elements at either
-    end tell (fewer, for each channel, with ``QConfig(smooth=...)``); in between a weighted sample stands for the rest.
+    end tell (fewer, for each channel, with ``QConfig(smooth=...)``); in between a weighted sample stands for the rest,
+    for ``"kl"`` a histogram of all elements.
     :meth:`initialize`, the first batch of a training without calibration, takes the extremes.
 
     Buffers ``low`` and ``high``, shape ``(num_groups,)``: the ranges that :meth:`initialize` or :meth:`fit` found last.
@@ -141,7 +143,8 @@ class MinMax(Quantizer):
         if self.observer in ("minmax", "ema"):
             ends = torch.stack(rows.aminmax(dim=1), 1)
             return torch.stack((ends, torch.ones_like(ends)))
-        return observe(rows, _KEPT)
+        # A divergence looks at the noise of a sample, too, and would cut too much.
+        return tally(rows, _KEPT) if self.observer == "kl" else observe(rows, _KEPT)
 
     @torch.no_grad()
     def fit_kept(self, batches: list[Tensor], factors: Tensor | None) -> None:

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from ssmquant.quantizers.affine import compute_dtype
 
-__all__ = ["ascending", "extremes", "kl_range", "moving_extremes", "mse_range", "observe", "percentile_range"]
+__all__ = [
+    "ascending",
+    "count",
+    "extremes",
+    "kl_range",
+    "moving_extremes",
+    "mse_range",
+    "observe",
+    "percentile_range",
+]
 
 _TAIL = 128
 """Outermost elements of a row that are kept at either end, at most."""
@@ -64,6 +73,25 @@ def observe(rows: Tensor, limit: int) -> Tensor:
     ends = torch.cat((low.values, high.values), 1)
     points = torch.cat((rows[:, index], ends), 1)
     return torch.stack((points, torch.cat((between, torch.ones_like(ends)), 1)))
+
+
+@torch.no_grad()
+def tally(rows: Tensor, limit: int) -> Tensor:
+    """As :func:`observe`, by histograms of evenly spaced bins: all elements count, their places are rounded.
+
+    The first and the last point of a row are its extremes.
+    """
+    bins = max(2, limit // len(rows))
+    rows = rows.to(compute_dtype(rows))
+    if rows.shape[1] <= bins:
+        return torch.stack((rows, torch.ones_like(rows)))
+    low, high = (t[:, None] for t in rows.aminmax(dim=1))
+    step = ((high - low) / bins).clamp(min=torch.finfo(rows.dtype).tiny)
+    index = ((rows - low) / step).long().clamp(0, bins - 1)
+    weights = torch.zeros(len(rows), bins, dtype=rows.dtype, device=rows.device)
+    weights.scatter_add_(1, index, torch.ones_like(rows))
+    points = low + step * (torch.arange(bins, device=rows.device) + 0.5)
+    return torch.stack((torch.cat((low, points[:, 1:-1], high), 1), weights))
 
 
 def extremes(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -239,8 +267,25 @@ def kl_range(points: Tensor, weights: Tensor, bits: int, *, symmetric: bool) -> 
 
 
 def _histogram(points: Tensor, weights: Tensor, low: float, high: float) -> Tensor:
+    """Elements in each bin of a row; those that one point stands for lie between it and its neighbours.
+
+    As lumps they would leave bins empty that are not, and ranges would come out too narrow.
+    """
+    points, order = points.sort(stable=True)
+    weights = weights[order]
     index = ((points - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
-    return torch.zeros(BINS, dtype=torch.float64, device=points.device).index_add_(0, index, weights)
+    out = torch.zeros(BINS, dtype=torch.float64, device=points.device)
+    out.index_add_(0, index, torch.where(weights > 1, 0.0, weights))
+    several = torch.where(weights > 1, weights, 0.0)
+    border = torch.cat((points[:1], (points[1:] + points[:-1]) / 2, points[-1:]))
+    upto = torch.nn.functional.pad(several.cumsum(0), (1, 0))
+    edge = low + (high - low) * torch.arange(1, BINS, dtype=torch.float64, device=points.device) / BINS
+    left = (torch.searchsorted(border, edge, right=True) - 1).clamp(0, len(points) - 1)
+    part = (edge - border[left]) / (border[left + 1] - border[left]).clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
+    below = upto[left] + several[left] * part.clamp(0, 1)
+    return out + torch.cat((upto[:1], below, upto[-1:])).diff().clamp(min=0)
 
 
 def _narrow(histogram: Tensor, levels: int, *, one_end: bool) -> tuple[int, int]:
