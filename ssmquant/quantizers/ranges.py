@@ -13,13 +13,13 @@ from ssmquant.quantizers.affine import compute_dtype
 
 __all__ = [
     "ascending",
-    "count",
     "extremes",
     "kl_range",
     "moving_extremes",
     "mse_range",
     "observe",
     "percentile_range",
+    "tally",
 ]
 
 _TAIL = 128
