@@ -36,6 +36,7 @@ from ssmquant.errors import (
 )
 from ssmquant.io import load, load_checkpoint, save
 from ssmquant.learning import learn_ranges
+from ssmquant.synthetic import synthetic_batches
 from ssmquant.workflow import calibrate, convert, cuda_graph, param_groups, prepare
 
 __version__ = "0.1.0.dev0"
@@ -79,5 +80,6 @@ __all__ = [
     "sensitivity",
     "standins",
     "summary",
+    "synthetic_batches",
     "verify",
 ]

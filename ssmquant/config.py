@@ -187,7 +187,7 @@ class QConfig:
             stack of weights, as of x_proj and dt_proj) or ``"channel"`` (one an output channel, of each direction;
             channels whose codes take fewer than 16 bits share theirs with the direction or the tensor).
         weight_options, activation_options, scan_options: Further arguments of these quantizers, such as
-            ``{"shift": "half"}``.
+            ``{"shift": "half"}``, or ``{"observer": "mse"}`` of ``"minmax"``.
         initialization: ``"mse"`` (weights, static operands and, by ``calibrate``, activations start from the least
             squared error) or ``"published"`` (from the formulas of the papers, as always with ``official``).
         smooth: Strength, 0 (off) to 1, with which ``calibrate`` evens out the channels of inputs: their largest values
@@ -353,8 +353,8 @@ class QConfig:
             "activation": "minmax",
             "scan": "minmax",
             "granularity": "channel",
-            "activation_options": {"percentile": 0.99999},
-            "scan_options": {"percentile": 0.99999},
+            "activation_options": {"observer": "percentile", "percentile": 0.99999},
+            "scan_options": {"observer": "percentile", "percentile": 0.99999},
             "smooth": 0.5,
             "transforms": tuple(name for name in TRANSFORMS if name not in ("dt_mean", "scan_input")),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -34,10 +35,13 @@ from ssmquant.graph.runtime import Runtime, adopted_modules, is_prepared, runtim
 from ssmquant.graph.sites import ancestors
 from ssmquant.graph.trace import SEED, describe_call
 from ssmquant.graph.transforms.calibration import measure, transform
+from ssmquant.graph.transforms.statistics import Statistics
 from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.quantizers import DLS, PTS, RLQ, Quantizer, Token, get_quantizer
 from ssmquant.quantizers.lsq import LearnedScale
+from ssmquant.resume import CalibrationFile, Ranges, Sums
+from ssmquant.synthetic import SYNTHETIC, synthetic_batches
 
 __all__ = ["calibrate", "convert", "cuda_graph", "param_groups", "prepare"]
 
@@ -269,12 +273,14 @@ def call_model(model: nn.Module, batch: Any, method: str | None = None) -> Any:
 @torch.no_grad()
 def calibrate(
     prepared: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     max_batches: int | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     *,
     fit: bool = True,
     progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
 ) -> nn.Module:
     """Initialises the activation ranges from data, by squared error. Returns ``prepared``.
 
@@ -289,15 +295,23 @@ def calibrate(
 
     Args:
         batches: An iterable of what the prepared method takes. A tensor is passed as it is, of a tuple or list the
-            first element, a dict as keywords.
+            first element, a dict as keywords. None: synthetic images (:func:`ssmquant.synthetic_batches`), with a
+            warning, as real ones are better.
         max_batches: Stop after so many.
         forward: ``forward(model, batch)`` overrides how a batch is passed.
         fit: False leaves the quantizers as they were trained and only measures, in the quantized model, the ranges that
             ``convert(dls="frozen")`` uses: do so after fine-tuning.
         progress: Show a progress bar; by default where stderr is a terminal and rich is installed.
+        checkpoint: A file (``"calibration.safetensors"``) for what was collected so far. It is written now and then,
+            and when an exception or Ctrl-C ends the call; a next call, also of another process, with the same model
+            and the same batches in the same order leaves out those that are done, with the same result bit for bit. It
+            is removed at the end. Of several ranks each has a file of its own.
+        checkpoint_every: Seconds between two writes, at least (writing takes no more than a tenth of the time).
 
     Raises:
-        CalibrationError: there is no batch, or a value is NaN or inf (names where). The model is left as it was.
+        CalibrationError: there is no batch, a value is NaN or inf (names where), or the batches are not those that the
+            checkpoint has seen. The model is left as it was.
+        FormatError: the checkpoint is damaged, or of another model, configuration or number of batches.
     """
     runtime = runtime_of(prepared, "prepared")
     if max_batches is not None and max_batches < 1:
@@ -307,7 +321,15 @@ def calibrate(
     transforms = fit and bool(runtime.config.transforms) and not runtime.transforms.settled
     rounds = fit and runtime.config.rounding == "gptq"
     modes = {m: m.training for m in prepared.modules()}
-    n = 0
+    if batches is None:
+        warnings.warn(
+            "calibrate without batches measures ranges on synthetic images: real ones, a few of those that the model "
+            "is for, are better",
+            stacklevel=3,  # no_grad wraps this function
+        )
+        batches = synthetic_batches(prepared, min(max_batches or SYNTHETIC, SYNTHETIC))
+    total = _total(batches, max_batches)
+    file = CalibrationFile(checkpoint, prepared, fit=fit, total=total, every=checkpoint_every)
     undo: Undone | None = None
     graphs, runtime.graphs = runtime.graphs, None  # what is collected waits for the GPU
     try:
@@ -318,13 +340,13 @@ def calibrate(
                 ensure_traced(prepared)
                 undo = Undone(prepared)  # of a failure in the passes below, too
                 if transforms:
-                    _transform(prepared, batches, forward or call_model)
+                    _transform(prepared, batches, forward or call_model, file)
         for q in quantizers:
             q.start(passes=fit)
-        for batch in limited(batches, max_batches, progress):
+        ranges = file.start("ranges", Ranges(quantizers))
+        for batch in ranges.over(limited(batches, max_batches, progress)):
             (forward or call_model)(prepared, batch)
-            n += 1
-        if n == 0:
+        if ranges.count == 0:
             raise CalibrationError(
                 "calibrate: there was no batch; check the loader (or pass a list, not a used-up iterator)"
             )
@@ -340,11 +362,15 @@ def calibrate(
         if rounds:
             assert isinstance(batches, list)
             round_weights(prepared, measure_inputs(prepared, batches, forward or call_model))
+        file.finish()
     except BaseException:
-        for q in quantizers:
-            q.abandon()
-        if undo is not None:
-            undo.restore()
+        try:
+            file.save()
+        finally:
+            for q in quantizers:
+                q.abandon()
+            if undo is not None:
+                undo.restore()
         raise
     finally:
         runtime.graphs = graphs
@@ -355,11 +381,18 @@ def calibrate(
     return prepared
 
 
-def _transform(prepared: nn.Module, batches: list[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+def _transform(
+    prepared: nn.Module,
+    batches: list[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    file: CalibrationFile,
+) -> None:
     """Chooses the transforms and folds them into the weights; graphs and weights' quantizers follow."""
     # Not in inference mode: its tensors cannot be traced, nor trained with.
     with torch.inference_mode(False), torch.no_grad():
-        changed, placed = transform(prepared, *measure(prepared, batches, forward))
+        statistics = Statistics()
+        watched = file.start("transforms", Sums(statistics))
+        changed, placed = transform(prepared, *measure(prepared, watched.over(batches), forward, statistics))
         if placed:
             trace_example(prepared, runtime_of(prepared).example)
         if changed:
@@ -411,11 +444,15 @@ def limited(
             from rich.progress import track
         except ImportError:
             return it
-        length = len(batches) if isinstance(batches, Sized) else total
-        known = [n for n in (length, limit) if n is not None]
-        total = min(known) if known else None
-        return track(it, label, total=total, console=Console(stderr=True))
+        known = total if total is not None else _total(batches, limit)
+        return track(it, label, total=known, console=Console(stderr=True))
     return it
+
+
+def _total(batches: Iterable[Any], limit: int | None) -> int | None:
+    """The number of batches, where it is known before they come."""
+    known = [n for n in (len(batches) if isinstance(batches, Sized) else None, limit) if n is not None]
+    return min(known) if known else None
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -294,10 +294,8 @@ def initialize_weights(model: nn.Module, *, smoothed: Collection[str] | None = N
                 assert isinstance(quantizer, Quantizer)
                 quantizer.reset()
                 value = values.of(p)
-                if value.numel() and runtime.config.searches:
-                    quantizer.fit([value])
-                else:
-                    quantizer.initialize(value)
+                if value.numel():
+                    quantizer.fit([value], search=runtime.config.searches)
 
 
 @torch.no_grad()

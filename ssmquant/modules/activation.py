@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmquant.errors import CalibrationError, ConfigError, NotCalibratedError
 from ssmquant.modules.packed import FixedPrecision
-from ssmquant.quantizers import DLS, PTS, PositionSample, Quantizer
+from ssmquant.quantizers import DLS, PTS, MinMax, PositionSample, Quantizer
 from ssmquant.quantizers.base import Affine, QTensor, affine_decode
 from ssmquant.quantizers.dls import dls_range, dls_statistics
 
@@ -125,15 +125,20 @@ class ActivationQuantizer(nn.Module):
             axis = self.quantizer.stats_axis if isinstance(self.quantizer, DLS) else None
             self.stats.append(dls_statistics(f, axis).reshape(4, -1).T)
             if self.passes:
-                kept = self.quantizer.kept_axis if self.gain is None else self.channel_axis
-                if isinstance(self.quantizer, PTS):  # which has to see where an element was
-                    self.samples.append(self.quantizer.sample(f, None if self.gain is None else kept))
-                else:
-                    self.samples.append(_thin(f, kept))
+                self.samples.append(self._sample(f))
                 if self.gain is not None:
                     self.largest.append(f.abs().movedim(self.channel_axis, 0).flatten(1).amax(1))
         x = self.scaled(x)  # as the weight expects
         return x if self.passes else self.quantizer(x)
+
+    def _sample(self, x: Tensor) -> Any:
+        """What the quantizer's calibration keeps of a batch; channels apart where they may get factors."""
+        channels = None if self.gain is None else self.channel_axis
+        if isinstance(self.quantizer, MinMax):
+            return self.quantizer.keep(x, channels)
+        if isinstance(self.quantizer, PTS):  # which has to see where an element was
+            return self.quantizer.sample(x, channels)
+        return _thin(x, self.quantizer.kept_axis if channels is None else channels)
 
     def finish(
         self, *, search: bool = True, smooth: float | None = 0.0, weights: Tensor | None = None
@@ -148,12 +153,17 @@ class ActivationQuantizer(nn.Module):
             if self.gain is not None:
                 if smooth is not None:
                     self.gain.copy_(gains(torch.stack(self.largest).amax(0), smooth, weights))
-                samples = [
-                    s.scaled(self.gain) if isinstance(s, PositionSample) else self.scaled(s) for s in samples
-                ]
-            if any(bool(s.any()) for s in samples):
-                self.quantizer.reset()  # the result depends on these data only, not on a calibration before
-            self.quantizer.fit(samples, search=search)
+            if isinstance(self.quantizer, MinMax):
+                self.quantizer.fit_kept(samples, self.gain)
+            else:
+                if self.gain is not None:
+                    samples = [
+                        s.scaled(self.gain) if isinstance(s, PositionSample) else self.scaled(s)
+                        for s in samples
+                    ]
+                if any(bool(s.any()) for s in samples):
+                    self.quantizer.reset()  # the result depends on these data only, not on a calibration before
+                self.quantizer.fit(samples, search=search)
         if self.stats:
             self.seen.copy_(torch.cat(self.stats).mean(0))
         self.stats, self.largest = [], []

@@ -400,9 +400,14 @@ def test_pickles_of_older_versions() -> None:
     runtime = runtime_of(prepared)
     del runtime._modules["transforms"], runtime.__dict__["instead"]
     minmax = next(q for q in runtime.weights.values() if isinstance(q, MinMax))
-    del minmax.__dict__["percentile"]
+    for name in ("observer", "percentile", "momentum"):
+        del minmax.__dict__[name]
     again = pickle.load(io.BytesIO(pickle.dumps(prepared)))
     ssmquant.calibrate(again, [TOKENS])
     assert torch.isfinite(again.eval()(TOKENS)).all()
     assert ssmquant.summary(again).transforms == ()
     assert copy.deepcopy(again).eval()(TOKENS).shape == (4, 6, 5)
+    cut = MinMax(8, percentile=0.99)
+    for name in ("observer", "momentum"):
+        del cut.__dict__[name]
+    assert pickle.loads(pickle.dumps(cut)).observer == "percentile"

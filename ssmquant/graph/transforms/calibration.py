@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -85,7 +85,10 @@ class _Graphs:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, batches: list[Any], forward: Callable[[nn.Module, Any], Any]
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    statistics: Statistics | None = None,
 ) -> tuple[list[Candidate], list[Skipped], Statistics]:
     """Runs the float model and measures what transforms depend on. Nothing is changed.
 
@@ -93,6 +96,7 @@ def measure(
         model: A prepared model in evaluation mode, traced, not transformed yet.
         batches: What it takes.
         forward: ``forward(model, batch)`` calls it.
+        statistics: What is measured is added to them; by default to new ones.
 
     Returns:
         The candidates that all graphs of the model share (those of the example in both modes, and those of the
@@ -102,7 +106,7 @@ def measure(
         CalibrationError: NaN or inf in a measured value.
     """
     runtime = runtime_of(model)
-    statistics = Statistics()
+    statistics = Statistics() if statistics is None else statistics
     graphs = _Graphs(model, runtime, statistics)
     for record in runtime.records:
         graphs.look(record)

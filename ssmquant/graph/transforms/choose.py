@@ -87,7 +87,7 @@ def rotation(
     level = c.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     c = (1 - _SHRINK) * c + _SHRINK * level * torch.eye(n, dtype=torch.float64)
     if not bool(c.isfinite().all()):
-        return rotation(n, signs=signs, keep_ones=keep_ones)
+        return rotation(n, signs=signs, hadamard=hadamard, keep_ones=keep_ones)
     if not keep_ones:
         return h @ torch.linalg.eigh(c / level).eigenvectors.T
     centre = torch.eye(n, dtype=torch.float64) - 1 / n
