@@ -70,9 +70,9 @@ class Ranges:
                 by_position = name == "samples" and isinstance(q.quantizer, PTS)
                 kept: list[Any] = []
                 for entry in entries:
-                    shape, share = (entry["shape"], entry["share"]) if by_position else (entry, None)
+                    shape, share = (entry["shape"], entry["share"]) if by_position else (entry, 1.0)
                     t = take(shape, torch.float32)
-                    if not _fits(q, name, t) or (by_position and not _is_share(share)):
+                    if not _fits(q, name, t) or not _is_share(share):
                         raise ValueError(f"not of '{q.name}'")
                     t = t.to(q.seen.device)
                     kept.append(PositionSample(t[0], t[1], t[2], share) if by_position else t)

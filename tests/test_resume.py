@@ -94,7 +94,10 @@ def test_interrupted_at_every_batch(name: str, tmp_path: Path) -> None:
             ready = ready if at == 1 else prepared(model, config, 8)  # in the same process, or another
         calls: list[int] = []
         ssmquant.calibrate(ready, batches, checkpoint=file, forward=lambda m, x, c=calls: (c.append(0), m(x)))
-        assert len(calls) <= 3 - at % 3 + 1  # the batch of another size may have to make its graph again
+        rounds = len(batches) * (config.rounding == "gptq")  # a pass of which nothing is kept
+        assert (
+            len(calls) <= 3 - at % 3 + 1 + rounds
+        )  # the batch of another size may have to make its graph again
         assert not file.exists()
         assert_same(ready, expected, batches[0])
 
