@@ -91,16 +91,15 @@ def test_ranges_by_position_at_another_resolution(family: str) -> None:
 
 
 def test_positions_are_what_is_neither_samples_nor_channels() -> None:
-    for statistics in ("sample", "tensor"):
-        for family, axes in (
-            ("vim", {(1,), (2,)}),
-            ("vmamba", {(2,), (2, 3)}),
-            ("mambair", {(1, 2), (2, 3), (1, 3)}),
-        ):
-            prepared, _, _ = calibrated(family, QConfig.ptq4vm(4, 8, statistics=statistics))
-            found = {n: m.quantizer for n, m in activations(prepared).items()}
-            assert all(isinstance(q, PTS) for q in found.values())
-            assert {q.position_axes for q in found.values()} == axes
+    for family, statistics, axes in (
+        ("vim", "tensor", {(1,), (2,)}),
+        ("vmamba", "sample", {(2,), (2, 3)}),
+        ("mambair", "sample", {(1, 2), (2, 3), (1, 3)}),
+    ):
+        prepared, _, _ = calibrated(family, QConfig.ptq4vm(4, 8, statistics=statistics))
+        found = {n: m.quantizer for n, m in activations(prepared).items()}
+        assert all(isinstance(q, PTS) for q in found.values())
+        assert {q.position_axes for q in found.values()} == axes
     product = next(q for n, q in found.items() if "x_proj" in n)
     assert product._grid == (4, 64)  # four directions of 108
 
