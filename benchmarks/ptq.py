@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import QConfig
-from ssmquant.config import TRANSFORMS
 from ssmquant.io import load_float, save_float
 from ssmquant.restore import find_images, open_image
 from ssmquant.restore.metrics import psnr
@@ -40,25 +39,49 @@ sys.path.insert(0, str(ROOT / "examples"))
 from classify import Pictures, accuracy, logits, train_float  # noqa: E402
 from tables import print_table  # noqa: E402
 
-ROTATIONS = ("residual_rotation", "out_rotation", "dt_rotation")
+
+def _ranges(observer: str) -> Callable[[int, int], QConfig]:
+    options = {"observer": observer}
+    return lambda w, a: QConfig.minmax(w, a, activation_options=options, scan_options=options)
+
+
 METHODS: dict[str, Callable[[int, int], QConfig]] = {
-    "min-max": lambda w, a: QConfig.minmax(w, a),
-    "mambaquant": lambda w, a: QConfig.mambaquant(w, a),
+    "minmax": QConfig.minmax,
+    "percentile": _ranges("percentile"),
+    "mse": _ranges("mse"),
+    "smoothquant": QConfig.smoothquant,
+    "quarot": QConfig.quarot,  # Hadamard matrices alone
+    "klt": lambda w, a: QConfig.quarot(w, a, rotation="klt_only"),
+    "klt_hadamard": lambda w, a: QConfig.quarot(w, a, rotation="klt"),
+    "ptq4vm": QConfig.ptq4vm,
+    "ptq4vm_learnt": QConfig.ptq4vm,
+    "mambaquant": QConfig.mambaquant,
+    "mambaquant_gptq": lambda w, a: QConfig.mambaquant(w, a, rounding="gptq"),
 }
+LEARNT = 50  # steps of learn_ranges, of methods with _learnt
 BITS = ((8, 8), (4, 8))
 
 Row = dict[str, Any]
 
 
 def deployed(
-    model: nn.Module, config: QConfig, batches: list[Tensor], **options: Any
+    model: nn.Module, method: str, bits: tuple[int, int], batches: list[Tensor]
 ) -> tuple[nn.Module, float]:
-    """The converted model, and the seconds that its calibration took."""
-    prepared = ssmquant.prepare(model, config, example_inputs=(batches[0],), **options)
+    """The converted model, and the seconds that calibration took."""
+    prepared = ssmquant.prepare(model, METHODS[method](*bits), example_inputs=(batches[0],))
     start = time.perf_counter()
     ssmquant.calibrate(prepared, batches, progress=False)
+    if method.endswith("_learnt"):
+        ssmquant.learn_ranges(
+            prepared, batches, model, steps=LEARNT, progress=False, forward=lambda m, x: first(m(x))
+        )
     seconds = time.perf_counter() - start
     return ssmquant.convert(prepared), seconds
+
+
+def first(out: Any) -> Tensor:
+    """The tensor that counts of what a model returns."""
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def classes(out: Tensor, reference: Tensor, labels: Tensor) -> Row:
@@ -84,7 +107,7 @@ def classifier(name: str, args: argparse.Namespace, methods: list[str]) -> Itera
         reference = logits(model, data.test_x)
         yield {"mode": "float", "seed": seed, "accuracy": accuracy(reference, data.test_y)}
         for (w, a), method in ((b, m) for b in BITS for m in methods):
-            ours, seconds = deployed(model, METHODS[method](w, a), batches)
+            ours, seconds = deployed(model, method, (w, a), batches)
             row = classes(logits(ours, data.test_x), reference, data.test_y)
             yield {"mode": f"w{w}a{a}_{method}", "seed": seed, **row, "calibration_s": round(seconds, 1)}
 
@@ -116,7 +139,7 @@ def restorer(args: argparse.Namespace, methods: list[str]) -> Iterator[Row]:
     base = figures(reference)
     yield {"mode": "float", **base}
     for (w, a), method in ((b, m) for b in BITS for m in methods):
-        ours, seconds = deployed(model, METHODS[method](w, a), crops)
+        ours, seconds = deployed(model, method, (w, a), crops)
         out = score(ours)
         noise = sum(float((o - r).double().square().sum()) for o, r in zip(out, reference, strict=True))
         signal = sum(float(r.double().square().sum()) for r in reference)
@@ -154,12 +177,12 @@ def language_model(args: argparse.Namespace, methods: list[str]) -> Iterator[Row
 
     @torch.no_grad()
     def score(m: Any) -> Tensor:
-        return m(test[:, :-1]).logits.flatten(0, 1)
+        return first(m(test[:, :-1])).flatten(0, 1)
 
     reference, labels = score(model), test[:, 1:].flatten()
     yield {"mode": "float", "accuracy": accuracy(reference, labels)}
     for (w, a), method in ((b, m) for b in BITS for m in methods):
-        ours, seconds = deployed(model, METHODS[method](w, a), batches)
+        ours, seconds = deployed(model, method, (w, a), batches)
         row = classes(score(ours), reference, labels)
         yield {"mode": f"w{w}a{a}_{method}", **row, "calibration_s": round(seconds, 1)}
 
