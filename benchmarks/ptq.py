@@ -49,8 +49,12 @@ METHODS: dict[str, Callable[[int, int], QConfig]] = {
     "minmax": QConfig.minmax,
     "percentile": _ranges("percentile"),
     "mse": _ranges("mse"),
+    "least_squares": lambda w, a: QConfig.minmax(
+        w, a, weight="lsq"
+    ),  # of weights; mambaquant has it below 8 bits
     "smoothquant": QConfig.smoothquant,
     "quarot": QConfig.quarot,  # Hadamard matrices alone
+    "quarot_least_squares": lambda w, a: QConfig.quarot(w, a, weight="lsq"),
     "klt": lambda w, a: QConfig.quarot(w, a, rotation="klt_only"),
     "klt_hadamard": lambda w, a: QConfig.quarot(w, a, rotation="klt"),
     "ptq4vm": QConfig.ptq4vm,
