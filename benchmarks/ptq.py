@@ -5,17 +5,17 @@
 Cases: ``vim_digits`` and ``vmamba_digits`` (examples/classify.py, trained here with three seeds or read from
 ``--models``), ``mambair_light_x2`` (the float weights that come with the examples; 16 crops of examples/photos for
 calibration, PSNR of luma on ``--set5``), ``hf_mamba`` (Hugging Face's MambaForCausalLM, trained on the bytes of this
-project's docs; needs transformers). What is scored is the deployed model. Classifiers: accuracy on the test pictures,
-KL divergence from the float model's classes and SQNR of the logits; the language model: the same of the next byte.
+project's docs; needs transformers), ``qat_start`` (fine-tuning at W2A2, MambaIR-tiny x2 by ``QConfig.recommended``,
+from a calibration with and without MambaQuant's transforms, on the photographs of the examples).
+
+What is scored is the deployed model. Classifiers: accuracy on the test pictures, KL divergence from the float model's
+classes and SQNR of the logits; the language model: the same of the next byte.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -25,19 +25,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import heading, write
 from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import QConfig
 from ssmquant.io import load_float, save_float
-from ssmquant.restore import find_images, open_image
+from ssmquant.restore import evaluate, find_images, open_image
 from ssmquant.restore.metrics import psnr
 from ssmquant.restore.pictures import downscale, to_tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from classify import Pictures, accuracy, logits, train_float  # noqa: E402
-from tables import print_table  # noqa: E402
+sys.path.append(str(ROOT / "examples"))
+from classify import Pictures, accuracy, logits, train_float
+from finetune import TASK, photographs
+from patches import PatchData
+from tables import print_table
+from training import Recipe, fit
 
 
 def _ranges(observer: str) -> Callable[[int, int], QConfig]:
@@ -191,14 +195,35 @@ def language_model(args: argparse.Namespace, methods: list[str]) -> Iterator[Row
         yield {"mode": f"w{w}a{a}_{method}", **row, "calibration_s": round(seconds, 1)}
 
 
+def qat_start(args: argparse.Namespace, methods: list[str]) -> Iterator[Row]:
+    """Whether transforms of the weights are a worse place to train from; the methods are of no account here."""
+    steps = 10 if args.quick else 300
+    train, test = photographs(64 if args.quick else None)
+    for seed in range(1 if args.quick else 3):
+        for name, transforms in (("plain", ()), ("transforms", QConfig.mambaquant().transforms)):
+            model = load_float(ROOT / "examples" / "weights" / "mambair_tiny_x2_float.safetensors")
+            data = PatchData(train, TASK, seed=seed)
+            batches = list(data.batches(4, 8))
+            config = QConfig.recommended(2, 2, transforms=transforms)
+            prepared = ssmquant.prepare(model, config, example_inputs=(batches[0],))
+            ssmquant.calibrate(prepared, batches, progress=False)
+            start = statistics.fmean(r["psnr"] for r in evaluate(prepared.eval(), test, TASK))
+            recipe = Recipe(steps, 8, 1e-3)
+            groups = list(ssmquant.param_groups(prepared, recipe.lr))
+            fit(prepared, data, recipe, groups=groups, title=f"{name}, seed {seed}")
+            end = statistics.fmean(r["psnr"] for r in evaluate(prepared, test, TASK))
+            yield {"mode": f"w2a2_{name}", "seed": seed, "psnr_start": start, "psnr": end, "steps": steps}
+
+
 CASES: dict[str, Callable[[argparse.Namespace, list[str]], Iterator[Row]]] = {
     "vim_digits": lambda args, methods: classifier("vim", args, methods),
     "vmamba_digits": lambda args, methods: classifier("vmamba", args, methods),
     "mambair_light_x2": restorer,
     "hf_mamba": language_model,
+    "qat_start": qat_start,
 }
 NEEDS = {"vim_digits": "digits", "vmamba_digits": "digits", "mambair_light_x2": "set5"}
-COLUMNS = ("accuracy", "kl", "psnr", "drop_db", "sqnr_db", "calibration_s")
+COLUMNS = ("accuracy", "kl", "psnr_start", "psnr", "drop_db", "sqnr_db", "calibration_s")
 
 
 def show(case: str, rows: list[Row]) -> None:
@@ -230,13 +255,7 @@ def main() -> int:
     for name in names:
         if name in NEEDS and getattr(args, NEEDS[name]) is None:
             parser.error(f"{name} needs --{NEEDS[name]}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    result: dict[str, Any] = {
-        "hardware": platform.processor() or platform.machine(), "torch": torch.__version__, "triton": None,
-        "commit": commit.stdout.strip(), "rows": [],
-    }  # fmt: skip
+    result: dict[str, Any] = {**heading(torch.device("cpu")), "rows": []}
     for name in names:
         rows = []
         for row in CASES[name](args, args.method or list(METHODS)):
@@ -244,7 +263,7 @@ def main() -> int:
             print(name, row, flush=True)
             result["rows"].append({"case": name, **row})
             if args.out:
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+                write(args.out, result)
         show(name, rows)
     return 0
 
