@@ -35,13 +35,14 @@ from ssmquant.restore import evaluate, find_images, open_image
 from ssmquant.restore.metrics import psnr
 from ssmquant.restore.pictures import downscale, to_tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from classify import Pictures, accuracy, logits, train_float
 from finetune import TASK, photographs
 from patches import PatchData
 from tables import print_table
 from training import Recipe, fit
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _ranges(observer: str) -> Callable[[int, int], QConfig]:
