@@ -288,6 +288,7 @@ class _Sites(fx.Interpreter):
 
     def __init__(self, model: nn.Module, record: Record, noise: dict[str, list[float]]) -> None:
         super().__init__(model, graph=record.graph)
+        self.extra_traceback = False
         self.noise = noise
         self.plain: dict[fx.Node, Any] = {}
         """Values of nodes as they would be without the quantizers in front of them."""

@@ -62,6 +62,7 @@ class Teacher(fx.Interpreter):
 
     def __init__(self, model: nn.Module, record: Record) -> None:
         super().__init__(model, graph=record.graph)
+        self.extra_traceback = False
         self.outputs: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -79,6 +80,7 @@ class Student(fx.Interpreter):
 
     def __init__(self, model: nn.Module, record: Record, outputs: dict[str, Any]) -> None:
         super().__init__(model, graph=record.graph)
+        self.extra_traceback = False
         self.outputs = outputs
         self.rows: list[SiteError] = []
 
