@@ -104,7 +104,7 @@ def _compare(name: str, out: Tensor, reference: Tensor) -> SiteError:
     error = (a - b).abs().max().item()
     top = b.abs().max().item()
     noise, signal = (a - b).square().sum().item(), b.square().sum().item()
-    if math.isnan(error):
+    if not math.isfinite(error):
         return SiteError(name, math.inf, math.inf, -math.inf)
     sqnr = math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal > 0 else -math.inf)
     return SiteError(name, error, error / top if top > 0 else (0.0 if error == 0 else math.inf), sqnr)
