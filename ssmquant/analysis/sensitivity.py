@@ -303,8 +303,8 @@ def sensitivity(
         raise ConfigError(f"sensitivity: max_batches={max_batches}")
     if runtime.config.rounding == "gptq":
         raise ConfigError(
-            "sensitivity: with rounding='gptq' calibrate has put the weights on the levels of their own bit widths, and "
-            "what other widths cost is lost. Measure a model prepared with rounding='nearest'; search(prepared, "
+            "sensitivity: with rounding='gptq' calibrate has put the weights on the levels of their own bit widths, "
+            "and what other widths cost is lost. Measure a model prepared with rounding='nearest'; search(prepared, "
             "measured) takes the result for this one"
         )
     ensure_traced(prepared)
