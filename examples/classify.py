@@ -55,6 +55,8 @@ class Pictures:
     def __init__(self, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], seed: int = 0) -> None:
         if x.ndim not in (3, 4) or x.dtype != np.uint8 or y.shape != (len(x),) or y.dtype.kind not in "ui":
             raise FormatError("expected x uint8 (N, H, W) or (N, H, W, 3), and y integers (N,)")
+        if not x.size or y.min() < 0:
+            raise FormatError("there is no picture, or a class below 0")
         pictures = torch.from_numpy(x).float().div_(127.5).sub_(1.0)
         if x.ndim == 3:
             pictures = pictures.unsqueeze(-1).expand(-1, -1, -1, 3)

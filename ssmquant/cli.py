@@ -41,20 +41,16 @@ def load_any(path: str | os.PathLike[str]) -> tuple[nn.Module, str]:
 
 
 def _restore(args: argparse.Namespace) -> None:
+    from ssmquant.files import check_new
     from ssmquant.restore import model_scale, open_image, restore_image, save_image
     from ssmquant.restore.pictures import check_target
     from ssmquant.restore.tiling import check_tile
 
     check_tile(args.tile, args.overlap)
     source, target = Path(args.image), Path(args.output)
-    if target.is_dir() or not target.parent.is_dir():
-        raise ConfigError(
-            f"cannot write {target}: {'it is a folder' if target.is_dir() else 'no such folder'}"
-        )
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError(f"{target} is the input; name another output")
-    if target.exists() and not args.force:
-        raise ConfigError(f"{target} exists; give --force to replace it")
+    check_new(target, force=args.force)
     device = _device(args.device)
     image = open_image(source)
     check_target(target, image.mode)  # before the work, not after it
@@ -203,11 +199,11 @@ MOST_IMAGES = 16
 
 def _report(args: argparse.Namespace) -> None:
     import ssmquant
-    from ssmquant.analysis.report import check_page
+    from ssmquant.files import check_new
     from ssmquant.graph.runtime import is_prepared
     from ssmquant.workflow import prepare_unchecked
 
-    target = check_page(args.output, force=args.force)
+    target = check_new(args.output, force=args.force)
     if target.exists() and any(Path(p).exists() and target.samefile(p) for p in (args.file, *args.images)):
         raise ConfigError(f"{target} is an input; name another output")
     crops, found = _crops(args.images, args.crop)
@@ -220,12 +216,13 @@ def _report(args: argparse.Namespace) -> None:
     try:
         if not is_prepared(model):
             preset = getattr(ssmquant.QConfig, args.preset or "qmambair")
-            config = preset(args.w_bits or 4, a_bits=args.a_bits or 4)
+            w_bits, a_bits = (4 if bits is None else bits for bits in (args.w_bits, args.a_bits))
+            config = preset(w_bits, a_bits=a_bits)
             reference = model if crops else None
             model = prepare_unchecked(model, config, inputs, method=args.method)
             if crops:
                 ssmquant.calibrate(model, crops)
-        elif args.preset or args.w_bits or args.a_bits:
+        elif (args.preset, args.w_bits, args.a_bits) != (None, None, None):
             raise ConfigError(
                 f"{args.file} is quantized; --preset, --w-bits and --a-bits are for float models"
             )

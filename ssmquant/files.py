@@ -30,7 +30,8 @@ from ssmquant import zoo
 from ssmquant.errors import ConfigError, FormatError, SsmquantError
 
 __all__ = [
-    "DTYPES", "ENTRIES", "FLOAT_FORMAT", "FORMAT", "MALFORMED", "NAMES", "VERSION", "Reader", "build_zoo", "decode",
+    "DTYPES", "ENTRIES", "FLOAT_FORMAT", "FORMAT", "MALFORMED", "NAMES", "VERSION", "Reader", "build_zoo",
+    "check_new", "decode",
     "dtype_name", "encode", "load_checkpoint", "load_float", "peek", "read", "read_dtype", "read_shape", "replacing",
     "save_float", "write",
 ]  # fmt: skip
@@ -108,6 +109,18 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: di
     """Writes beside the target and renames: a file is there whole or not at all."""
     with replacing(path) as name:
         save_file(tensors, name, metadata=metadata)
+
+
+def check_new(path: str | os.PathLike[str], *, force: bool) -> Path:
+    """The path, where a new file can be written there; ConfigError where not. ``force``: an old one may be there."""
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise ConfigError(
+            f"cannot write {target}: {'it is a folder' if target.is_dir() else 'no such folder'}"
+        )
+    if target.exists() and not force:
+        raise ConfigError(f"{target} exists; give force=True (--force) to replace it")
+    return target
 
 
 @contextmanager

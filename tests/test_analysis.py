@@ -102,6 +102,16 @@ def test_code_that_goes_on_in_place() -> None:
     assert {r.name for r in report.rows if r.max_abs > 0} == {"middle.b"}
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_verify_of_what_overflows(value: float) -> None:
+    prepared = scanner(4)
+    deployed = ssmquant.convert(prepared)
+    with torch.no_grad():
+        deployed.out_proj.bias[1] = value
+    (worst,) = (r for r in ssmquant.verify(prepared, deployed, (X,)).rows if r.name == "out_proj")
+    assert (worst.max_abs, worst.max_rel, worst.sqnr_db) == (torch.inf, torch.inf, -torch.inf)
+
+
 def test_verify_leaves_both_models_as_they_are() -> None:
     prepared = copy.deepcopy(scanner()).train()
     prepared.stem.eval()

@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Imports a script of the folder, and forgets it afterwards: the examples have a ``common`` of their own."""
     names = (
-        "common", "finetune", "infer_cpu", "infer_cuda", "patches", "qmambair", "scan", "scan_quantized", "tables",
-        "train", "training",
+        "classify", "common", "finetune", "infer_cpu", "infer_cuda", "patches", "ptq", "qmambair", "scan",
+        "scan_quantized", "tables", "train", "training",
     )  # fmt: skip
     monkeypatch.syspath_prepend(FOLDER)
     for name in names:
@@ -555,3 +555,27 @@ def test_inference_on_a_gpu(script: Callable[[str], Any], tmp_path: Path) -> Non
     assert list(rows) == infer.QUICK_MODES
     assert all(row["min_ms"] > 0 and row["call_mib"] > 0 for row in rows.values())
     assert rows["deployed_w4a4_graph"]["breakdown"]["ms"] > 0
+
+
+def test_methods_without_training(script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them makes a deployed model; what is told of its classes, against plain arithmetic."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    ptq = script("ptq")
+    monkeypatch.setattr(ptq, "LEARNT", 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)
+    ).eval()
+    batches = [torch.randn(16, 6)]
+    wanted = model(batches[0]).detach()
+    labels = wanted.argmax(1)
+    for method in ptq.METHODS:
+        ours, _ = ptq.deployed(model, method, (8, 8), batches)
+        out = ours(batches[0]).detach()
+        row = ptq.classes(out, wanted, labels)
+        assert row["accuracy"] >= 80
+        p = wanted.double().softmax(1)
+        kl = (p * (p / out.double().softmax(1)).log()).sum(1).mean()
+        assert row["kl"] == pytest.approx(float(kl), rel=1e-6)
+        assert row["kl"] > 0
+        assert row["sqnr_db"] > 20

@@ -79,7 +79,7 @@ def test_without_batches(tmp_path: Path) -> None:
     assert "svg" in page.cards["in_proj:weight"]
     fresh = ssmquant.prepare(Scanner(), QConfig(w_bits=4, a_bits=4), example_inputs=(X,))
     written(tmp_path, fresh)  # not calibrated
-    with pytest.raises(NotCalibratedError):
+    with pytest.raises(NotCalibratedError, match=r"before evaluating$"):
         ssmquant.report(fresh, tmp_path / "other.html", [X])
     assert not (tmp_path / "other.html").exists()
 
@@ -224,7 +224,7 @@ def test_nan_in_a_batch(tmp_path: Path) -> None:
     for model in (scanner(4), ssmquant.convert(scanner(4))):
         for value in (math.nan, math.inf):
             bad[0, 0, 0, 0] = value
-            with pytest.raises(InputError, match="NaN or inf to 'in_proj:input'"):
+            with pytest.raises(InputError, match=r"NaN or inf to 'in_proj:input'$"):
                 ssmquant.report(model, tmp_path / "page.html", [X, bad])
     assert not list(tmp_path.iterdir())
     broken = copy.deepcopy(scanner(4))

@@ -32,6 +32,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--force" in failure(capsys, *command)
     assert "is an input" in failure(capsys, "report", out, "-o", out, "--force")
     assert "--crop 0" in failure(capsys, *command, "--force", "--crop", "0")
+    assert "w_bits=0" in failure(capsys, *command, "--force", "--crop", "12", "--w-bits", "0")
     assert "no such file" in failure(capsys, "report", tmp_path / "none", "-o", tmp_path / "x.html")
     assert "no such folder" in failure(capsys, "report", tiny, "-o", tmp_path / "no" / "x.html")
     assert "no such file or folder" in failure(capsys, *command[:4], "--force", "--images", tmp_path / "none")
@@ -91,3 +92,14 @@ def test_the_command_for_a_quantized_file(tmp_path: Path, capsys: pytest.Capture
     assert "is quantized" in failure(capsys, *command, "--w-bits", "2")
     assert run(*command) == 0
     assert "deployed" in " ".join(Page(tmp_path / "q.html").text["dd"])
+
+
+@pytest.mark.parametrize("preset", cli._presets())
+def test_every_preset(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "preset_nets.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    photo = ROOT / "examples" / "photos" / "coffee.png"
+    command = ("report", "preset_nets.py:make", "--input", "1,3,8,8", "--images", photo, "--crop", "8")
+    assert run(*command, "-o", "a.html", "--preset", preset) == 0
+    assert "mix" in Page(tmp_path / "a.html").source

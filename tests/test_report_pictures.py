@@ -57,9 +57,10 @@ def test_levels_are_those_of_the_quantizers(method: str, bits: int, tmp_path: Pa
     [
         QConfig(w_bits=3, a_bits=3, granularity="channel", activation="dls"),
         QConfig(w_bits=3, a_bits=3, weight="minmax", granularity="channel", activation="token"),
+        QConfig(w_bits=3, a_bits=3, weight="minmax", granularity="channel", activation="pts"),
         QConfig.recommended(3, 3),
     ],
-    ids=["dls", "token", "recommended"],
+    ids=["dls", "token", "pts", "recommended"],
 )
 def test_several_scales_are_shown_in_code_units(config: QConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -178,7 +179,7 @@ def test_the_histogram_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", sorted(QUANTIZERS))
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_every_quantizer_has_a_picture(method: str, granularity: str, tmp_path: Path) -> None:
-    weight = "lsq" if method == "token" else method
+    weight = "lsq" if method in ("token", "pts") else method
     config = QConfig(w_bits=2, a_bits=8, weight=weight, activation=method, granularity=granularity)
     prepared = prepared_and_calibrated(Chain(nn.Conv2d(4, 4, 3)).eval(), config, X)
     for model in (prepared, ssmquant.convert(prepared)):

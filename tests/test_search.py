@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import ssmquant
-from ssmquant import ConfigError, NotCalibratedError, QConfig, Rule, Sensitivity
+from ssmquant import ConfigError, NotCalibratedError, QConfig, Rule, Sensitivity, zoo
 from ssmquant.analysis.search import _Costs
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules import PackedTensor
-from tests.graph.deployed import MODELS
 from tests.small import Scanner, images, prepared_and_calibrated, rows, tiny_mambair
 
 X = images(2, 3, 6, 5)
@@ -28,8 +27,26 @@ def tiny() -> nn.Module:
 
 FAMILIES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "mambair": (tiny, (1, 3, 8, 8)),
-    "vim": (MODELS["vim"][0], (1, 3, 32, 32)),
-    "vmamba": (MODELS["vmamba"][0], (1, 3, 32, 32)),
+    "vim": (
+        functools.partial(
+            zoo.build,
+            "VisionMamba",
+            img_size=16,
+            patch_size=8,
+            stride=8,
+            depth=1,
+            embed_dim=16,
+            d_state=4,
+            num_classes=5,
+        ),
+        (1, 3, 16, 16),
+    ),
+    "vmamba": (
+        functools.partial(
+            zoo.build, "VSSM", depths=(1,), dims=8, ssm_d_state=2, num_classes=5, drop_path_rate=0.0
+        ),
+        (1, 3, 16, 16),
+    ),
 }
 
 

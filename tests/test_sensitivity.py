@@ -274,6 +274,20 @@ def forward_raising(error: type[BaseException], at: int) -> Callable[[nn.Module,
     return forward
 
 
+def test_weights_that_are_rounded_for_their_widths() -> None:
+    """They say nothing of other widths; a measurement before the rounding serves both models."""
+    model = float_scanner()
+    rounded = prepared_and_calibrated(model, QConfig.minmax(2, 8, rounding="gptq"), X)
+    for look in (ssmquant.sensitivity, ssmquant.search):
+        with pytest.raises(ConfigError, match="rounding='nearest'"):
+            look(rounded, [X])  # type: ignore[operator]
+    plain = prepared_and_calibrated(model, QConfig.minmax(2, 8), X)
+    result = ssmquant.sensitivity(plain, [X], bits=(2, 4), progress=False)
+    mixed = ssmquant.search(rounded, result, effective_bits=3)
+    assert mixed.rounding == "gptq"
+    assert mixed.rules == ssmquant.search(plain, result, effective_bits=3).rules
+
+
 @pytest.mark.parametrize(
     ("error", "at"), [(None, 0), (KeyboardInterrupt, 1), (RuntimeError, 3), (KeyboardInterrupt, 7)]
 )

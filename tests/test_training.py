@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "examples" / "photos"
 sys.path.insert(0, str(ROOT / "examples"))
 
+from classify import Pictures  # noqa: E402
 from patches import PatchData, read_images  # noqa: E402
 from training import Recipe, Step, fit, learning_rate  # noqa: E402
 
@@ -42,6 +43,41 @@ def undo(patch: Tensor, turn: int) -> Tensor:
     if turn & 1:
         patch = patch.transpose(-1, -2)
     return patch.flip([axis for axis, bit in ((-2, 2), (-1, 4)) if turn & bit])
+
+
+def test_pictures_of_classes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (30, 6, 5), dtype=np.uint8), np.arange(30) % 3
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    data = Pictures.load(tmp_path / "data.npz")
+    assert (len(data.x), len(data.test_x), data.classes) == (24, 6, 3)
+    assert data.test_y.bincount().tolist() == [2, 2, 2]
+    wanted = torch.from_numpy(x[:3, None].repeat(3, 1)).float() / 127.5 - 1
+    torch.testing.assert_close(data.test_x[:3], wanted)
+    assert torch.cat(data.calibration(9, 4)).shape == (9, 3, 6, 5)
+    first = data.sample(5)
+    data.seed(0)
+    again = data.sample(5)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first[0].shape == (5, 3, 6, 5)
+    assert -1 <= float(first[0].min()) <= float(first[0].max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (np.zeros((0, 4, 4), np.uint8), np.zeros(0, int)),
+        (np.zeros((2, 4, 4), np.uint8), np.array([0, -1])),
+        (np.zeros((2, 4, 4), np.uint8), np.array([0.0, 1.0])),
+        (np.zeros((2, 4, 4)), np.array([0, 1])),
+        (np.zeros((2, 4, 4), np.uint8), np.array([0])),
+    ],
+    ids=["empty", "negative", "no integers", "no bytes", "another length"],
+)
+def test_what_is_no_data_of_classes(x: Any, y: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    with pytest.raises(FormatError):
+        Pictures.load(tmp_path / "data.npz")
 
 
 def test_pairs_of_patches_are_aligned() -> None:

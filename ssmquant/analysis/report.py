@@ -19,12 +19,12 @@ from ssmquant.analysis.page import Card, Content, SiteView, render
 from ssmquant.analysis.samples import Measured, Measurement, measure_batches, measure_parameters
 from ssmquant.analysis.summary import Summary, summary
 from ssmquant.errors import ConfigError
-from ssmquant.files import replacing
+from ssmquant.files import check_new, replacing
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Runtime, runtime_of
 from ssmquant.workflow import limited
 
-__all__ = ["check_page", "report"]
+__all__ = ["report"]
 
 
 def report(
@@ -68,7 +68,7 @@ def report(
         NotCalibratedError: with ``batches``, the ranges of activations are not known yet.
     """
     runtime = runtime_of(model)
-    target = check_page(path, force=force)
+    target = check_new(path, force=force)
     if batches is None and (reference is not None or forward is not None):
         raise ConfigError("report: reference= and forward= need batches")
     looked = summary(model)
@@ -80,18 +80,6 @@ def report(
     page = render(_content(model, runtime, looked, measured, found, title))
     with replacing(target) as new:
         new.write_text(page, encoding="utf-8", newline="\n")
-    return target
-
-
-def check_page(path: str | os.PathLike[str], *, force: bool) -> Path:
-    """The path, where a page can be written there; ConfigError where not."""
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        raise ConfigError(
-            f"cannot write {target}: {'it is a folder' if target.is_dir() else 'no such folder'}"
-        )
-    if target.exists() and not force:
-        raise ConfigError(f"{target} exists; give force=True (--force) to replace it")
     return target
 
 

@@ -24,7 +24,7 @@ from ssmquant.errors import InputError
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.modules import PackedTensor
 from ssmquant.modules.activation import over_gain
-from ssmquant.quantizers import RFA, QTensor, Quantizer, Token
+from ssmquant.quantizers import PTS, RFA, QTensor, Quantizer, Token
 from ssmquant.workflow import call_model
 
 __all__ = ["Measured", "Measurement", "measure_batches", "measure_parameters"]
@@ -36,6 +36,7 @@ _SHOWN = {
     "channel": "Values in units of their channel's step.",
     "dls": f"Values in units of the step of their sample or call: {_RANGE}.",
     "token": f"Values in units of the step of their token: {_RANGE}.",
+    "pts": "Values in units of the step of their position.",
 }
 
 
@@ -158,13 +159,18 @@ class _Pool(Item):
         used = torch.bincount(q.codes.reshape(-1).long(), minlength=2**q.bits) > 0
         self.used = used if self.used is None else self.used | used
         self.numbers["used"] = float(self.used.sum())
-        self._keep(x if self.in_values else in_code_units(q, x))
+        self._keep(x if self.kind == "values" else in_code_units(q, x))
 
     @property
-    def in_values(self) -> bool:
-        """Whether one scale serves all batches."""
+    def kind(self) -> str:
+        """What an axis shows, see ``_SHOWN``: ``"values"`` where one scale serves all batches."""
         holder = self.holder
-        return isinstance(holder, Quantizer) and not holder.dynamic and holder.num_groups == 1
+        assert isinstance(holder, Quantizer)
+        if isinstance(holder, PTS) and holder.position_axes:
+            return "pts"
+        if holder.dynamic:
+            return "token" if isinstance(holder, Token) else "dls"
+        return "values" if holder.num_groups == 1 else "channel"
 
     def _keep(self, values: Tensor) -> None:
         """Every ``step``-th value of every batch, so that all batches weigh the same."""
@@ -176,13 +182,10 @@ class _Pool(Item):
     def measured(self) -> Measured:
         assert self.last is not None
         values, q = torch.cat(self.kept), self.last
-        if self.in_values:
+        if self.kind == "values":
             histogram = _of_values(self, values, q)
         else:
-            kind = "channel"
-            if self.holder.dynamic:
-                kind = "token" if isinstance(self.holder, Token) else "dls"
-            histogram = histogram_of_values(values, _codes(self, q), _SHOWN[kind], _thresholds(self))
+            histogram = histogram_of_values(values, _codes(self, q), _SHOWN[self.kind], _thresholds(self))
         return Measured(_row(self, self.numbers, {}), histogram)
 
 
@@ -285,6 +288,7 @@ class _Sites(fx.Interpreter):
 
     def __init__(self, model: nn.Module, record: Record, noise: dict[str, list[float]]) -> None:
         super().__init__(model, graph=record.graph)
+        self.extra_traceback = False
         self.noise = noise
         self.plain: dict[fx.Node, Any] = {}
         """Values of nodes as they would be without the quantizers in front of them."""

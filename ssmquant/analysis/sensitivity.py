@@ -291,7 +291,8 @@ def sensitivity(
 
     Raises:
         NotCalibratedError: ``prepared`` was never calibrated or trained.
-        ConfigError: not a prepared model, bad widths, a loss that does not fit the output, or nothing is quantized.
+        ConfigError: not a prepared model, bad widths, a loss that does not fit the output, nothing is quantized, or
+            weights are rounded for their own widths (``rounding="gptq"``).
         CalibrationError: there is no batch, or values or outputs are not finite.
     """
     runtime = runtime_of(prepared, "prepared")
@@ -300,6 +301,12 @@ def sensitivity(
         _pick(loss, None)  # raises
     if max_batches is not None and max_batches < 1:
         raise ConfigError(f"sensitivity: max_batches={max_batches}")
+    if runtime.config.rounding == "gptq":
+        raise ConfigError(
+            "sensitivity: with rounding='gptq' calibrate has put the weights on the levels of their own bit widths, "
+            "and what other widths cost is lost. Measure a model prepared with rounding='nearest'; search(prepared, "
+            "measured) takes the result for this one"
+        )
     ensure_traced(prepared)
     require_calibrated(runtime)
     kept = list(limited(batches, max_batches, False))

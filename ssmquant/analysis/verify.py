@@ -62,6 +62,7 @@ class Teacher(fx.Interpreter):
 
     def __init__(self, model: nn.Module, record: Record) -> None:
         super().__init__(model, graph=record.graph)
+        self.extra_traceback = False
         self.outputs: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -79,6 +80,7 @@ class Student(fx.Interpreter):
 
     def __init__(self, model: nn.Module, record: Record, outputs: dict[str, Any]) -> None:
         super().__init__(model, graph=record.graph)
+        self.extra_traceback = False
         self.outputs = outputs
         self.rows: list[SiteError] = []
 
@@ -102,7 +104,7 @@ def _compare(name: str, out: Tensor, reference: Tensor) -> SiteError:
     error = (a - b).abs().max().item()
     top = b.abs().max().item()
     noise, signal = (a - b).square().sum().item(), b.square().sum().item()
-    if math.isnan(error):
+    if not math.isfinite(error):
         return SiteError(name, math.inf, math.inf, -math.inf)
     sqnr = math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal > 0 else -math.inf)
     return SiteError(name, error, error / top if top > 0 else (0.0 if error == 0 else math.inf), sqnr)
