@@ -7,6 +7,7 @@ import functools
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -234,6 +235,26 @@ def test_outputs_of_any_form_with_a_function() -> None:
         prepared, [x], bits=(2, 3), loss="mse", forward=lambda model, batch: model(batch)[0], progress=False
     )
     assert first == wanted
+
+
+def test_weights_that_were_rounded_say_nothing() -> None:
+    """They are on the levels of one width, so the others would look as good as float."""
+    config = replace(CONFIGS["recommended"], rounding="gptq")
+    prepared = prepared_and_calibrated(float_scanner(), config, X)
+    with pytest.raises(ConfigError, match="rounding"):
+        ssmquant.sensitivity(prepared, [X], bits=(2, 4), progress=False)
+
+
+def test_looking_at_widths_rounds_no_weights() -> None:
+    """A model that is to be rounded, of ranges from training."""
+    results = []
+    for rounding in ("gptq", "nearest"):
+        prepared = ssmquant.prepare(
+            float_scanner(), replace(CONFIGS["recommended"], rounding=rounding), example_inputs=(X,)
+        )
+        prepared.train()(X)
+        results.append(ssmquant.sensitivity(prepared, [X], bits=(2, 4), progress=False))
+    assert results[0] == results[1]
 
 
 def test_bad_arguments() -> None:

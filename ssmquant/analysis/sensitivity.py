@@ -291,7 +291,8 @@ def sensitivity(
 
     Raises:
         NotCalibratedError: ``prepared`` was never calibrated or trained.
-        ConfigError: not a prepared model, bad widths, a loss that does not fit the output, or nothing is quantized.
+        ConfigError: not a prepared model, bad widths, a loss that does not fit the output, nothing is quantized, or
+            weights are rounded already (``QConfig.rounding``).
         CalibrationError: there is no batch, or values or outputs are not finite.
     """
     runtime = runtime_of(prepared, "prepared")
@@ -302,6 +303,12 @@ def sensitivity(
         raise ConfigError(f"sensitivity: max_batches={max_batches}")
     ensure_traced(prepared)
     require_calibrated(runtime)
+    if runtime.rounded:
+        raise ConfigError(
+            "sensitivity: calibrate has rounded this model's weights (QConfig.rounding='gptq'), so that they say "
+            "nothing about other widths. Prepare the float model with rounding='nearest', and round once widths are "
+            "chosen"
+        )
     kept = list(limited(batches, max_batches, False))
     if not kept:
         raise CalibrationError("sensitivity: there was no batch; check the loader (or pass a list)")

@@ -129,7 +129,8 @@ class Widths:
             return forward(model, tree_map_only(Tensor, torch.clone, batch))
 
         self.batches, self.bits, self.forward = batches, tuple(bits), call
-        config = runtime_of(prepared, "prepared").config
+        # All widths share the weights of one copy, so that none may round them for itself.
+        config = replace(runtime_of(prepared, "prepared").config, rounding="nearest")
         self.found: list[Mapping[str, nn.Module]] = []
         for b in limited(self.bits, None, progress):
             self.model = reconfigured(prepared, at_width(config, b)).eval()
