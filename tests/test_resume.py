@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import ssmquant
 from ssmquant import CalibrationError, ConfigError, FormatError, QConfig, resume, zoo
 from ssmquant.graph.runtime import runtime_of
+from ssmquant.modules import ActivationQuantizer
 from tests.small import Scanner, images, tiny_mambair
 
 CONFIGS = {
@@ -184,6 +185,57 @@ def _stopping(batches: Iterator[Any]) -> Iterator[Any]:
     yield next(batches)
     yield next(batches)
     raise Stop
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CalibrationError])
+def test_interrupted_behind_the_passes(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some ranges are known by then: they are forgotten again, and the batches need not run once more."""
+    config, batches = QConfig.recommended(4, 4), [images(1, 3, 8, 8, seed=k) for k in range(2)]
+    ready = prepared(scanner(), config, 8)
+    expected = ssmquant.calibrate(copy.deepcopy(ready), batches)
+    before = copy.deepcopy(ready.state_dict())
+    file = tmp_path / "c.safetensors"
+    finish, calls = ActivationQuantizer.finish, []
+
+    def failing(self: ActivationQuantizer, **options: Any) -> None:
+        finish(self, **options)
+        calls.append(self)
+        if len(calls) == 3:
+            raise error
+
+    monkeypatch.setattr(ActivationQuantizer, "finish", failing)
+    with pytest.raises(error):
+        ssmquant.calibrate(ready, batches, checkpoint=file)
+    monkeypatch.undo()
+    for name, value in ready.state_dict().items():
+        assert torch.equal(value, before[name]) or bool(value.isnan().all()), name
+    assert not any(q.quantizer.ready for q in calls)
+    ssmquant.calibrate(ready, batches, checkpoint=file, forward=_never)
+    assert_same(ready, expected, batches[0])
+
+
+def _never(model: nn.Module, x: Tensor) -> None:
+    raise AssertionError("all batches are done")
+
+
+class Versioned(Scanner):
+    """A module whose state has more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 2}
+
+    def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+
+def test_states_of_more_than_tensors(tmp_path: Path) -> None:
+    batches, file = [images(1, 3, 8, 8, seed=k) for k in range(2)], tmp_path / "c.safetensors"
+    ready = prepared(Versioned().eval(), QConfig.minmax(8, 8), 8)
+    with pytest.raises(Stop):
+        ssmquant.calibrate(ready, batches, forward=interrupted(1), checkpoint=file)
+    ssmquant.calibrate(ready, batches, checkpoint=file)
+    assert not file.exists()
 
 
 # ---- files that do not fit -------------------------------------------------------------------------------------------
