@@ -82,17 +82,18 @@ def assert_same(a: nn.Module, b: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_interrupted_at_every_batch(name: str, tmp_path: Path) -> None:
-    model, config = mambair() if name == "recommended" else scanner(), CONFIGS[name]()
+    config = CONFIGS[name]()
+    fresh = prepared(scanner(), config, 8)
     batches = [images(1 + k % 2, 3, 8, 8 + 4 * (k == 1), seed=k) for k in range(3)]  # of two sizes
-    expected = ssmquant.calibrate(prepared(model, config, 8), batches)
+    expected = ssmquant.calibrate(copy.deepcopy(fresh), batches)
     file = tmp_path / "calibration.safetensors"
     for at in range(4):
-        ready = prepared(model, config, 8)
+        ready = copy.deepcopy(fresh)
         if at < 3:
             with pytest.raises(Stop):
                 ssmquant.calibrate(ready, batches, forward=interrupted(at), checkpoint=file)
             assert file.exists() == (at > 0)
-            ready = ready if at == 1 else prepared(model, config, 8)  # in the same process, or another
+            ready = ready if at == 1 else copy.deepcopy(fresh)  # in the same process, or another
         calls: list[int] = []
         ssmquant.calibrate(ready, batches, checkpoint=file, forward=lambda m, x, c=calls: (c.append(0), m(x)))
         rounds = len(batches) * (config.rounding == "gptq")  # a pass of which nothing is kept
@@ -110,10 +111,11 @@ def test_interrupted_in_either_pass(
     """Transforms are chosen from a pass of their own, whose graphs have to be known again."""
     model, config = build(), QConfig.mambaquant(8, 8)
     batches = [images(1 + k, 3, widths[0], w, seed=k) for k, w in enumerate(widths)]
-    expected = ssmquant.calibrate(prepared(model, config, widths[0]), batches)
+    fresh = prepared(model, config, widths[0])
+    expected = ssmquant.calibrate(copy.deepcopy(fresh), batches)
     assert ssmquant.summary(expected).transforms
     file = tmp_path / "calibration.safetensors"
-    ready = prepared(model, config, widths[0])
+    ready = copy.deepcopy(fresh)
     stops = 0
     for _ in range(8):
         # Two calls at a time: one of them may be of a batch whose graph is made again.
@@ -124,7 +126,7 @@ def test_interrupted_in_either_pass(
             assert file.exists()
         else:
             break
-        ready = prepared(model, config, widths[0]) if stops == 1 else ready
+        ready = copy.deepcopy(fresh) if stops == 1 else ready
     assert stops >= 2
     if file.exists():
         ssmquant.calibrate(ready, batches, checkpoint=file)
