@@ -349,8 +349,9 @@ def _identity(model: nn.Module, fit: bool, total: int | None) -> dict[str, Any]:
     runtime = runtime_of(model)
     weights = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
-        weights.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        weights.update(_bytes(t))
+        if isinstance(t, Tensor):  # not a module's extra state
+            weights.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+            weights.update(_bytes(t))
     names = [q.name for q in runtime.activations.values() if isinstance(q, ActivationQuantizer)]
     return {
         "configuration": hashlib.sha256(runtime.config.to_json().encode()).hexdigest(),

@@ -310,8 +310,10 @@ def calibrate(
 
     Raises:
         CalibrationError: there is no batch, a value is NaN or inf (names where), or the batches are not those that the
-            checkpoint has seen. The model is left as it was.
+            checkpoint has seen.
         FormatError: the checkpoint is damaged, or of another model, configuration or number of batches.
+
+        Whatever is raised (Ctrl-C, too), the model is left as it was.
     """
     runtime = runtime_of(prepared, "prepared")
     if max_batches is not None and max_batches < 1:
@@ -352,6 +354,7 @@ def calibrate(
             )
         if quantizers and not any(q.stats for q in quantizers):
             raise CalibrationError("calibrate: the batches reached no quantizer (are they empty?)")
+        undo = undo or Undone(prepared, weights=False)
         kept = rounded_gains(prepared) if rounds else set()
         read = input_ranges(prepared) if fit and runtime.config.smooth_weights else {}
         for k, q in by_key.items():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import ssmquant
 from ssmquant import CalibrationError, ConfigError, FormatError, QConfig, resume, zoo
 from ssmquant.graph.runtime import runtime_of
+from ssmquant.modules import ActivationQuantizer
 from tests.small import Scanner, images, tiny_mambair
 
 CONFIGS = {
@@ -81,17 +82,18 @@ def assert_same(a: nn.Module, b: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_interrupted_at_every_batch(name: str, tmp_path: Path) -> None:
-    model, config = mambair() if name == "recommended" else scanner(), CONFIGS[name]()
+    config = CONFIGS[name]()
+    fresh = prepared(scanner(), config, 8)
     batches = [images(1 + k % 2, 3, 8, 8 + 4 * (k == 1), seed=k) for k in range(3)]  # of two sizes
-    expected = ssmquant.calibrate(prepared(model, config, 8), batches)
+    expected = ssmquant.calibrate(copy.deepcopy(fresh), batches)
     file = tmp_path / "calibration.safetensors"
     for at in range(4):
-        ready = prepared(model, config, 8)
+        ready = copy.deepcopy(fresh)
         if at < 3:
             with pytest.raises(Stop):
                 ssmquant.calibrate(ready, batches, forward=interrupted(at), checkpoint=file)
             assert file.exists() == (at > 0)
-            ready = ready if at == 1 else prepared(model, config, 8)  # in the same process, or another
+            ready = ready if at == 1 else copy.deepcopy(fresh)  # in the same process, or another
         calls: list[int] = []
         ssmquant.calibrate(ready, batches, checkpoint=file, forward=lambda m, x, c=calls: (c.append(0), m(x)))
         rounds = len(batches) * (config.rounding == "gptq")  # a pass of which nothing is kept
@@ -109,10 +111,11 @@ def test_interrupted_in_either_pass(
     """Transforms are chosen from a pass of their own, whose graphs have to be known again."""
     model, config = build(), QConfig.mambaquant(8, 8)
     batches = [images(1 + k, 3, widths[0], w, seed=k) for k, w in enumerate(widths)]
-    expected = ssmquant.calibrate(prepared(model, config, widths[0]), batches)
+    fresh = prepared(model, config, widths[0])
+    expected = ssmquant.calibrate(copy.deepcopy(fresh), batches)
     assert ssmquant.summary(expected).transforms
     file = tmp_path / "calibration.safetensors"
-    ready = prepared(model, config, widths[0])
+    ready = copy.deepcopy(fresh)
     stops = 0
     for _ in range(8):
         # Two calls at a time: one of them may be of a batch whose graph is made again.
@@ -123,7 +126,7 @@ def test_interrupted_in_either_pass(
             assert file.exists()
         else:
             break
-        ready = prepared(model, config, widths[0]) if stops == 1 else ready
+        ready = copy.deepcopy(fresh) if stops == 1 else ready
     assert stops >= 2
     if file.exists():
         ssmquant.calibrate(ready, batches, checkpoint=file)
@@ -184,6 +187,57 @@ def _stopping(batches: Iterator[Any]) -> Iterator[Any]:
     yield next(batches)
     yield next(batches)
     raise Stop
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CalibrationError])
+def test_interrupted_behind_the_passes(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some ranges are known by then: they are forgotten again, and the batches need not run once more."""
+    config, batches = QConfig.recommended(4, 4), [images(1, 3, 8, 8, seed=k) for k in range(2)]
+    ready = prepared(scanner(), config, 8)
+    expected = ssmquant.calibrate(copy.deepcopy(ready), batches)
+    before = copy.deepcopy(ready.state_dict())
+    file = tmp_path / "c.safetensors"
+    finish, calls = ActivationQuantizer.finish, []
+
+    def failing(self: ActivationQuantizer, **options: Any) -> None:
+        finish(self, **options)
+        calls.append(self)
+        if len(calls) == 3:
+            raise error
+
+    monkeypatch.setattr(ActivationQuantizer, "finish", failing)
+    with pytest.raises(error):
+        ssmquant.calibrate(ready, batches, checkpoint=file)
+    monkeypatch.undo()
+    for name, value in ready.state_dict().items():
+        assert torch.equal(value, before[name]) or bool(value.isnan().all()), name
+    assert not any(q.quantizer.ready for q in calls)
+    ssmquant.calibrate(ready, batches, checkpoint=file, forward=_never)
+    assert_same(ready, expected, batches[0])
+
+
+def _never(model: nn.Module, x: Tensor) -> None:
+    raise AssertionError("all batches are done")
+
+
+class Versioned(Scanner):
+    """A module whose state has more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 2}
+
+    def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+
+def test_states_of_more_than_tensors(tmp_path: Path) -> None:
+    batches, file = [images(1, 3, 8, 8, seed=k) for k in range(2)], tmp_path / "c.safetensors"
+    ready = prepared(Versioned().eval(), QConfig.minmax(8, 8), 8)
+    with pytest.raises(Stop):
+        ssmquant.calibrate(ready, batches, forward=interrupted(1), checkpoint=file)
+    ssmquant.calibrate(ready, batches, checkpoint=file)
+    assert not file.exists()
 
 
 # ---- files that do not fit -------------------------------------------------------------------------------------------

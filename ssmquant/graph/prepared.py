@@ -236,11 +236,14 @@ def _load_float(model: nn.Module, base: Any, state: Any, strict: bool, assign: b
 
 
 class Undone:
-    """Puts tensors, transforms and graphs back where something fails: half a load fits neither kind of graph."""
+    """Puts tensors, transforms and graphs back where something fails: half a load fits neither kind of graph.
 
-    def __init__(self, model: nn.Module) -> None:
+    ``weights``: False leaves out the model's own tensors, for what changes quantizers only.
+    """
+
+    def __init__(self, model: nn.Module, *, weights: bool = True) -> None:
         self.runtime = runtime = runtime_of(model)
-        self.tensors = Snapshot(model)
+        self.tensors = Snapshot(model if weights else runtime)
         t = runtime.transforms
         self.transforms = t.folded, t.skipped, t.settled
         self.graphs = list(runtime.records), runtime.known, runtime.notes

@@ -117,11 +117,11 @@ class ActivationQuantizer(nn.Module):
     def _collect(self, x: Tensor) -> Tensor:
         assert self.samples is not None
         if x.numel():
-            if not bool(x.isfinite().all()):
+            f = x.detach().float()
+            if not bool(f.isfinite().all()):
                 raise CalibrationError(
                     f"calibration met NaN or inf at '{self.name}': check the batch and the float model's own output"
                 )
-            f = x.detach().float()
             axis = self.quantizer.stats_axis if isinstance(self.quantizer, DLS) else None
             self.stats.append(dls_statistics(f, axis).reshape(4, -1).T)
             if self.passes:

@@ -284,7 +284,9 @@ class PTS(Quantizer):
         grid = shared_grid(columns.shape[1:], self.positions)
         all_of = PositionSample(columns, columns, columns, 1.0).on(grid)
         if channel_axis is None:
-            return all_of.fewer(_COLUMNS)
+            few = all_of.fewer(_COLUMNS)
+            # Views of a value that the model may write to later would change.
+            return PositionSample(few.low.clone(), few.high.clone(), few.picks.clone(), few.share)
         low, high, picks = (t.unflatten(0, (-1, channels)) for t in (all_of.low, all_of.high, all_of.picks))
         n = len(low)
         each = torch.arange(channels, device=x.device)

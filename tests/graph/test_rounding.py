@@ -519,16 +519,14 @@ def test_outputs_of_real_models_get_better(build: Callable[[], nn.Module]) -> No
     torch.manual_seed(0)
     model = build().eval()
     data = [images(2, 3, 16, 16, seed=s) for s in range(8)]
-    errors: dict[str, list[float]] = {"nearest": [], "gptq": []}
-    for w_bits in (4, 3):
-        for rounding, out in errors.items():
-            config = QConfig.mambaquant(w_bits, 8, rounding=rounding, transforms=())
-            prepared = ssmquant.prepare(model, config, example_inputs=data[0])
-            ssmquant.calibrate(prepared, data[:5]).eval()
-            with torch.no_grad():
-                out.append(sum(float((prepared(x) - model(x)).square().mean()) for x in data[5:]))
-    ratio = [b / a for a, b in zip(errors["nearest"], errors["gptq"], strict=True)]
-    assert sum(ratio) / 2 < 0.95, ratio
+    errors = []
+    for rounding in ("nearest", "gptq"):
+        config = QConfig.mambaquant(3, 8, rounding=rounding, transforms=())
+        prepared = ssmquant.prepare(model, config, example_inputs=data[0])
+        ssmquant.calibrate(prepared, data[:5]).eval()
+        with torch.no_grad():
+            errors.append(sum(float((prepared(x) - model(x)).square().mean()) for x in data[5:]))
+    assert errors[1] < 0.95 * errors[0]
 
 
 def test_after_transforms_and_everywhere_it_has_to_be_kept(tmp_path: Path) -> None:

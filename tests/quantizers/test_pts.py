@@ -196,6 +196,16 @@ def test_calibration_keeps_little_of_a_batch() -> None:
     assert PTS(4, position_axes=(1, 2)).sample(x, 3).low.shape == (64, 16, 16)
 
 
+@pytest.mark.parametrize("channel_axis", [None, 1])
+def test_a_sample_stays_what_it_was_when_the_value_is_written_to(channel_axis: int | None) -> None:
+    x = torch.randn(1, 3, 4, 5)
+    s = PTS(4, position_axes=(2, 3)).sample(x, channel_axis)
+    before = s.low.clone(), s.high.clone(), s.picks.clone()
+    x.mul_(100)
+    for now, was in zip((s.low, s.high, s.picks), before, strict=True):
+        assert torch.equal(now, was)
+
+
 def test_a_sample_of_much_data_clips_as_all_of_it() -> None:
     """Extremes are no more than the elements that they are, in the search."""
     torch.manual_seed(0)

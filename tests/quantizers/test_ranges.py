@@ -370,11 +370,12 @@ def test_far_percentiles_are_exact() -> None:
     assert ends(wrapper.quantizer) == pytest.approx(list(np.quantile(x.numpy(), [0.0001, 0.9999])), rel=1e-6)
 
 
-def test_nan_names_its_site() -> None:
-    wrapper = ActivationQuantizer("block.3.in", MinMax(8, observer="kl"))
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e300])  # the last one has no place in float32
+def test_nan_and_inf_name_their_site(value: float) -> None:
+    wrapper = ActivationQuantizer("block.3.in", MinMax(8, observer="minmax"))
     wrapper.start()
     with pytest.raises(CalibrationError, match=r"block\.3\.in"):
-        wrapper(torch.tensor([1.0, math.nan]))
+        wrapper(torch.tensor([1.0, value], dtype=torch.float64))
 
 
 # ---- in models -------------------------------------------------------------------------------------------------------
