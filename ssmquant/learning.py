@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ssmquant.errors import CalibrationError, ConfigError, InputError
 from ssmquant.graph.runtime import runtime_of
+from ssmquant.progress import limited
 from ssmquant.quantizers import Quantizer
-from ssmquant.workflow import call_model, limited
+from ssmquant.workflow import call_model
 
 __all__ = ["learn_ranges"]
 

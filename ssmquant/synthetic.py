@@ -12,8 +12,7 @@ Matching BatchNorm statistics is ZeroQ's distillation (Cai et al., arXiv 2001.00
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from ssmquant.adapter import find_adapter
 from ssmquant.errors import ConfigError, InputError
 from ssmquant.graph.runtime import is_prepared, runtime_of
 from ssmquant.graph.trace import describe_call
+from ssmquant.progress import limited
 
 __all__ = ["SYNTHETIC", "dead_leaves", "synthetic_batches"]
 
@@ -99,7 +99,7 @@ def synthetic_batches(
             raise ConfigError("source='batchnorm': the model runs no BatchNorm layer with running statistics")
         return batches
     bounds = tuple(((v - shift) / scale).to(example.device, torch.float32) for v in (low, high))
-    return [_fitted(model, x, bounds, steps) for x in _shown(batches, progress)]
+    return [_fitted(model, x, bounds, steps) for x in limited(batches, None, progress, "making images")]
 
 
 def _image_of(model: nn.Module) -> Tensor:
@@ -132,17 +132,6 @@ def _by_channel(name: str, values: Sequence[float] | None, default: float, chann
     if out.shape != (channels,) or not bool(out.isfinite().all()):
         raise ConfigError(f"{name}={values!r}: expected {channels} numbers, one for each channel")
     return out[:, None, None]
-
-
-def _shown(batches: list[Tensor], progress: bool | None) -> Iterable[Tensor]:
-    if progress or (progress is None and sys.stderr.isatty()):
-        try:
-            from rich.console import Console
-            from rich.progress import track
-        except ImportError:
-            return batches
-        return track(batches, "making images", console=Console(stderr=True))
-    return batches
 
 
 # ---- dead leaves ---------------------------------------------------------------------------------------------------

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +36,7 @@ from ssmquant.graph.transforms.calibration import measure, transform
 from ssmquant.graph.transforms.statistics import Statistics
 from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
+from ssmquant.progress import known_length, limited
 from ssmquant.quantizers import DLS, PTS, RLQ, Quantizer, Token, get_quantizer
 from ssmquant.quantizers.lsq import LearnedScale
 from ssmquant.resume import CalibrationFile, Ranges, Sums
@@ -330,7 +329,7 @@ def calibrate(
             stacklevel=3,  # no_grad wraps this function
         )
         batches = synthetic_batches(prepared, min(max_batches or SYNTHETIC, SYNTHETIC))
-    total = _total(batches, max_batches)
+    total = known_length(batches, max_batches)
     file = CalibrationFile(checkpoint, prepared, fit=fit, total=total, every=checkpoint_every)
     undo: Undone | None = None
     graphs, runtime.graphs = runtime.graphs, None  # what is collected waits for the GPU
@@ -430,32 +429,6 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:
         raise ConfigError(f"cuda_graph: max_graphs={max_graphs}, expected 0 or more")
     runtime.graphs = CudaGraphs(max_graphs) if max_graphs else None
     return model
-
-
-def limited(
-    batches: Iterable[Any],
-    limit: int | None,
-    progress: bool | None,
-    label: str = "calibrating",
-    total: int | None = None,
-) -> Iterable[Any]:
-    """So many batches at most, with a progress bar; ``total``: how many there are, where ``batches`` has no length."""
-    it = itertools.islice(batches, limit)
-    if progress or (progress is None and sys.stderr.isatty()):
-        try:
-            from rich.console import Console
-            from rich.progress import track
-        except ImportError:
-            return it
-        known = total if total is not None else _total(batches, limit)
-        return track(it, label, total=known, console=Console(stderr=True))
-    return it
-
-
-def _total(batches: Iterable[Any], limit: int | None) -> int | None:
-    """The number of batches, where it is known before they come."""
-    known = [n for n in (len(batches) if isinstance(batches, Sized) else None, limit) if n is not None]
-    return min(known) if known else None
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ssmquant.errors import ConfigError
 from ssmquant.files import check_new, replacing
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import Runtime, runtime_of
-from ssmquant.workflow import limited
+from ssmquant.progress import limited
 
 __all__ = ["report"]
 

@@ -16,7 +16,8 @@ from ssmquant.analysis.widths import Unit, Widths, decibel
 from ssmquant.errors import CalibrationError, ConfigError
 from ssmquant.graph.runtime import Runtime, runtime_of
 from ssmquant.modules import ActivationQuantizer
-from ssmquant.workflow import call_model, ensure_traced, limited
+from ssmquant.progress import limited
+from ssmquant.workflow import call_model, ensure_traced
 
 __all__ = ["BITS", "Loss", "Sensitivity", "SensitivityRow", "check_bits", "sensitivity"]
 

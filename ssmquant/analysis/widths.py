@@ -22,7 +22,8 @@ from ssmquant.graph.plan import Plan, Point, module_key
 from ssmquant.graph.regions import compile_graph
 from ssmquant.graph.rewrite import rewrite
 from ssmquant.graph.runtime import Record, runtime_of
-from ssmquant.workflow import calibrate, limited, reconfigured
+from ssmquant.progress import limited
+from ssmquant.workflow import calibrate, reconfigured
 
 __all__ = ["Unit", "Widths", "at_width", "decibel", "units_of"]
 
