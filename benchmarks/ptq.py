@@ -2,7 +2,7 @@
 
     python benchmarks/ptq.py --digits digits5000.npz --set5 FOLDER [--case NAME ...] [--quick] [--out FILE.json]
 
-Cases: ``vim_digits`` and ``vmamba_digits`` (examples/classify.py, trained here with three seeds or read from
+Cases: ``vim_digits`` and ``vmamba_digits`` (examples/classify.py, trained here, once for each seed, or read from
 ``--models``), ``mambair_light_x2`` (the float weights that come with the examples; 16 crops of examples/photos for
 calibration, PSNR of luma on ``--set5``), ``hf_mamba`` (Hugging Face's MambaForCausalLM, trained on the bytes of this
 project's docs; needs transformers), ``qat_start`` (fine-tuning at W2A2, MambaIR-tiny x2 by ``QConfig.recommended``,
@@ -107,7 +107,7 @@ def classes(out: Tensor, reference: Tensor, labels: Tensor) -> Row:
 def classifier(name: str, args: argparse.Namespace, methods: list[str]) -> Iterator[Row]:
     data = Pictures.load(args.digits)
     batches = data.calibration(32 if args.quick else 128)
-    for seed in range(1 if args.quick else 3):
+    for seed in range(1 if args.quick else args.seeds):
         path = args.models / f"{name}-{seed}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def qat_start(args: argparse.Namespace, methods: list[str]) -> Iterator[Row]:
     """Whether transforms of the weights are a worse place to train from; the methods are of no account here."""
     steps = 10 if args.quick else 300
     train, test = photographs(64 if args.quick else None)
-    for seed in range(1 if args.quick else 3):
+    for seed in range(1 if args.quick else args.seeds):
         for name, transforms in (("plain", ()), ("transforms", QConfig.mambaquant().transforms)):
             model = load_float(ROOT / "examples" / "weights" / "mambair_tiny_x2_float.safetensors")
             data = PatchData(train, TASK, seed=seed)
@@ -248,6 +248,7 @@ def main() -> int:
     parser.add_argument("--digits", type=Path, metavar="FILE.npz")
     parser.add_argument("--set5", type=Path, metavar="FOLDER")
     parser.add_argument("--models", type=Path, default=ROOT / "runs" / "ptq", metavar="FOLDER")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of what is trained (default 3)")
     parser.add_argument("--quick", action="store_true", help="small and short, to see whether it runs")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args()

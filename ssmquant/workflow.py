@@ -341,7 +341,7 @@ def calibrate(
                 ensure_traced(prepared)
                 undo = Undone(prepared)  # of a failure in the passes below, too
                 if transforms:
-                    _transform(prepared, batches, forward or call_model, file)
+                    _transform(prepared, batches, forward or call_model, file, progress)
         for q in quantizers:
             q.start(passes=fit)
         ranges = file.start("ranges", Ranges(quantizers))
@@ -362,8 +362,8 @@ def calibrate(
         if fit:
             initialize_weights(prepared, smoothed={k for k, q in by_key.items() if q.gain is not None} - kept)
         if rounds:
-            assert isinstance(batches, list)
-            round_weights(prepared, measure_inputs(prepared, batches, forward or call_model))
+            shown = limited(batches, None, progress, "measuring for GPTQ")
+            round_weights(prepared, measure_inputs(prepared, shown, forward or call_model))
         file.finish()
     except BaseException:
         try:
@@ -388,13 +388,15 @@ def _transform(
     batches: list[Any],
     forward: Callable[[nn.Module, Any], Any],
     file: CalibrationFile,
+    progress: bool | None,
 ) -> None:
     """Chooses the transforms and folds them into the weights; graphs and weights' quantizers follow."""
     # Not in inference mode: its tensors cannot be traced, nor trained with.
     with torch.inference_mode(False), torch.no_grad():
         statistics = Statistics()
         watched = file.start("transforms", Sums(statistics))
-        changed, placed = transform(prepared, *measure(prepared, watched.over(batches), forward, statistics))
+        shown = limited(batches, None, progress, "choosing transforms")
+        changed, placed = transform(prepared, *measure(prepared, watched.over(shown), forward, statistics))
         if placed:
             trace_example(prepared, runtime_of(prepared).example)
         if changed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Inputs:
 
 @torch.no_grad()
 def measure_inputs(
-    model: nn.Module, batches: list[Any], forward: Callable[[nn.Module, Any], Any]
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]
 ) -> dict[str, Inputs]:
     """Runs the quantized model and adds up the second moments of what its weights multiply.
 
