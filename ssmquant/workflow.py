@@ -359,8 +359,9 @@ def calibrate(
         for k, q in by_key.items():
             smooth = None if k in kept else runtime.config.smooth
             q.finish(search=runtime.config.searches, smooth=smooth, weights=read.get(k))
-        if fit:
-            initialize_weights(prepared, smoothed={k for k, q in by_key.items() if q.gain is not None} - kept)
+        smoothed = {k for k, q in by_key.items() if q.gain is not None} - kept
+        if fit and smoothed:
+            initialize_weights(prepared, smoothed=smoothed)
         if rounds:
             shown = limited(batches, None, progress, "measuring for GPTQ")
             round_weights(prepared, measure_inputs(prepared, shown, forward or call_model))
