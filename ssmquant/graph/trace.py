@@ -148,7 +148,8 @@ def _output(rec: Recorder, out: Any) -> Any:
         return out
     raise rec.fail(
         f"The method returns an object of type {type(out).__name__}, which a graph cannot build.",
-        "Return tensors, numbers, or tuples, lists, dicts and dataclasses of them.",
+        "Return tensors, numbers, or tuples, lists, dicts and dataclasses of them (a cache: switch it off, as by "
+        "example_kwargs={'use_cache': False} for models of Hugging Face).",
     )
 
 
