@@ -338,7 +338,7 @@ class QConfig:
         """Without training: MambaQuant's transforms (arXiv 2501.13484), static ranges from ``calibrate``.
 
         Weights have a range for each output channel: min-max at 8 bits, as published, of least squared error below;
-        activations one that leaves out 1 in 100,000 elements at either end (its percentile observer). Use ``prepare``,
+        activations one that leaves out 1 in 1,000,000 elements at either end (its percentile observer). Use ``prepare``,
         ``calibrate`` on a few images (32 or more for the rotations), ``convert``. The published shift of the low rank's
         mean (``"dt_mean"``) is left out: these ranges have a zero point of their own, and a subtraction in front of the
         step sizes keeps the scan from running as one kernel. So are factors of the scan's input (``"scan_input"``):
@@ -353,8 +353,8 @@ class QConfig:
             "activation": "minmax",
             "scan": "minmax",
             "granularity": "channel",
-            "activation_options": {"observer": "percentile", "percentile": 0.99999},
-            "scan_options": {"observer": "percentile", "percentile": 0.99999},
+            "activation_options": {"observer": "percentile", "percentile": 0.999999},
+            "scan_options": {"observer": "percentile", "percentile": 0.999999},
             "smooth": 0.5,
             "transforms": tuple(name for name in TRANSFORMS if name not in ("dt_mean", "scan_input")),
         }
