@@ -338,12 +338,12 @@ class QConfig:
         """Without training: MambaQuant's transforms (arXiv 2501.13484), static ranges from ``calibrate``.
 
         Weights have a range for each output channel: min-max at 8 bits, as published, of least squared error below;
-        activations one that leaves out 1 in 1,000,000 elements at either end (its percentile observer). Use ``prepare``,
-        ``calibrate`` on a few images (32 or more for the rotations), ``convert``. The published shift of the low rank's
-        mean (``"dt_mean"``) is left out: these ranges have a zero point of their own, and a subtraction in front of the
-        step sizes keeps the scan from running as one kernel. So are factors of the scan's input (``"scan_input"``):
-        the kernels of codes around a scan know the plain SiLU only, and without them a deployed Vim takes about three
-        times as long.
+        activations one that leaves out 1 in 1,000,000 elements at either end (its percentile observer). Use
+        ``prepare``, ``calibrate`` on a few images (32 or more for the rotations), ``convert``; below 8 bits
+        ``rounding="gptq"`` keeps more. The published shift of the low rank's mean (``"dt_mean"``) is left out: these
+        ranges have a zero point of their own, and a subtraction in front of the step sizes keeps the scan from running
+        as one kernel. So are factors of the scan's input (``"scan_input"``): the kernels of codes around a scan know
+        the plain SiLU only, and without them a deployed Vim takes about three times as long.
         ``transforms=TRANSFORMS`` (of ``ssmquant.config``) has all of them.
         """
         base: dict[str, Any] = {

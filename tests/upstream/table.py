@@ -115,7 +115,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", legend, "", f"Measured on a CPU, one thread: {'; '.join(versions)}."])
 
 
-PRESET_HEAD = ("family", "code", "applied", "not applied", "min-max W8A8 dB", "MambaQuant W8A8 dB")
+PRESET_HEAD = ("family", "code", "applied", "not applied", "float function", "deployed")
 
 
 def _preset_row(result: dict[str, Any]) -> list[str]:
@@ -128,8 +128,8 @@ def _preset_row(result: dict[str, Any]) -> list[str]:
         f"{result['repo']} {result['commit']}",
         ", ".join(f"{n} {kind}" for kind, n in check["applied"].items()),
         ", ".join(kind for kind in kinds if kind not in check["applied"]),
-        f"{check['minmax']:.1f}",
-        f"{check['sqnr']:.1f}",
+        f"{check['function']:.0e}",
+        "exact" if check["worst"] == 0 else f"{check['worst']:.0e}",
     ]
 
 
