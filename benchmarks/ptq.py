@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import QConfig
+from ssmquant.analysis.widths import decibel
 from ssmquant.io import load_float, save_float
 from ssmquant.restore import evaluate, find_images, open_image
 from ssmquant.restore.metrics import psnr
@@ -96,12 +97,18 @@ def first(out: Any) -> Tensor:
 def classes(out: Tensor, reference: Tensor, labels: Tensor) -> Row:
     """Of logits (N, classes), against the float model's and the labels (N,)."""
     log, wanted = out.double().log_softmax(1), reference.double().log_softmax(1)
-    noise = (out - reference).double().square().sum()
     return {
         "accuracy": accuracy(out, labels),
         "kl": float(F.kl_div(log, wanted, log_target=True, reduction="batchmean")),
-        "sqnr_db": float(10 * (reference.double().square().sum() / noise).log10()),
+        "sqnr_db": sqnr([out], [reference]),
     }
+
+
+def sqnr(outs: list[Tensor], references: list[Tensor]) -> float:
+    """Of all together, in dB."""
+    pairs = [(o.double(), r.double()) for o, r in zip(outs, references, strict=True)]
+    noise = sum(float((o - r).square().sum()) for o, r in pairs)
+    return decibel(noise / sum(float(r.square().sum()) for _, r in pairs))
 
 
 def classifier(name: str, args: argparse.Namespace, methods: list[str]) -> Iterator[Row]:
@@ -150,11 +157,9 @@ def restorer(args: argparse.Namespace, methods: list[str]) -> Iterator[Row]:
     for (w, a), method in ((b, m) for b in BITS for m in methods):
         ours, seconds = deployed(model, method, (w, a), crops)
         out = score(ours)
-        noise = sum(float((o - r).double().square().sum()) for o, r in zip(out, reference, strict=True))
-        signal = sum(float(r.double().square().sum()) for r in reference)
         row = figures(out)
         row["drop_db"] = round(base["psnr"] - row["psnr"], 4)
-        row["sqnr_db"] = float(10 * torch.tensor(signal / noise).log10())
+        row["sqnr_db"] = sqnr(out, reference)
         yield {"mode": f"w{w}a{a}_{method}", **row, "calibration_s": round(seconds, 1)}
 
 

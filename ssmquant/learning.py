@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ssmquant.errors import CalibrationError, ConfigError, InputError
+from ssmquant.graph.prepared import evaluating
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.progress import limited
 from ssmquant.quantizers import Quantizer
@@ -82,16 +83,13 @@ def learn_ranges(
         out = call_model(model, batch, runtime.method) if forward is None else forward(model, batch)
         return [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
 
-    modes = {m: m.training for m in (*prepared.modules(), *reference.modules())}
     gradients = {p: p.requires_grad for p in prepared.parameters()}
     before = [p.detach().clone() for p, _ in scalars]
     graphs, runtime.graphs = runtime.graphs, None
     try:
-        prepared.eval()
-        reference.eval()
         for p in gradients:
             p.requires_grad_(False)
-        with torch.inference_mode(False):
+        with evaluating(prepared, reference), torch.inference_mode(False):
             with torch.no_grad():
                 pairs = [(batch, run(reference, batch)) for batch in batches]
             for p, _ in scalars:
@@ -107,8 +105,6 @@ def learn_ranges(
         runtime.graphs = graphs
         for p, flag in gradients.items():
             p.requires_grad_(flag)
-        for m, flag in modes.items():
-            m.training = flag
     return prepared
 
 

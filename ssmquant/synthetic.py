@@ -12,8 +12,7 @@ Matching BatchNorm statistics is ZeroQ's distillation (Cai et al., arXiv 2001.00
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ssmquant.adapter import find_adapter
 from ssmquant.errors import ConfigError, InputError
+from ssmquant.graph.prepared import evaluating
 from ssmquant.graph.runtime import is_prepared, runtime_of
 from ssmquant.graph.trace import describe_call
 from ssmquant.progress import limited
@@ -215,23 +215,11 @@ def _run(model: nn.Module, x: Tensor, see: Callable[[nn.Module, Tensor], None]) 
             handle.remove()
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    try:
-        for m in modes:
-            m.training = False
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-
-
 def _reaches_norms(model: nn.Module, x: Tensor) -> bool:
     if not any(_remembers(m) for m in model.modules()):
         return False
     seen: list[nn.Module] = []
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         _run(model, x, lambda norm, _: seen.append(norm))
     return bool(seen)
 
@@ -251,7 +239,7 @@ def _fitted(model: nn.Module, x: Tensor, bounds: tuple[Tensor, ...], steps: int)
         width = (flat.var(1, correction=0) + norm.eps).sqrt() / spread - 1
         losses.append((away.square() + width.square()).mean())
 
-    with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         image = x.detach().float().clone().requires_grad_(True)
         adam = torch.optim.Adam([image], lr=_RATE * float((bounds[1] - bounds[0]).mean()))
         for _ in range(steps):

@@ -168,15 +168,15 @@ def _read(items: list[Item], order: list[int], numbers: Tensor) -> dict[str, _Nu
 
 
 def _report(items: list[Item], numbers: Mapping[str, _Numbers], first: dict[str, float]) -> HealthReport:
-    return HealthReport(tuple(_row(item, numbers.get(item.name), first) for item in items))
+    return HealthReport(tuple(row_of(item, numbers.get(item.name), first) for item in items))
 
 
-def _row(item: Item, found: _Numbers | None, first: dict[str, float]) -> HealthRow:
+def row_of(item: Item, found: _Numbers | None, first: dict[str, float]) -> HealthRow:
     n = item.elements
     if found is None:
         return HealthRow(item.name, item.what, item.bits, n, None, None, None, None, None, None)
     floats = not math.isnan(found["clipped"])  # NaN: codes only
-    sqnr = _sqnr(found["signal"], found["noise"]) if floats else None
+    sqnr = sqnr_of(found["signal"], found["noise"]) if floats else None
     if not item.coded:
         row = HealthRow(item.name, item.what, item.bits, n, None, None, None, None, None, sqnr)
         problems = tuple(_broken(row, found))
@@ -194,7 +194,7 @@ def _row(item: Item, found: _Numbers | None, first: dict[str, float]) -> HealthR
     return replace(row, problems=problems) if problems else row
 
 
-def _sqnr(signal: float, noise: float) -> float:
+def sqnr_of(signal: float, noise: float) -> float:
     if not math.isfinite(signal + noise):
         return math.nan
     if noise == 0:
@@ -293,7 +293,7 @@ def _problems(item: Item, row: HealthRow, found: _Numbers) -> Iterator[tuple[str
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """In evaluation mode; afterwards modes, buffers and random number generators are as they were."""
     runtime = runtime_of(model) if is_prepared(model) else None
     modes = {m: m.training for m in model.modules()}
@@ -316,7 +316,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             m.training = flag
 
 
-def _activations(
+def activations_of(
     model: nn.Module,
     batch: Any,
     forward: Callable[[nn.Module, Any], Any] | None,
@@ -344,7 +344,7 @@ def _activations(
 
     hooks = [m.register_forward_pre_hook(look) for m in runtime.activations.values()]
     try:
-        with _undisturbed(model):
+        with undisturbed(model):
             (forward or call_model)(model, batch)
     finally:
         for h in hooks:
@@ -353,7 +353,7 @@ def _activations(
 
 
 @torch.no_grad()
-def _numbers(items: list[Item]) -> dict[str, _Numbers]:
+def numbers_of(items: list[Item]) -> dict[str, _Numbers]:
     out: dict[str, _Numbers] = {}
     for some in by_device([i for i in items if i.measurable(wait=True)]).values():
         order, numbers = measure(some)
@@ -394,8 +394,8 @@ def health(
         )
     items = parameters_of(prepared)
     if batch is not None:
-        items += _activations(prepared, batch, forward)
-    return _report(items, _numbers(items), _FIRST.setdefault(runtime, {}))
+        items += activations_of(prepared, batch, forward)
+    return _report(items, numbers_of(items), _FIRST.setdefault(runtime, {}))
 
 
 def weight_rows(model: nn.Module, items: list[Item] | None = None) -> dict[str, HealthRow]:
@@ -403,8 +403,8 @@ def weight_rows(model: nn.Module, items: list[Item] | None = None) -> dict[str, 
     remembered.
     """
     items = parameters_of(model, ("weight",)) if items is None else items
-    numbers = _numbers(items)
-    return {item.name: _row(item, numbers.get(item.name), {}) for item in items}
+    numbers = numbers_of(items)
+    return {item.name: row_of(item, numbers.get(item.name), {}) for item in items}
 
 
 # ---- watching ------------------------------------------------------------------------------------------------------

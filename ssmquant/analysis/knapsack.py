@@ -62,9 +62,8 @@ def allocate(
     room = np.array(budget) - costs[:, :, 0].sum(1)
     if (room < 0).any():
         return None
-    spare = (
-        costs - costs[:, :, :1]
-    )  # over the smallest widths, so that what is left to decide can cost nothing
+    # Over the smallest widths, so that what is left to decide can cost nothing.
+    spare = costs - costs[:, :, :1]
     share = spare / np.maximum(room, 1)[:, None, None]
     price, _ = prices(loss, share)
     priced = loss + np.tensordot(price, share, 1)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from ssmquant.analysis.health import HealthRow, _activations, _numbers, _row, _sqnr, _undisturbed, weight_rows
+from ssmquant.analysis.health import (
+    HealthRow,
+    activations_of,
+    numbers_of,
+    row_of,
+    sqnr_of,
+    undisturbed,
+    weight_rows,
+)
 from ssmquant.analysis.histogram import (
     Histogram,
     histogram_of_codes,
@@ -186,7 +194,7 @@ class _Pool(Item):
             histogram = _of_values(self, values, q)
         else:
             histogram = histogram_of_values(values, _codes(self, q), _SHOWN[self.kind], _thresholds(self))
-        return Measured(_row(self, self.numbers, {}), histogram)
+        return Measured(row_of(self, self.numbers, {}), histogram)
 
 
 def measure_batches(
@@ -213,8 +221,8 @@ def measure_batches(
             def passed(m: nn.Module, b: Any, results: list[Any] = results) -> None:
                 results.append((forward or call_model)(m, b))
 
-            items = _activations(model, batch, passed, finite=True)
-            numbers = _numbers(items)
+            items = activations_of(model, batch, passed, finite=True)
+            numbers = numbers_of(items)
             for item in items:
                 if item.name not in pools:
                     own = {
@@ -234,14 +242,14 @@ def measure_batches(
     if runtime_of(model).activations and not pools:
         raise InputError("report: the batches reached no quantizer (are they empty?)")
     measured = {name: p.measured() for name, p in pools.items() if p.count}
-    sites = {name: _sqnr(signal, error) for name, (signal, error) in noise.items()}
-    return Measurement(n, measured, sites, None if reference is None else _sqnr(output[0], output[1]))
+    sites = {name: sqnr_of(signal, error) for name, (signal, error) in noise.items()}
+    return Measurement(n, measured, sites, None if reference is None else sqnr_of(output[0], output[1]))
 
 
 def _reference(
     reference: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None, method: str
 ) -> Any:
-    with _undisturbed(reference):
+    with undisturbed(reference):
         return forward(reference, batch) if forward is not None else call_model(reference, batch, method)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ssmquant.errors import ConfigError
-from ssmquant.graph.prepared import bind
+from ssmquant.graph.prepared import bind, evaluating
 from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.graph.trace import describe_call
 
@@ -138,17 +138,12 @@ def verify(
     """
     teacher_rt, student_rt = runtime_of(prepared, "prepared"), runtime_of(deployed, "deployed")
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    modes = {m: m.training for m in prepared.modules()}
-    try:
-        prepared.eval()
+    with evaluating(prepared):
         call = describe_call(bind(teacher_rt.signature(prepared), args, example_kwargs))
         first, second = teacher_rt.select(prepared, call), student_rt.select(deployed, call)
         states = rng_states(call.tensors)
         teacher = Teacher(prepared, first)
         teacher.run(*(t.clone() for t in call.tensors))  # the user's code may write into its input
-    finally:
-        for m, flag in modes.items():
-            m.training = flag
     names = {n.meta["site"] for n in second.graph.nodes if "site" in n.meta}
     if names != set(teacher.outputs):
         raise ConfigError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "Values",
     "attach",
     "bind",
+    "evaluating",
     "forget_baked",
     "initialize_weights",
     "input_ranges",
@@ -233,6 +235,19 @@ def _load_float(model: nn.Module, base: Any, state: Any, strict: bool, assign: b
     forget_baked(model)
     initialize_weights(model)
     return result
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode, and afterwards each in the mode that it was in."""
+    modes = {m: m.training for model in models for m in model.modules()}
+    try:
+        for m in modes:
+            m.training = False
+        yield
+    finally:
+        for m, flag in modes.items():
+            m.training = flag
 
 
 class Undone:

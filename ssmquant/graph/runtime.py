@@ -313,9 +313,8 @@ class Runtime(nn.Module):
         self.instance_forward: Any = None
         self.example: tuple[Any, ...] = ()  # (static description) of the example call, for save and pickle
         self.notes: list[str] = []
-        self.rounded: dict[
-            str, str
-        ] = {}  # how calibrate rounded each weight, by key; nothing where it did not
+        # How calibrate rounded each weight, by key; nothing where it did not.
+        self.rounded: dict[str, str] = {}
         self.graphs: CudaGraphs | None = None
         self.float_dtype: torch.dtype | None = None
         self.memory, self.unchanged = Pool(), Unchanged()

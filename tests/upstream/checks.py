@@ -196,7 +196,7 @@ def w8a8(state: State) -> Data:
 
 
 def mambaquant(state: State) -> Data:
-    """MambaQuant's preset: what it rewrites and what not, whether that keeps the float function, eight bits, deployed.
+    """MambaQuant's preset: what it rewrites and what not, whether that keeps the float function, deployed sites.
 
     ``function``: relative difference between the rewritten float model and the original one. ``silent``: transforms of
     which the model says neither that they apply nor why not.
@@ -204,20 +204,15 @@ def mambaquant(state: State) -> Data:
     names = QConfig.mambaquant().transforms
     changed = calibrated(state, QConfig(transforms=names))
     prepared = calibrated(state, QConfig.mambaquant(8, 8))
-    plain = calibrated(state, QConfig.minmax(8, 8))
     done = runtime_of(prepared).transforms
     batches = [state.batch(seed=20 + i) for i in range(4)]
     with torch.no_grad():
         wanted = [state.call(state.model, x) for x in batches]
-        first = [y[0] for y in wanted]
         function = max(difference(state.call(changed, x), y) for x, y in zip(batches, wanted, strict=True))
-        quantized, minmax = (sqnr([state.call(m, x)[0] for x in batches], first) for m in (prepared, plain))
     report = ssmquant.verify(prepared, ssmquant.convert(prepared), (batches[0],), **state.family.kwargs)
     kinds = {*(kind for kind, _, _ in done.applied), *(s.kind for s in done.skipped)}
     return {
         "function": function,
-        "sqnr": quantized,
-        "minmax": minmax,
         "applied": dict(Counter(kind for kind, _, _ in done.applied)),
         "skipped": dict(Counter(f"{s.kind}: {s.reason}" for s in done.skipped)),
         "silent": sorted(n for n in names if ("dt" if n.startswith("dt_") else n) not in kinds),

@@ -60,9 +60,8 @@ def _factor(second: Tensor) -> Tensor:
     diagonal = second.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
-    added = torch.where(
-        diagonal > 0, DAMPING * mean, mean
-    )  # an input that was always 0 is a problem of its own
+    # An input that was always 0 is a problem of its own.
+    added = torch.where(diagonal > 0, DAMPING * mean, mean)
     while True:
         lower, failed = torch.linalg.cholesky_ex(second + torch.diag_embed(added))
         if not bool(failed.any()):
