@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,16 @@ import methods
 import numpy as np
 import torch
 from evalsets import EvalSet
-from patches import PatchData
 from PIL import Image
+from problems import Problem
 from torch import Tensor, nn
-from training import Recipe, fit
+from training import Data, Recipe, fit
 
 import ssmquant
 from ssmquant import QConfig
 from ssmquant.errors import ConfigError
 from ssmquant.io import load_float, save_float
 from ssmquant.quantizers import DLS
-from ssmquant.restore import Task, to_image
 
 __all__ = [
     "Cell",
@@ -53,7 +53,8 @@ __all__ = [
 CROP = 96
 """Side of the crops of the figure, in pixels of the restored picture."""
 _CHECKPOINTS = ("checkpoint.pt", "weights.pt")
-_MODEL, _FROZEN = "model.safetensors", "frozen.safetensors"
+_MODEL, _FROZEN, _SEARCHED = "model.safetensors", "frozen.safetensors", "searched.json"
+SEARCHED_ON = 4  # training samples that sensitivities are measured on
 SHOWN = 2  # pictures a set in the figure
 
 
@@ -61,7 +62,7 @@ SHOWN = 2  # pictures a set in the figure
 class Settings:
     """What all cells of a comparison have in common."""
 
-    task: Task
+    problem: Problem
     init: Path
     steps: int = 1000
     batch: int = 16
@@ -76,28 +77,38 @@ class Settings:
     """Fingerprint of the training pictures; None: results of any count, nothing can be trained."""
 
     def describe(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "problem"}
         weights = hashlib.sha256(self.init.read_bytes()).hexdigest()
-        return {**asdict(self), "init": self.init.name, "init_sha256": weights}
+        return {"task": self.problem.describe(), **own, "init": self.init.name, "init_sha256": weights}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``bits`` is None for the float model."""
+    """``bits`` is None for the float model; of a searched model it may be a fraction."""
 
     method: str
-    bits: int | None
+    bits: float | None
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{f'w{self.bits}a{self.bits}' if self.bits else 'float'}-s{self.seed}"
+        return f"{self.method}-{f'w{self.bits:g}a{self.bits:g}' if self.bits else 'float'}-s{self.seed}"
 
     def config(self) -> QConfig:
-        make = methods.find(self.method).config
-        return QConfig() if make is None or self.bits is None else make(self.bits)
+        """The configuration; that which a search begins with for a searched model.
+
+        Raises:
+            ConfigError: the method does not have that width.
+        """
+        method = methods.find(self.method)
+        if method.config is None or self.bits is None:
+            return QConfig()
+        if self.bits != int(self.bits) and not method.searched:
+            raise ConfigError(f"{self.method} has whole bit widths, not {self.bits:g}")
+        return method.config(math.ceil(self.bits))
 
 
-_TRAINING = ("distill", "quantizer_lr", "ema", "weights_first", "rate", "anneal")
+_TRAINING = ("distill", "quantizer_lr", "ema", "weights_first", "rate", "anneal", "trained", "searched")
 
 
 def _key(cell: Cell, settings: Settings) -> dict[str, Any]:
@@ -226,23 +237,12 @@ def detail(image: Image.Image, side: int = CROP) -> tuple[int, int, int, int]:
     return int(left) * 4, int(top) * 4, int(left) * 4 + side, int(top) * 4 + side
 
 
-def _score(
-    model: nn.Module,
-    one: EvalSet,
-    task: Task,
-    title: str,
-    each: Callable[[str, Tensor], None] | None = None,
-) -> list[dict[str, Any]]:
-    """PSNR and SSIM of every picture of a set."""
-    return common.score(model, one.images, task, f"{title}, {one.name}", each=each)[1]
-
-
-def _keep_crops(original: Image.Image, restored: Tensor, start: Path) -> dict[str, str]:
+def _keep_crops(original: Image.Image, restored: Image.Image, start: Path) -> dict[str, str]:
     """Write the most detailed part of both, paths beginning with ``start``: hashes by file name."""
     box = detail(original)
     hashes = {}
     start.parent.mkdir(parents=True, exist_ok=True)
-    for kind, image in (("original", original), ("restored", to_image(restored))):
+    for kind, image in (("original", original), ("restored", restored)):
         path = start.with_name(f"{start.name}_{kind}.png")
         image.crop(box).save(path)
         hashes[path.name] = common.sha256(path)
@@ -269,19 +269,18 @@ def score_cell(
     frozen: nn.Module | None = load(folder / _FROZEN).to(device) if _FROZEN in result["files"] else None
     for one in missing:
         began = time.monotonic()
-        clean = dict(one.images)
         crops: dict[str, dict[str, str]] = {}
 
         def keep(
-            name: str, restored: Tensor, one: EvalSet = one, clean: Any = clean, crops: Any = crops
+            name: str, original: Image.Image, restored: Image.Image, one: EvalSet = one, crops: Any = crops
         ) -> None:
             if len(crops) < SHOWN:
                 start = folder / "crops" / f"{one.sha256[:12]}_{len(crops)}"
-                crops[name] = _keep_crops(settings.task.target(clean[name]), restored, start)
+                crops[name] = _keep_crops(original, restored, start)
 
-        rows = {"images": _score(model, one, settings.task, cell.name, keep)}
+        rows = {"images": settings.problem.score(model, one, cell.name, keep)}
         if frozen is not None:
-            rows["frozen"] = _score(frozen, one, settings.task, f"{cell.name} frozen")
+            rows["frozen"] = settings.problem.score(frozen, one, f"{cell.name} frozen")
         seconds = time.monotonic() - began
         result["sets"].append(
             {"name": one.name, "sha256": one.sha256, **rows, "crops": crops, "seconds": seconds}
@@ -297,15 +296,15 @@ def _teacher(model: nn.Module, example: Tensor) -> nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def _batches(data: PatchData, settings: Settings, seed: int) -> Iterable[Tensor]:
+def _batches(data: Data, settings: Settings, seed: int) -> list[Tensor]:
     data.seed(1000 + seed)
-    return list(data.batches(settings.calibration, settings.batch))
+    return settings.problem.calibration(data, settings.calibration, settings.batch)
 
 
 def run_cell(
     cell: Cell,
     settings: Settings,
-    data: PatchData,
+    data: Data,
     out: Path,
     deadline: float | None = None,
 ) -> bool:
@@ -318,7 +317,7 @@ def run_cell(
     torch.manual_seed(cell.seed)
     _forget_others(folder, _key(cell, settings))
     model: nn.Module = load_float(settings.init).to(device)
-    example = torch.zeros(1, 3, settings.patch, settings.patch, device=device)
+    example = torch.zeros_like(data.sample(1)[0])
     teacher = _teacher(model, example) if method.distill else None
     first = round(settings.steps * method.weights_first)
     rate = settings.lr * method.rate
@@ -328,39 +327,45 @@ def run_cell(
         log_every=100, checkpoint=folder / "checkpoint.pt", checkpoint_every=500,
     )  # fmt: skip
     config = cell.config()
+    if method.searched and cell.bits is not None:
+        config = _searched(model, config, cell, settings, data, folder)
     trained, seconds = _train_weights(model, config, cell, settings, data, recipe, first, teacher, deadline)
     if not trained:
         return False
     prepared: nn.Module = ssmquant.prepare(model, config, example_inputs=(example,))
-    if cell.bits is not None and config.searches:
+    if cell.bits is not None and (config.searches or not method.trained):
         ssmquant.calibrate(prepared, _batches(data, settings, cell.seed), progress=False)
-    groups = ssmquant.param_groups(prepared, rate, 0.0, rate * method.quantizer_lr)
-    data.seed(cell.seed)
-    done = fit(
-        prepared, data, _until(recipe, deadline), groups=list(groups), title=cell.name, resume=True, teacher=teacher
-    )  # fmt: skip
-    if not done.finished:
-        return False
+    losses: list[tuple[int, float]] = []
+    if method.trained:
+        groups = ssmquant.param_groups(prepared, rate, 0.0, rate * method.quantizer_lr)
+        data.seed(cell.seed)
+        done = fit(
+            prepared, data, _until(recipe, deadline), groups=list(groups), title=cell.name, resume=True,
+            teacher=teacher,
+        )  # fmt: skip
+        if not done.finished:
+            return False
+        seconds, losses = seconds + done.earlier + done.seconds, done.losses
     path = folder / _MODEL
     facts: dict[str, Any] = {}
     files = [_MODEL]
     if cell.bits is None:
         model.load_state_dict(prepared.state_dict())
         save_float(model, path)
-        facts["bitops"] = common.float_bitops(model.cpu(), settings.side)
     else:
-        ssmquant.calibrate(prepared, _batches(data, settings, cell.seed), fit=False, progress=False)
+        if method.trained:
+            ssmquant.calibrate(prepared, _batches(data, settings, cell.seed), fit=False, progress=False)
         loaded, facts["verify_max_rel"] = common.deploy(prepared, data.sample(2)[0], path)
-        facts["bitops"] = ssmquant.summary(prepared).bitops
         if any(isinstance(m, DLS) for m in loaded.modules()):
             ssmquant.save(ssmquant.convert(prepared, dls="frozen"), folder / _FROZEN)
             files.append(_FROZEN)
+    facts["bitops"] = common.bitops_at(model, config, settings.problem.counted(example, settings.side))
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     common.write_json(
         {
             "key": _key(cell, settings), "label": method.label, "file_bytes": path.stat().st_size,
             "files": {name: common.sha256(folder / name) for name in files},
-            "train_seconds": seconds + done.earlier + done.seconds, "losses": done.losses,
+            "train_seconds": seconds, "losses": losses, "params": common.parameters(model),
             "device": device_name, "torch": torch.__version__, "ssmquant": ssmquant.__version__,
             **facts, "sets": [],
         },
@@ -371,7 +376,7 @@ def run_cell(
 
 
 def _remove_checkpoints(folder: Path) -> None:
-    for name in _CHECKPOINTS:
+    for name in (*_CHECKPOINTS, _SEARCHED):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -383,6 +388,24 @@ def _forget_others(folder: Path, key: dict[str, Any]) -> None:
         common.write_json(key, folder / "key.json")
 
 
+def _searched(
+    model: nn.Module, config: QConfig, cell: Cell, settings: Settings, data: Data, folder: Path
+) -> QConfig:
+    """``config`` with widths of every site within the cell's effective bits; ``searched.json`` keeps it."""
+    path = folder / _SEARCHED
+    known = _read_json(path)
+    if known:
+        return QConfig.from_dict(known)
+    batches = _batches(data, settings, cell.seed)
+    few = batches[0][:SEARCHED_ON]
+    prepared = ssmquant.prepare(model, config, example_inputs=(few,))
+    ssmquant.calibrate(prepared, batches, progress=False)
+    assert cell.bits is not None
+    found = ssmquant.search(prepared, [few], effective_bits=cell.bits)
+    common.write_json(found.to_dict(), path)
+    return found
+
+
 def _until(recipe: Recipe, deadline: float | None) -> Recipe:
     return recipe if deadline is None else replace(recipe, time_limit=max(0.0, deadline - time.monotonic()))
 
@@ -392,7 +415,7 @@ def _train_weights(
     config: QConfig,
     cell: Cell,
     settings: Settings,
-    data: PatchData,
+    data: Data,
     recipe: Recipe,
     steps: int,
     teacher: nn.Module | None,
@@ -402,8 +425,9 @@ def _train_weights(
     if not steps:
         return True, 0.0
     weights = replace(config, a_bits=None, scan_bits=None)
-    example = torch.zeros(1, 3, settings.patch, settings.patch, device=data.device)
-    prepared: nn.Module = ssmquant.prepare(model, weights, example_inputs=(example,))
+    prepared: nn.Module = ssmquant.prepare(
+        model, weights, example_inputs=(torch.zeros_like(data.sample(1)[0]),)
+    )
     data.seed(500 + cell.seed)
     assert recipe.checkpoint is not None
     own = replace(recipe, steps=steps, checkpoint=recipe.checkpoint.with_name("weights.pt"))

@@ -127,10 +127,13 @@ def bitops(model: nn.Module) -> int:
     return ssmquant.summary(model).bitops
 
 
-def float_bitops(model: nn.Module, side: int) -> int:
-    """BitOPs of a float model for one input of ``side`` x ``side`` pixels: 32 x 32 bits a product."""
-    x = torch.zeros(1, 3, side, side)
-    return bitops(ssmquant.prepare(model, ssmquant.QConfig(), example_inputs=(x,)))
+def bitops_at(model: nn.Module, config: Any, x: Tensor) -> int:
+    """BitOPs of a float model for ``x`` under a configuration; without one, 32 x 32 bits a product."""
+    return bitops(ssmquant.prepare(model, config, example_inputs=(x,)))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(iter(model.state_dict().values())).device
 
 
 def parameters(model: nn.Module) -> int:

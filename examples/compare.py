@@ -6,16 +6,20 @@
 
 A grid is BITS:METHODS:SEEDS (seeds default to 0; methods may be patterns; --list names them). Every cell of it is
 fine-tuned, converted to packed codes, saved, loaded back from the file and scored on clean pictures. The float model,
-trained for the same number of steps more, is always among them: losses are measured from it.
+trained for the same number of steps more, is always among them: losses are measured from it. "searched" takes the
+bits of a uniform model, which may be a fraction (2.5), and gives every site a width of its own.
+
+Tasks: sr (scaled as the float model), denoise, jpeg; classify and segment: --data is an .npz file as classify.py and
+segment.py have it, --init a model of theirs, scores are of the file's test part.
 
 A cell that was interrupted goes on where it stopped, one that is trained is not trained again: sets that it
 has no scores of are scored from its saved models. Other settings or training pictures make it another cell;
 which folder the pictures are in does not matter. One that fails is noted and left out, until --retry or other
 settings. --jobs N runs N processes at once, spread over all GPUs; several to a GPU fill it better. --time-limit
-stops after so many seconds, for another run to go on. It writes OUT/compare.md, OUT/compare.json and
-OUT/compare.png from all cells that are finished; with --report it does only that, and needs nothing but their
-result.json: without --eval for the sets that all of them have, without --data for whatever pictures all of
-them were trained on.
+stops after so many seconds, for another run to go on. It writes OUT/compare.md, OUT/compare.json,
+OUT/compare.png (crops) and OUT/sizes.png (scores over file sizes) from all cells that are finished; with
+--report it does only that, and needs nothing but their result.json: without --eval for the sets that all of
+them have, without --data for whatever pictures all of them were trained on.
 
 It ends with 0 if all cells are finished, 1 if some are not, 3 if all others are but some failed, 2 on an
 error.
@@ -48,12 +52,10 @@ from cells import (
     run_cell,
     score_cell,
 )
-from evalsets import EvalSet, eval_sets, fingerprint
-from patches import PatchData
+from evalsets import EvalSet, fingerprint
+from problems import problem_of
 
 from ssmquant.errors import ConfigError, SsmquantError
-from ssmquant.io import load_float
-from ssmquant.restore import Task, evaluate, model_scale
 
 ROOT = Path(__file__).parent
 SPARE = 30.0
@@ -71,7 +73,7 @@ def grid(specs: Sequence[str]) -> list[Cell]:
     for spec in specs:
         parts = spec.split(":")
         try:
-            bits, names = [int(b) for b in parts[0].split(",")], parts[1].split(",")
+            bits, names = [float(b) for b in parts[0].split(",")], parts[1].split(",")
             seeds = [int(s) for s in parts[2].split(",")] if len(parts) > 2 else [0]
         except (ValueError, IndexError):
             raise ConfigError(f"{spec!r}: expected BITS:METHODS:SEEDS, such as 2,4:lsq,ours:0,1") from None
@@ -80,7 +82,9 @@ def grid(specs: Sequence[str]) -> list[Cell]:
             if not found and name != "float":
                 raise ConfigError(f"no method {name!r}; there are {', '.join(known)}")
             cells |= {Cell("float", None, s): None for s in seeds}
-            cells |= {Cell(m, b, s): None for s in seeds for b in bits for m in found}
+            cells |= {
+                Cell(m, int(b) if b == int(b) else b, s): None for s in seeds for b in bits for m in found
+            }
     for cell in cells:
         cell.config()  # bit widths out of range show here
     return sorted(cells, key=lambda c: c.seed)
@@ -121,7 +125,7 @@ def work(
         return failure(cell, settings, out, {one.name: one.sha256 for one in sets}) is not None
 
     for one in sets:  # pictures that cannot be read or scored show before any training
-        evaluate(None, [min(one.images, key=lambda named: min(named[1].size))], settings.task)
+        settings.problem.check(one)
     data = None
     for cell in cells:
         if end is not None and time.monotonic() > end:
@@ -135,7 +139,7 @@ def work(
             if result is not None and not has_models(cell, result, out):
                 continue  # the report says so
             if result is None and data is None:
-                data = PatchData.load(args.data, settings.task, device=args.device, patch=settings.patch)
+                data = settings.problem.load(args.data, args.device, settings.patch)
             began = time.monotonic()
             try:
                 if result is None:
@@ -149,8 +153,9 @@ def work(
                 continue
             found = read_result(cell, settings, out, sets)
             assert found is not None
-            psnr, seconds = report.mean_psnr(found["images"]), time.monotonic() - began
-            print(f"{cell.name}: {psnr:.3f} dB, {seconds:.0f} s", file=sys.stderr, flush=True)
+            metric, seconds = settings.problem.metric, time.monotonic() - began
+            score = metric.show(report.mean_score(found["images"], metric.key), 1)
+            print(f"{cell.name}: {score} {metric.unit}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -161,23 +166,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("grid", nargs="*", default=["2,4:lsq,official,ours"], metavar="BITS:METHODS:SEEDS")
     add("--list", action="store_true", help="name the methods and stop")
     add("--report", action="store_true", help="train nothing, write the tables of what is finished")
-    add("--task", choices=("sr", "denoise", "jpeg"), default="sr")
+    add("--task", choices=("sr", "denoise", "jpeg", "classify", "segment"), default="sr")
     add("--sigma", type=float, default=25.0, help="of the noise, of 255 (default 25)")
     add("--quality", type=int, default=40, help="of the JPEG files (default 40)")
     add(
         "--init",
         type=Path,
         default=ROOT / "weights" / "mambair_light_x2_float.safetensors",
-        help="float model",
+        help="float model (default: MambaIR-light x2)",
     )
-    add("--data", help="training pictures: a folder or an .npz pack")
+    add("--data", help="training pictures: a folder or an .npz pack, of labelled ones an .npz file")
     add("--steps", type=int, default=1000)
     add("--batch", type=int, default=16)
     add("--patch", type=int, default=48, help="side of the input patches (default 48)")
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=int, default=50, help="steps of linear warm-up")
     add("--calibration", type=int, default=4, metavar="BATCHES")
-    add("--eval", nargs="+", metavar="FOLDER", help="clean test pictures (default: the photographs here)")
+    add(
+        "--eval",
+        nargs="+",
+        metavar="FOLDER",
+        help="test pictures (default: the photographs here, or the file's test part)",
+    )
     add("--out", type=Path, default=Path("runs/compare"))
     add("--jobs", type=int, default=1, help="processes at once")
     add("--time-limit", type=float, metavar="SECONDS")
@@ -211,16 +221,15 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:
-        scale = model_scale(load_float(args.init))
-        task = Task(args.task, scale, args.sigma, args.quality)
+        problem = problem_of(args.task, args.init, args.sigma, args.quality)
         cells = grid(args.grid)
         settings = Settings(
-            task, args.init, args.steps, args.batch, args.patch, args.lr, args.warmup, args.calibration,
+            problem, args.init, args.steps, args.batch, args.patch, args.lr, args.warmup, args.calibration,
             args.bf16, data=None if args.data is None else fingerprint(args.data),
         )  # fmt: skip
         sets = None
         if args.eval or not args.report:
-            sets = eval_sets(args.eval or [ROOT / "photos"])
+            sets = problem.sets(args.eval or [], args.data)
         if not args.report:
             assert sets is not None
             if args.data is None:

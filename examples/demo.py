@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from training import Recipe
 
+from ssmquant import QConfig
 from ssmquant.errors import SsmquantError
 from ssmquant.io import load_float
 from ssmquant.restore import Task, open_image, to_image, to_tensor
@@ -174,7 +175,8 @@ def run(size: Size, out: Path, seed: int, weights: Path) -> None:
     count = common.parameters(model)
     measure("bicubic", None, common.Clock())
     facts: dict[str, Any] = {"file_bytes": weights.stat().st_size, "params": count}
-    facts["bitops"] = common.float_bitops(model, size.crop // TASK.scale)
+    side = size.crop // TASK.scale
+    facts["bitops"] = common.bitops_at(model, QConfig(), torch.zeros(1, 3, side, side))
     measure("float", model, common.Clock(), **facts)
     training = [(name, open_image(HERE / "photos" / name)) for name in TRAINING]
     data = PatchData(training, TASK, seed=seed, patch=size.patch)

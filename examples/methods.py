@@ -20,7 +20,9 @@ class Method:
     ``config`` makes the configuration for a bit width (None: the float model, trained as long). ``distill``: share of
     the loss that compares with the float model's output. ``quantizer_lr``: learning rate of the quantizers' scalars
     over that of the weights. ``ema``: decay of averaged weights. ``weights_first``: share of the steps in which
-    activations stay in float. ``rate``: factor of the learning rate. ``anneal``: power of its cosine.
+    activations stay in float. ``rate``: factor of the learning rate. ``anneal``: power of its cosine. Without
+    ``trained`` the model is calibrated alone. ``searched``: ``ssmquant.search`` gives every site a width of its own;
+    the bit width, which may be a fraction, is that of the uniform model that costs as much.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Method:
     weights_first: float = 0.0
     rate: float = 1.0
     anneal: float = 1.0
+    trained: bool = True
+    searched: bool = False
 
 
 def _plain(**changes: Any) -> Callable[[int], QConfig]:
@@ -43,6 +47,8 @@ def _official(**changes: Any) -> Callable[[int], QConfig]:
 
 
 _NO_SHIFT = {"shift": "none"}
+
+_OURS = Method("ours", "ours", lambda bits: QConfig.recommended(bits, bits), distill=0.9, rate=4.0)
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -72,19 +78,27 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("official", "Q-MambaIR (DLS + RFA)", _official()),
             Method("dls", "DLS only", _official(weight="lsq")),
             Method("rfa", "RFA only", _official(scan="lsq")),
-            Method("ours", "ours", lambda bits: QConfig.recommended(bits, bits), distill=0.9, rate=4.0),
+            Method(
+                "mambaquant",
+                "MambaQuant, not trained",
+                lambda bits: QConfig.mambaquant(bits, bits),
+                trained=False,
+            ),
+            _OURS,
+            replace(_OURS, name="searched", label="ours, widths searched", searched=True),
         )
     }
 )
 """The methods by name. "lsq" is the original (arXiv 1902.08153): no shift, its published start; "lsq+" (2004.09576) has
 learnt shifts of activations and a least-squares start, which "n2uq", "quantsr" and "ours" have too; "pact"
 (1805.06085) and "dorefa" (1606.06160) share DoReFa's weights; "official" is Q-MambaIR (2503.21970) as its
-code has it, its published start included, "dls" and "rfa" its two halves with LSQ elsewhere."""
+code has it, its published start included, "dls" and "rfa" its two halves with LSQ elsewhere; "mambaquant"
+(2501.13484) is calibrated alone; "searched" is "ours" with mixed widths."""
 
 
 def _ours(name: str, label: str, **training: Any) -> Method:
     changes = training.pop("changes", {})
-    made = replace(METHODS["ours"], name=f"ours-{name}", label=label, **training)
+    made = replace(_OURS, name=f"ours-{name}", label=label, **training)
     return replace(made, config=lambda bits: QConfig.recommended(bits, bits, **changes))
 
 
@@ -117,6 +131,11 @@ ABLATIONS: Mapping[str, Method] = MappingProxyType(
             _ours("rate-2", "twice the others' learning rate", rate=2.0),
             _ours("anneal-2", "the rate falls early (a squared cosine)", anneal=2.0),
             _ours("anneal-half", "the rate falls late (a cosine's root)", anneal=0.5),
+            _ours(
+                "transforms",
+                "from MambaQuant's transforms",
+                changes={"transforms": QConfig.mambaquant().transforms},
+            ),
             _ours("weights-first", "weights first, 30 % of the steps", weights_first=0.3),
             replace(
                 METHODS["official"],

@@ -15,25 +15,26 @@ import common
 import methods
 from cells import Cell, Settings, failure, has_models, load_result, scores_on, shown_crops
 from evalsets import EvalSet
+from problems import Metric, Problem
 
 from ssmquant.errors import ConfigError
-from ssmquant.restore import open_image, psnr, to_tensor
+from ssmquant.restore import open_image
 
-__all__ = ["mean_psnr", "paired", "write"]
+__all__ = ["difference", "markdown", "mean_score", "paired", "write"]
 
 Scores = Mapping[str, Sequence[Mapping[str, Any]]]
-Group = tuple[str, int | None]
+Group = tuple[str, float | None]
 Results = Mapping[int, Mapping[str, Any]]
 """Of one method at one bit width, by seed."""
 
 
-def mean_psnr(images: Scores, key: str = "psnr") -> float:
+def mean_score(images: Scores, key: str) -> float:
     """The mean over sets of a set's mean."""
     return statistics.fmean(statistics.fmean(row[key] for row in rows) for rows in images.values())
 
 
-def paired(a: Results, b: Results) -> tuple[float, float, int]:
-    """Mean over pictures of PSNR of ``a`` minus that of ``b``, its standard error, and of how many seeds.
+def paired(a: Results, b: Results, key: str) -> tuple[float, float, int]:
+    """Mean over pictures of the score of ``a`` minus that of ``b``, its standard error, and of how many seeds.
 
     Pairs are of one seed and one picture, so what these have in common cancels; seeds that one side lacks are
     left out. A picture's differences are averaged over the seeds, then every picture counts alike, whatever
@@ -42,11 +43,11 @@ def paired(a: Results, b: Results) -> tuple[float, float, int]:
     seeds = sorted(a.keys() & b.keys())
     differences: dict[tuple[str, str], list[float]] = {}
     for seed in seeds:
-        theirs = {(n, row["name"]): row["psnr"] for n, rows in b[seed]["images"].items() for row in rows}
+        theirs = {(n, row["name"]): row[key] for n, rows in b[seed]["images"].items() for row in rows}
         for name, rows in a[seed]["images"].items():
             for row in rows:
                 if (name, row["name"]) in theirs:
-                    apart = row["psnr"] - theirs[name, row["name"]]
+                    apart = row[key] - theirs[name, row["name"]]
                     differences.setdefault((name, row["name"]), []).append(apart)
     means = [statistics.fmean(d) for d in differences.values()]
     if not means:
@@ -55,32 +56,36 @@ def paired(a: Results, b: Results) -> tuple[float, float, int]:
     return statistics.fmean(means), spread, len(seeds)
 
 
-def _mean_over(results: Results, seeds: Iterable[int]) -> float:
-    return statistics.fmean(mean_psnr(results[seed]["images"]) for seed in seeds)
+def _mean_over(results: Results, seeds: Iterable[int], key: str) -> float:
+    return statistics.fmean(mean_score(results[seed]["images"], key) for seed in seeds)
 
 
-def _row(group: Group, by_seed: Results, floats: Results) -> dict[str, Any]:
+def _row(group: Group, by_seed: Results, floats: Results, metrics: Sequence[Metric]) -> dict[str, Any]:
     """The figures of a method at a bit width, averaged over seeds; its loss over those of the float model."""
-    method, bits = group
+    (method, bits), key = group, metrics[0].key
     results = [by_seed[seed] for seed in sorted(by_seed)]
-    means = [mean_psnr(r["images"]) for r in results]
+    means = [mean_score(r["images"], key) for r in results]
     sets = {
         name: {
-            k: statistics.fmean(statistics.fmean(row[k] for row in r["images"][name]) for r in results)
-            for k in ("psnr", "ssim")
+            m.key: statistics.fmean(
+                statistics.fmean(row[m.key] for row in r["images"][name]) for r in results
+            )
+            for m in metrics
         }
         for name in results[0]["images"]
     }
-    frozen = [mean_psnr(r["frozen"]) for r in results if "frozen" in r]
+    frozen = [mean_score(r["frozen"], key) for r in results if "frozen" in r]
     both = sorted(by_seed.keys() & floats.keys())
+    costs = {name: results[0][name] for name in ("file_bytes", "bitops")}
+    less = {f"{n}_reduction": 1 - v / floats[s][n] for n, v in costs.items() for s in sorted(floats)[:1]}
     return {
         "method": method, "label": results[0]["label"], "bits": bits, "seeds": len(results), "sets": sets,
-        "psnr": statistics.fmean(means), "psnr_seeds": means,
-        "loss": _mean_over(floats, both) - _mean_over(by_seed, both) if both else None,
+        "score": statistics.fmean(means), "score_seeds": means,
+        "loss": _mean_over(floats, both, key) - _mean_over(by_seed, both, key) if both else None,
         "loss_seeds": len(both),
-        "frozen_psnr": statistics.fmean(frozen) if len(frozen) == len(results) else None,
+        "frozen_score": statistics.fmean(frozen) if len(frozen) == len(results) else None,
         "train_seconds": statistics.fmean(r["train_seconds"] for r in results),
-        "file_bytes": results[0]["file_bytes"], "bitops": results[0]["bitops"],
+        **costs, **less,
         "verify_max_rel": max((r.get("verify_max_rel", 0.0) for r in results), default=0.0),
     }  # fmt: skip
 
@@ -148,13 +153,13 @@ def _in_common(results: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[s
     return {names[sha] + (f" {sha[:6]}" if alike.count(names[sha]) > 1 else ""): sha for sha in shared}
 
 
-def _against(group: Group, groups: Mapping[Group, Results]) -> Group | None:
-    """What a row is compared with: an ablation with "ours", any other with the best baseline at its bits.
+def _against(group: Group, groups: Mapping[Group, Results], key: str) -> Group | None:
+    """What a row is compared with: variants of "ours" with it, any other with the best baseline at its bits.
 
     Which is best is judged by the seeds that it has in common with the row.
     """
     method, bits = group
-    if method in methods.ABLATIONS:
+    if method in methods.ABLATIONS or method == "searched":
         parent = ("official" if method.startswith("official") else "ours", bits)
         return parent if parent in groups and groups[parent].keys() & groups[group].keys() else None
     if bits is None:
@@ -162,9 +167,15 @@ def _against(group: Group, groups: Mapping[Group, Results]) -> Group | None:
     best, most = None, -math.inf
     for other, results in groups.items():
         both = groups[group].keys() & results.keys()
-        rival = other[1] == bits and other[0] in methods.METHODS and other[0] not in ("ours", method)
+        rival = (
+            other[1] == bits and other[0] in methods.METHODS and other[0] not in ("ours", "searched", method)
+        )
         # Relative to the row itself, for rivals may have different seeds in common with it.
-        if rival and both and (lead := _mean_over(results, both) - _mean_over(groups[group], both)) > most:
+        if (
+            rival
+            and both
+            and (lead := _mean_over(results, both, key) - _mean_over(groups[group], both, key)) > most
+        ):
             best, most = other, lead
     return best
 
@@ -176,26 +187,28 @@ def write(
 
     ``sets=None``: of the sets that all cells with scores have.
     """
+    metrics, key = settings.problem.metrics, settings.problem.metric.key
     found = collect(cells, settings, out / "cells", sets)
     groups, counts = found.groups, (len(found.unfinished), len(found.failed))
     for note in found.notes:
         print(note, file=sys.stderr)
     if not groups:
         return counts
-    rows = {g: _row(g, r, groups.get(("float", None), {})) for g, r in groups.items()}
+    rows = {g: _row(g, r, groups.get(("float", None), {}), metrics) for g, r in groups.items()}
     order = [*methods.METHODS, *methods.ABLATIONS]
     for group, row in rows.items():
-        other = _against(group, groups)
+        other = _against(group, groups, key)
         if other is not None:
-            mean, error, seeds = paired(groups[group], groups[other])
+            mean, error, seeds = paired(groups[group], groups[other], key)
             row["against"] = {"method": other[0], "mean": mean, "standard_error": error, "seeds": seeds}
     ordered = sorted(rows, key=lambda g: (-(g[1] or 99), order.index(g[0])))
     devices = sorted({r["device"] for g in groups.values() for r in g.values()})
     lines = [
-        f"{settings.steps} steps of {settings.batch} patches of {settings.patch}x{settings.patch}, from "
-        f"{settings.init.name}; devices: {', '.join(devices)}.",
+        f"{settings.steps} steps of {settings.batch} samples, from {settings.init.name}; "
+        f"devices: {', '.join(devices)}.",
         "",
-        'Mean PSNR: ± is the standard deviation over seeds. "below float" and "against": of common seeds. '
+        f"Mean {metrics[0].label}: ± is the standard deviation over seeds. "
+        '"below float" and "against": of common seeds. '
         '"against": mean over pictures of the difference to that method, paired by seed and picture; the '
         "standard error is over pictures only and says nothing about seeds.",
         "",
@@ -203,10 +216,10 @@ def write(
     for title, names in (("Methods", methods.METHODS), ("Changes to a method", methods.ABLATIONS)):
         shown = [g for g in ordered if g[0] in names]
         if shown:
-            header, body = _table([rows[g] for g in shown])
+            header, body = _table([rows[g] for g in shown], metrics)
             narrow = header.index("seeds")  # what a terminal has room for; all of it is in the file
             common.print_table(title, header[:narrow], [line[:narrow] for line in body])
-            lines += [f"## {title}", "", *_markdown(header, body), ""]
+            lines += [f"## {title}", "", *markdown(header, body), ""]
     failed = [f"{name}: {why}" for name, why in found.failed.items()]
     for title, what in (("Not finished", found.unfinished), ("Failed", failed), ("Notes", found.notes)):
         if what:
@@ -218,48 +231,64 @@ def write(
         "unfinished": len(found.unfinished), "failed": found.failed, "notes": found.notes,
     }  # fmt: skip
     common.write_json(common.plain(everything), out / "compare.json")
-    picture([g for g in ordered if g[0] in methods.METHODS], groups, out)
+    main = [g for g in ordered if g[0] in methods.METHODS]
+    picture(main, groups, settings.problem, out)
+    sizes([rows[g] for g in main], metrics[0], out)
     return counts
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    sets = list(rows[0]["sets"])
+def _table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
+    sets, (metric, *others) = list(rows[0]["sets"]), metrics
     header = [
-        "bits", "method", *sets, "mean PSNR", "below float", "frozen", "against", "seeds", *(f"{s} SSIM" for s in sets),
-        "train s", "bytes", "GBitOPs", "worst verify error",
+        "bits", "method", *sets, f"mean {metric.label}", "below float", "frozen", "against", "seeds",
+        *(f"{s} {m.label}" for m in others for s in sets), "train s", "bytes", "fewer bytes", "GBitOPs",
+        "fewer BitOPs", "worst verify error",
     ]  # fmt: skip
     body = []
     for r in rows:
-        seeds = r["psnr_seeds"]
-        spread = f" ± {statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""
+        seeds = r["score_seeds"]
+        spread = f" ± {metric.show(statistics.stdev(seeds), 1)}" if len(seeds) > 1 else ""
         body.append([
-            "32" if r["bits"] is None else str(r["bits"]), r["label"],
-            *(f"{r['sets'][s]['psnr']:.2f}" for s in sets),
-            f"{r['psnr']:.3f}{spread}", _loss(r),
-            "" if r["frozen_psnr"] is None else f"{r['frozen_psnr']:.3f}",
-            _difference(r.get("against")),
-            str(r["seeds"]), *(f"{r['sets'][s]['ssim']:.4f}" for s in sets), f"{r['train_seconds']:.0f}",
-            f"{r['file_bytes']:,}", f"{r['bitops'] / 1e9:.1f}", f"{r['verify_max_rel']:.0e}",
+            "32" if r["bits"] is None else f"{r['bits']:g}", r["label"],
+            *(metric.show(r["sets"][s][metric.key]) for s in sets),
+            f"{metric.show(r['score'], 1)}{spread}", _loss(r, metric),
+            "" if r["frozen_score"] is None else metric.show(r["frozen_score"], 1),
+            difference(r.get("against"), metric),
+            str(r["seeds"]), *(m.show(r["sets"][s][m.key]) for m in others for s in sets),
+            f"{r['train_seconds']:.0f}", f"{r['file_bytes']:,}", _less(r, "file_bytes"),
+            f"{r['bitops'] / 1e9:.1f}", _less(r, "bitops"), f"{r['verify_max_rel']:.0e}",
         ])  # fmt: skip
     return header, body
 
 
-def _loss(row: Mapping[str, Any]) -> str:
+def _less(row: Mapping[str, Any], name: str) -> str:
+    """How much less than the float model's, as the papers have it."""
+    share = row.get(f"{name}_reduction")
+    return "" if share is None or row["bits"] is None else f"{100 * share:.1f} %"
+
+
+def _loss(row: Mapping[str, Any], metric: Metric) -> str:
     """How far below the float model, and of how many seeds where these are not all of the row's."""
     if row["loss"] is None or row["bits"] is None:
         return ""
-    return f"{row['loss']:.3f}" + (f" ({row['loss_seeds']})" if row["loss_seeds"] < row["seeds"] else "")
+    return metric.show(row["loss"], 1) + (
+        f" ({row['loss_seeds']})" if row["loss_seeds"] < row["seeds"] else ""
+    )
 
 
-def _difference(against: Mapping[str, Any] | None) -> str:
+def difference(against: Mapping[str, Any] | None, metric: Metric) -> str:
+    """What a row leads another method by, with its standard error and the number of seeds."""
     if not against:
         return ""
     error, seeds = against["standard_error"], against["seeds"]
-    spread = "" if math.isnan(error) else f" ± {error:.3f}"
-    return f"{against['method']} {against['mean']:+.3f}{spread}, {seeds} seed{'s' if seeds > 1 else ''}"
+    spread = "" if math.isnan(error) else f" ± {metric.show(error, 1)}"
+    mean = metric.show(against["mean"], 1)
+    lead = f"{against['method']} {mean if mean.startswith('-') else f'+{mean}'}{spread}"
+    return f"{lead}, {seeds} seed{'s' if seeds > 1 else ''}"
 
 
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return lines + ["| " + " | ".join(row) + " |" for row in body]
 
@@ -268,21 +297,65 @@ def _short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def picture(groups: Sequence[Group], results: Mapping[Group, Results], out: Path) -> None:
-    """Crops of the original, of the float model and of every method at the fewest bits, with PSNR, side by side.
+def _pyplot() -> Any:
+    """``matplotlib.pyplot`` that draws into files; None without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def sizes(rows: Sequence[Mapping[str, Any]], metric: Metric, out: Path) -> None:
+    """The mean score of every method over the size of its file, a line a method, a mark a bit width."""
+    target = out / "sizes.png"
+    target.unlink(missing_ok=True)
+    plt = _pyplot()
+    if plt is None or all(r["bits"] is None for r in rows):
+        return
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for label in dict.fromkeys(r["label"] for r in rows):
+        own = sorted((r for r in rows if r["label"] == label), key=lambda r: r["file_bytes"])
+        points = [r["file_bytes"] / 1e6 for r in own], [r["score"] for r in own]
+        ours = own[0]["method"] in ("ours", "searched")
+        axes.plot(
+            *points,
+            "*-" if ours else "o-",
+            label=label,
+            markersize=11 if ours else 5,
+            zorder=3 if ours else 2,
+        )
+        for r, x, y in zip(own, *points, strict=True):
+            if r["bits"] is not None and r["method"] == "ours":
+                axes.annotate(
+                    f"{r['bits']:g} bits", (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=8
+                )
+    axes.set_xscale("log")
+    axes.set_xlabel("file, MB")
+    axes.set_ylabel(f"mean {metric.label}, {metric.unit}" if metric.unit else f"mean {metric.label}")
+    axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.xaxis.set_minor_formatter(plt.FuncFormatter(lambda v, _: f"{v:g}" if f"{v:.1e}"[0] in "25" else ""))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=130)
+    plt.close(figure)
+
+
+def picture(groups: Sequence[Group], results: Mapping[Group, Results], problem: Problem, out: Path) -> None:
+    """Crops of the original, of the float model and of every method at the fewest bits, with scores, side by side.
 
     All are of one seed, which most of them have, and of the cells whose results are in the tables; without
     such crops there is no figure.
     """
     target = out / "compare.png"
     target.unlink(missing_ok=True)
-    try:
-        import matplotlib
-    except ImportError:
+    plt = _pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     least = min((bits for _, bits in groups if bits is not None), default=None)
     columns = [g for g in groups if g[1] in (None, least)]
     seeds = Counter(seed for g in columns for seed in sorted(results[g]))
@@ -302,10 +375,11 @@ def picture(groups: Sequence[Group], results: Mapping[Group, Results], out: Path
         line[0].set_title(f"{_short(Path(box[1]).stem)}\noriginal", fontsize=7)
         for axis, group, own in zip(line[1:], columns, crops, strict=True):
             restored = open_image(own[box][1])
-            quality = psnr(to_tensor(restored), to_tensor(original))
             axis.imshow(restored)
             label = results[group][seed]["label"].partition(",")[0]
-            axis.set_title(f"{label}\n{group[1] or 32} bits, {quality:.2f} dB", fontsize=7)
+            axis.set_title(
+                f"{label}\n{group[1] or 32:g} bits, {problem.caption(restored, original)}", fontsize=7
+            )
         for axis in line:
             axis.axis("off")
     figure.tight_layout(h_pad=2)

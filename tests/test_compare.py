@@ -32,6 +32,7 @@ import report
 from cells import Cell, Settings, detail, load_result, read_result, run_cell, score_cell
 from evalsets import EvalSet, eval_sets, fingerprint
 from patches import PatchData
+from problems import Restoration
 
 NANO = {"embed_dim": 32, "depths": [1], "d_state": 4, "mlp_ratio": 1.2, "upsampler": "pixelshuffledirect"}
 
@@ -101,8 +102,8 @@ def test_the_whole_way(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert rows["float", None]["loss"] == 0
     ours = rows["ours", 2]
     assert ours["seeds"] == 2
-    assert rows["official", 2]["frozen_psnr"] is not None
-    assert ours["frozen_psnr"] is rows["lsq", 2]["frozen_psnr"] is None  # they have no dynamic range
+    assert rows["official", 2]["frozen_score"] is not None
+    assert ours["frozen_score"] is rows["lsq", 2]["frozen_score"] is None  # they have no dynamic range
     assert ours["verify_max_rel"] == 0
     assert ours["against"]["method"] in ("lsq", "official")
     assert rows["ours-weights-first", 2]["against"]["method"] == "ours"
@@ -144,13 +145,20 @@ def test_an_interrupted_cell_goes_on(place: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     assert run(place, tmp_path / "parts", "2:ours") == 0
     a, b = (json.loads((tmp_path / part / "compare.json").read_text())["rows"] for part in ("whole", "parts"))
-    assert [r["psnr"] for r in a] == [r["psnr"] for r in b]
+    assert [r["score"] for r in a] == [r["score"] for r in b]
 
 
 def test_a_cell_stops_at_the_deadline(place: Path, tmp_path: Path) -> None:
     task = Task("sr", 2)
     settings = Settings(
-        task, place / "float.safetensors", steps=2, batch=2, patch=8, calibration=1, side=8, data="train"
+        Restoration(task),
+        place / "float.safetensors",
+        steps=2,
+        batch=2,
+        patch=8,
+        calibration=1,
+        side=8,
+        data="train",
     )
     data = PatchData.load(place / "train", task, patch=8)
     sets = eval_sets([place / "B"])
@@ -223,7 +231,7 @@ def test_further_sets_are_scored_from_the_saved_models(
     official = read(tmp_path)[1]["official"]
     assert list(official["sets"]) == ["A", "B"]
     assert official["sets"]["A"] == first["sets"]["A"]
-    assert official["frozen_psnr"] is not None
+    assert official["frozen_score"] is not None
     # Other pictures in a folder of the same name are another set.
     shutil.copytree(place / "x" / "HR", tmp_path / "other" / "B")
     assert run(place, tmp_path, "2:official", sets=f"A {tmp_path / 'other' / 'B'}") == 0
@@ -251,7 +259,7 @@ def test_scores_of_saved_models_are_those_of_a_whole_run(place: Path, tmp_path: 
     whole, parts = (read(tmp_path / part)[1] for part in ("whole", "parts"))
     for method in ("float", "official"):
         assert whole[method]["sets"] == parts[method]["sets"]
-        assert whole[method]["frozen_psnr"] == parts[method]["frozen_psnr"]
+        assert whole[method]["frozen_score"] == parts[method]["frozen_score"]
 
 
 def test_other_training_pictures_are_another_run(
@@ -276,7 +284,7 @@ def test_other_training_pictures_are_another_run(
 def test_tables_of_the_sets_in_common(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = Settings(Task("sr", 2), place / "float.safetensors", data="pictures")
+    settings = Settings(Restoration(Task("sr", 2)), place / "float.safetensors", data="pictures")
     one, other = Cell("float", None, 0), Cell("lsq", 2, 0)
 
     def write(*names: str) -> tuple[int, int]:
@@ -360,20 +368,20 @@ def test_a_cell_that_fails_does_not_stop_the_others(
 def test_scores_that_fail_cost_no_training(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    score = cells._score
+    score = Restoration.score
 
-    def refuse(model: Any, one: EvalSet, *args: Any) -> Any:
+    def refuse(problem: Any, model: Any, one: EvalSet, *args: Any) -> Any:
         if one.name == "HR":
             raise SsmquantError("the output is not finite")
-        return score(model, one, *args)
+        return score(problem, model, one, *args)
 
-    monkeypatch.setattr(cells, "_score", refuse)
+    monkeypatch.setattr(Restoration, "score", refuse)
     assert run(place, tmp_path, "2:lsq", sets="A x/HR B") == 3
     request.getfixturevalue("no_training")
     assert run(place, tmp_path, "2:lsq", sets="A x/HR", report=True) == 3
     assert run(place, tmp_path, "2:lsq", sets=None, report=True) == 0
     assert run(place, tmp_path, "2:lsq", sets="A B") == 0
-    monkeypatch.setattr(cells, "_score", score)
+    monkeypatch.setattr(Restoration, "score", score)
     assert run(place, tmp_path, "2:lsq", sets="A x/HR", retry=True) == 0
 
 
@@ -422,7 +430,7 @@ def test_times_and_losses_are_those_of_all_runs(
         raise KeyboardInterrupt
 
     # Interrupted while a set is scored, and before anything but the checkpoint was written.
-    for stop in ((cells, "_score"), (cells, "save_float")):
+    for stop in ((Restoration, "score"), (cells, "save_float")):
         out = tmp_path / stop[1]
         with monkeypatch.context() as patch:
             patch.setattr(*stop, interrupt)
@@ -554,14 +562,14 @@ def scored(*psnr: float) -> dict[str, Any]:
 def test_paired_differences() -> None:
     ours = {0: scored(30, 20, 40), 1: scored(32, 20, 40), 2: scored(90, 90, 90)}
     theirs = {0: scored(29, 21, 36), 1: scored(30, 21, 37), 3: scored(0, 0, 0)}
-    mean, error, seeds = report.paired(ours, theirs)
+    mean, error, seeds = report.paired(ours, theirs, "psnr")
     apart = [1.5, -1.0, 3.5]  # pictures, over the two seeds that both have
     assert mean == pytest.approx(statistics.fmean(apart))
     assert error == pytest.approx(statistics.stdev(apart) / math.sqrt(3))
     assert seeds == 2
-    assert report.paired({0: ours[0]}, ours) == (0, 0, 1)  # an ablation that changes nothing
-    assert report.mean_psnr(ours[0]["images"]) == pytest.approx((25 + 40) / 2)
-    nothing = report.paired({0: ours[0]}, {1: ours[1]})
+    assert report.paired({0: ours[0]}, ours, "psnr") == (0, 0, 1)  # an ablation that changes nothing
+    assert report.mean_score(ours[0]["images"], "psnr") == pytest.approx((25 + 40) / 2)
+    nothing = report.paired({0: ours[0]}, {1: ours[1]}, "psnr")
     assert math.isnan(nothing[0])
     assert nothing[2] == 0
 
@@ -585,7 +593,7 @@ def pretend(out: Path, settings: Settings, cell: Cell, **psnr: list[float]) -> N
 
 
 def test_rows_are_compared_by_the_seeds_in_common(place: Path, tmp_path: Path) -> None:
-    settings = Settings(Task("sr", 2), place / "float.safetensors", data="pictures")
+    settings = Settings(Restoration(Task("sr", 2)), place / "float.safetensors", data="pictures")
     scores = {
         Cell("float", None, 0): 40, Cell("float", None, 1): 50, Cell("lsq", 2, 0): 30, Cell("lsq", 2, 1): 31,
         Cell("minmax", 2, 1): 20, Cell("ours", 2, 0): 35, Cell("ours", 2, 1): 36, Cell("ours", 2, 2): 90,
@@ -616,10 +624,10 @@ def test_the_best_rival_is_chosen_by_the_seeds_in_common() -> None:
         ("ours-ema", 2): {0: scored(1, 1, 1)},
         ("ours-tensor", 2): {1: scored(1, 1, 1)},
     }
-    assert report._against(("ours", 2), groups) == ("minmax", 2)
-    assert report._against(("pact", 2), groups) == ("lsq", 2)
-    assert report._against(("ours-ema", 2), groups) == ("ours", 2)
-    assert report._against(("ours-tensor", 2), groups) is None
+    assert report._against(("ours", 2), groups, "psnr") == ("minmax", 2)
+    assert report._against(("pact", 2), groups, "psnr") == ("lsq", 2)
+    assert report._against(("ours-ema", 2), groups, "psnr") == ("ours", 2)
+    assert report._against(("ours-tensor", 2), groups, "psnr") is None
 
 
 def test_the_most_detailed_part() -> None:

@@ -1,0 +1,319 @@
+"""The tables of docs/accuracy.md: the float models that they start from, then compare.py for each; resumable.
+
+    python examples/accuracy.py sr_x4 denoise_* jpeg_* --data PACK --eval Set5 Set14 Kodak24 --out runs/accuracy
+    python examples/accuracy.py vim vmamba --labelled digits5000.npz --out runs/accuracy
+    python examples/accuracy.py --list
+
+A table has a folder in OUT: float/ with the model that it starts from, where none comes with the examples, and what
+compare.py writes. What is finished is not done again; --time-limit stops after so many seconds, and the same command
+goes on. --at-once N does N tables at once, one GPU after the other, each with --jobs processes. With --report nothing
+is trained. The end is OUT/accuracy.md: a line for every table and bit width, the scores below the float model's.
+
+It ends with 0 if all tables are complete, 1 if some are not, 2 on an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from compare import environments
+from methods import METHODS
+from problems import Metric, metrics_of
+from report import difference, markdown
+from training import reporter
+
+from ssmquant.errors import ConfigError
+
+ROOT = Path(__file__).parent
+LIGHT = ROOT / "weights" / "mambair_light_x2_float.safetensors"
+_BODY = ("--model", "light", "--body", str(LIGHT), "--batch", "16", "--ema", "0.998", "--cuda-graph")
+SPARE = 30.0
+"""Seconds before the time limit when no training of a float model is begun: its scores take that long."""
+GRID = ("2,4:lsq,official,ours:0",)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What compare.py compares.
+
+    ``init``: the float model. ``script`` and ``train`` make it otherwise; ``after`` is the table whose float model
+    that training starts from. ``labelled``: the data are an .npz file of labelled pictures.
+    """
+
+    title: str
+    grid: tuple[str, ...]
+    compare: tuple[str, ...]
+    init: Path | None = None
+    script: str = "train_restore.py"
+    train: tuple[str, ...] = ()
+    after: str | None = None
+    labelled: bool = False
+
+
+def _restoration(task: tuple[str, ...], title: str, after: str | None = None) -> Table:
+    how = ("--steps", "2500", "--lr", "8e-4", "--warmup", "200", *_BODY)
+    if after is not None:
+        how = ("--steps", "1000", "--lr", "4e-4", "--batch", "16", "--ema", "0.998", "--cuda-graph")
+    return Table(title, GRID, (*task, "--steps", "500"), train=(*task, *how), after=after)
+
+
+def _denoise(sigma: str, after: str | None = None) -> Table:
+    return _restoration(("--task", "denoise", "--sigma", sigma), f"Gaussian noise, sigma {sigma}", after)
+
+
+def _jpeg(quality: str, after: str | None = None) -> Table:
+    return _restoration(("--task", "jpeg", "--quality", quality), f"JPEG artifacts, quality {quality}", after)
+
+
+TABLES: Mapping[str, Table] = MappingProxyType(
+    {
+        "sr_x2": Table("super-resolution x2", ("2,4:lsq,quantsr,n2uq,official,ours:0",), (), LIGHT),
+        "sr_x4": Table(
+            "super-resolution x4",
+            GRID,
+            ("--patch", "48"),
+            ROOT / "weights" / "mambair_light_x4_float.safetensors",
+        ),
+        "mixed_x2": Table("mixed precision, x2", ("2,3:ours:0", "2.5,3:searched:0"), (), LIGHT),
+        "denoise_25": _denoise("25"),
+        "denoise_15": _denoise("15", "denoise_25"),
+        "denoise_50": _denoise("50", "denoise_25"),
+        "jpeg_40": _jpeg("40"),
+        "jpeg_30": _jpeg("30", "jpeg_40"),
+        "jpeg_10": _jpeg("10", "jpeg_40"),
+        **{
+            name: Table(
+                f"digits, {title}",
+                ("8,4,2:mambaquant,lsq,ours:0,1,2",),
+                ("--task", "classify", "--batch", "64", "--steps", "600", "--lr", "5e-4"),
+                script="classify.py",
+                train=("--model", name),
+                labelled=True,
+            )
+            for name, title in (("vim", "Vim"), ("vmamba", "VMamba"))
+        },
+    }
+)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("tables", nargs="*", default=["*"], metavar="TABLE", help="names or patterns (default: all)")
+    add("--list", action="store_true", help="name the tables and stop")
+    add("--report", action="store_true", help="train nothing, write the tables of what is finished")
+    add("--data", help="training pictures of restoration: a folder or an .npz pack")
+    add("--labelled", help="labelled pictures: an .npz file of x and y")
+    add("--eval", nargs="+", default=[], metavar="FOLDER", help="clean test pictures of restoration")
+    add("--out", type=Path, default=Path("runs/accuracy"))
+    add("--at-once", type=int, default=1, metavar="N", help="tables at once")
+    add("--jobs", type=int, default=1, help="processes at once, of a table")
+    add("--time-limit", type=float, metavar="SECONDS")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+class Run:
+    """The commands of the tables, in order; each waits for the float model that it starts from."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.began = args, time.monotonic()
+        self.places = environments(args.device)
+        self.locks = {name: threading.Lock() for name in TABLES}
+
+    def left(self) -> float | None:
+        limit = self.args.time_limit
+        return None if limit is None else limit - (time.monotonic() - self.began)
+
+    def floats(self, name: str) -> Path:
+        """Where a table's float model is, or will be."""
+        return TABLES[name].init or self.args.out / name / "float" / "model.safetensors"
+
+    def train(self, name: str, place: Mapping[str, str]) -> bool:
+        """Whether the float model of a table is there, after training it if need be."""
+        table, target = TABLES[name], self.floats(name)
+        if table.init is not None:
+            return True
+        with self.locks[name]:
+            if _finished(table, target):
+                return True
+            if table.after is not None and not self.train(table.after, place):
+                return False
+            left = self.left()
+            if left is not None and left < SPARE:
+                return False
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command: list[Any] = [table.script, *table.train]
+            if table.labelled:
+                command += ["--data", self.args.labelled, "--out", target]
+            else:
+                command += [
+                    "--data",
+                    self.args.data,
+                    "--out",
+                    target.parent,
+                    "--resume",
+                    "--eval",
+                    *self.args.eval,
+                ]
+                command += ["--device", self.args.device]
+                command += [] if table.after is None else ["--init", self.floats(table.after)]
+                command += [] if left is None else ["--time-limit", left - SPARE]
+            return self.call(command, name, place) == 0 and _finished(table, target)
+
+    def table(self, number: int, name: str) -> int:
+        """The exit status of a table's comparison."""
+        place = self.places[number % len(self.places)]
+        table, args = TABLES[name], self.args
+        if not args.report and not self.train(name, place):
+            return 1
+        if not self.floats(name).exists():
+            return 1
+        command = [
+            "compare.py",
+            *table.grid,
+            *table.compare,
+            "--init",
+            self.floats(name),
+            "--out",
+            args.out / name,
+        ]
+        data = args.labelled if table.labelled else args.data
+        command += [] if data is None else ["--data", data]
+        command += ["--eval", *args.eval] if args.eval and not table.labelled else []
+        if args.report:
+            command += ["--report"]
+        else:
+            command += ["--jobs", args.jobs, "--device", args.device]
+            left = self.left()
+            if left is not None:
+                command += ["--time-limit", max(left, 0.0)]
+        return self.call(command, name, place)
+
+    def call(self, command: Sequence[Any], name: str, place: Mapping[str, str]) -> int:
+        log = self.args.out / name / "log.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        script, *rest = map(str, command)
+        with open(log, "a", encoding="utf-8") as file:
+            done = subprocess.run(
+                [sys.executable, os.fspath(ROOT / script), *rest],
+                env=place,
+                stdout=file,
+                stderr=file,
+                check=False,
+            )
+        if done.returncode not in (0, 1):
+            print(f"{name}: {script} failed, see {log}", file=sys.stderr)
+        return done.returncode
+
+
+def _finished(table: Table, model: Path) -> bool:
+    """Whether a float model is trained: some are written whole only, others come with what train_restore.py says."""
+    if table.labelled or not model.exists():
+        return model.exists()
+    found = _read(model.parent / "metrics.json")
+    return bool(found.get("finished"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def overview(names: Sequence[str], out: Path) -> list[str]:
+    """A Markdown table for each metric: every table and bit width of it in a line, methods in columns."""
+    found = {name: _read(out / name / "compare.json") for name in names}
+    shown = {name: one for name, one in found.items() if one.get("rows")}
+    lines: list[str] = []
+    kinds = {name: metrics_of(one["settings"]["task"]["kind"])[0] for name, one in shown.items()}
+    for metric in dict.fromkeys(kinds.values()):
+        own = [name for name, kind in kinds.items() if kind == metric]
+        labels = {r["method"]: r["label"] for n in own for r in shown[n]["rows"] if r["method"] in METHODS}
+        order = [m for m in METHODS if m in labels and m != "float"]
+        unit = f", {metric.unit}" if metric.unit else ""
+        lines += ["", f"Mean {metric.label}{unit}; in brackets below the float model, trained as long:", ""]
+        lines += markdown(
+            ["", "bits", "float", *(labels[m] for m in order), "ours against"],
+            [line for name in own for line in _lines(TABLES[name].title, shown[name]["rows"], order, metric)],
+        )
+    return lines
+
+
+def _lines(
+    title: str, rows: Sequence[Mapping[str, Any]], order: Sequence[str], metric: Metric
+) -> list[list[str]]:
+    by = {(r["method"], r["bits"]): r for r in rows}
+    reference = by.get(("float", None))
+    lines = []
+    for bits in sorted({b for _, b in by if b is not None}, reverse=True):
+        line = [title, f"{bits:g}", "" if reference is None else metric.show(reference["score"], 1)]
+        for method in order:
+            row = by.get((method, bits))
+            loss = "" if row is None or row["loss"] is None else f" ({metric.show(row['loss'], 1)})"
+            line.append("" if row is None else metric.show(row["score"], 1) + loss)
+        line.append(difference(by.get(("ours", bits), {}).get("against"), metric))
+        lines.append(line)
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if args.list:
+        for name, table in TABLES.items():
+            print(f"{name:14} {table.title}")
+        return 0
+    names = [name for name in TABLES if any(fnmatch.fnmatchcase(name, t) for t in args.tables)]
+    try:
+        strange = [t for t in args.tables if not any(fnmatch.fnmatchcase(name, t) for name in TABLES)]
+        if strange:
+            raise ConfigError(f"no table {strange[0]!r}; there are {', '.join(TABLES)}")
+        for option, needed in (("data", False), ("labelled", True)):
+            lacking = [name for name in names if TABLES[name].labelled == needed]
+            if lacking and getattr(args, option) is None and not args.report:
+                raise ConfigError(f"--{option} is needed for {', '.join(lacking)}")
+        if args.at_once < 1 or args.jobs < 1:
+            raise ConfigError("--at-once and --jobs are 1 or more")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    run = Run(args)
+    with ThreadPoolExecutor(args.at_once) as pool, reporter("tables", len(names)) as report:
+        jobs = {pool.submit(run.table, number, name): name for number, name in enumerate(names)}
+        states = []
+        for job in as_completed(jobs):
+            states.append(job.result())
+            report(len(states), jobs[job])
+    lines = overview(names, args.out)
+    if lines:
+        (args.out / "accuracy.md").write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
+        print("\n".join(lines))
+    unfinished = sum(state == 1 for state in states)
+    if unfinished:
+        print(
+            f"{unfinished} of {len(names)} tables are not complete; run the same command again",
+            file=sys.stderr,
+        )
+    return 2 if any(state not in (0, 1, 3) for state in states) else 1 if unfinished else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""What ``compare.py`` compares methods on: data, loss, test sets, scores and pictures of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from classify import Pictures, logits
+from evalsets import EvalSet, eval_sets
+from patches import PatchData
+from PIL import Image
+from torch import Tensor, nn
+from training import Data
+
+from ssmquant.errors import ConfigError
+from ssmquant.io import load_float
+from ssmquant.restore import Task, evaluate, model_scale, psnr, to_image, to_tensor
+
+__all__ = ["Classification", "Metric", "Problem", "Restoration", "metrics_of", "problem_of"]
+
+Rows = list[dict[str, Any]]
+Each = Callable[[str, Image.Image, Image.Image], None]
+"""Called with a picture's name, as it should be and as the model has it."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of a picture, more is better: its key in the rows, its name and unit, decimals of a mean."""
+
+    key: str
+    label: str
+    unit: str
+    digits: int
+
+    def show(self, value: float, more: int = 0) -> str:
+        return f"{value:.{self.digits + more}f}"
+
+
+class Problem:
+    """A task. The first of ``metrics`` is the one that methods are judged by."""
+
+    metrics: tuple[Metric, ...]
+    loss: str
+    """Of ``training.Recipe``."""
+
+    @property
+    def metric(self) -> Metric:
+        return self.metrics[0]
+
+    def describe(self) -> dict[str, Any]:
+        """What makes it another task, for the key of a cell."""
+        raise NotImplementedError
+
+    def load(self, source: str | Path, device: str | torch.device, patch: int) -> Data:
+        """The training data."""
+        raise NotImplementedError
+
+    def calibration(self, data: Any, batches: int, batch: int) -> list[Tensor]:
+        """Inputs to calibrate with, of the training part."""
+        raise NotImplementedError
+
+    def counted(self, x: Tensor, side: int) -> Tensor:
+        """The input that BitOPs are counted for; ``x`` is a training sample."""
+        return x
+
+    def sets(self, sources: Sequence[str | Path], data: str | Path | None) -> list[EvalSet]:
+        """Test sets of ``sources``, or the default ones."""
+        raise NotImplementedError
+
+    def check(self, one: EvalSet) -> None:
+        """Raise what scoring on a set would raise."""
+        raise NotImplementedError
+
+    def score(self, model: nn.Module, one: EvalSet, title: str, each: Each | None = None) -> Rows:
+        """A row of ``metrics`` for every picture (or group of pictures) of a set, in order, with its ``name``."""
+        raise NotImplementedError
+
+    def caption(self, shown: Image.Image, wanted: Image.Image) -> str:
+        """How well a part of a picture came out."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Restoration(Problem):
+    """Super-resolution, denoising or JPEG artifacts: training on patches, PSNR and SSIM of whole pictures."""
+
+    task: Task
+    metrics = (Metric("psnr", "PSNR", "dB", 2), Metric("ssim", "SSIM", "", 4))
+    loss = "l1"
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self.task)
+
+    def load(self, source: str | Path, device: str | torch.device, patch: int) -> PatchData:
+        return PatchData.load(source, self.task, device=device, patch=patch)
+
+    def calibration(self, data: PatchData, batches: int, batch: int) -> list[Tensor]:
+        return list(data.batches(batches, batch))
+
+    def counted(self, x: Tensor, side: int) -> Tensor:
+        return x.new_zeros(1, 3, side, side)
+
+    def sets(self, sources: Sequence[str | Path], data: str | Path | None) -> list[EvalSet]:
+        return eval_sets(sources or [Path(__file__).parent / "photos"])
+
+    def check(self, one: EvalSet) -> None:
+        evaluate(None, [min(one.images, key=lambda named: min(named[1].size))], self.task)
+
+    def score(self, model: nn.Module, one: EvalSet, title: str, each: Each | None = None) -> Rows:
+        clean = dict(one.images)
+
+        def show(name: str, restored: Tensor) -> None:
+            if each is not None:
+                each(name, self.task.target(clean[name]), to_image(restored))
+
+        return common.score(model, one.images, self.task, title, each=show)[1]
+
+    def caption(self, shown: Image.Image, wanted: Image.Image) -> str:
+        return f"{psnr(to_tensor(shown), to_tensor(wanted)):.2f} dB"
+
+
+GROUP = 10
+"""Test pictures that are scored together: one alone is right or wrong."""
+
+
+@dataclass(frozen=True)
+class Classification(Problem):
+    """Classes of small pictures, as in ``classify.py``: per cent that are right, in groups of ten of one class."""
+
+    metrics = (Metric("accuracy", "accuracy", "%", 2),)
+    loss = "cross_entropy"
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "classify"}
+
+    def load(self, source: str | Path, device: str | torch.device, patch: int) -> Pictures:
+        return Pictures.load(source, device=device)
+
+    def calibration(self, data: Pictures, batches: int, batch: int) -> list[Tensor]:
+        return data.calibration(batches * batch, batch)
+
+    def sets(self, sources: Sequence[str | Path], data: str | Path | None) -> list[EvalSet]:
+        return _test_parts(sources, data)
+
+    def check(self, one: EvalSet) -> None:
+        self._test(one.folder)
+
+    def score(self, model: nn.Module, one: EvalSet, title: str, each: Each | None = None) -> Rows:
+        x, y = self._test(one.folder)
+        with common.full_precision():
+            right = (logits(model, x.to(common.device_of(model))).argmax(1).cpu() == y).double() * 100
+        rows: Rows = []
+        for label in y.unique().tolist():
+            groups = right[y == label].split(GROUP)
+            rows += [
+                {"name": f"class {label}, {i + 1}", "accuracy": float(g.mean())} for i, g in enumerate(groups)
+            ]
+        return rows
+
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def _test(path: Path) -> tuple[Tensor, Tensor]:
+        data = Pictures.load(path)
+        return data.test_x, data.test_y
+
+
+def _test_parts(sources: Sequence[str | Path], data: str | Path | None) -> list[EvalSet]:
+    """The test parts of labelled files: those of the training file by default."""
+    if not sources and data is None:
+        raise ConfigError("--data or --eval: a labelled .npz file is needed")
+    found = []
+    for path in map(Path, sources or [data]):  # type: ignore[list-item]
+        if path.suffix.lower() != ".npz":
+            raise ConfigError(f"{path}: labelled pictures are an .npz file of x and y")
+        found.append(EvalSet("test" if not sources else path.stem, path, common.sha256(path)))
+    return found
+
+
+def metrics_of(kind: str) -> tuple[Metric, ...]:
+    """The metrics of the task of that name."""
+    return Classification.metrics if kind == "classify" else Restoration.metrics
+
+
+def problem_of(kind: str, init: Path, sigma: float, quality: int) -> Problem:
+    """The task of that name; super-resolution has the scale of the float model."""
+    if kind == "classify":
+        return Classification()
+    return Restoration(Task(kind, model_scale(load_float(init)), sigma, quality))

@@ -1,0 +1,88 @@
+"""The tables of the documentation, end to end at their smallest size."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import accuracy
+from accuracy import Table
+
+SMALL = ("--batch", "2", "--patch", "8", "--steps", "1")
+NOISE = ("--task", "denoise", "--sigma", "15")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        small = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8))
+        small.resize((24, 20), Image.Resampling.BICUBIC).save(tmp_path / name / "0.png")
+    grid, how = ("2:minmax:0",), (*NOISE, *SMALL, "--calibration", "1")
+    tables = {
+        "second": Table("after the first", grid, how, train=(*NOISE, *SMALL), after="first"),
+        "first": Table("noise", grid, how, train=(*NOISE, *SMALL, "--model", "tiny")),
+    }
+    monkeypatch.setattr(accuracy, "TABLES", tables)
+    return tmp_path
+
+
+def run(place: Path, *args: str, **more: Any) -> int:
+    words = [*args, "--out", str(place / "out"), "--device", "cpu", "--eval", str(place / "test")]
+    for key, value in more.items():
+        words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return accuracy.main(words)
+
+
+def test_tables_are_made_once_and_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = str(place / "train")
+    assert run(place, data=data, time_limit=0) == 1
+    assert not list(place.glob("out/*/float/model.safetensors"))
+    assert "2 of 2 tables are not complete" in capsys.readouterr().err
+    # The second one trains the float model of the first, which it starts from.
+    assert run(place, "second", data=data, at_once=2) == 0
+    assert (place / "out" / "first" / "float" / "model.safetensors").exists()
+    assert not (place / "out" / "first" / "compare.json").exists()
+    init = json.loads((place / "out" / "second" / "float" / "metrics.json").read_text())["options"]["init"]
+    assert init == str(place / "out" / "first" / "float" / "model.safetensors")
+    assert run(place, data=data, at_once=2) == 0
+    stamps = {p: p.stat().st_mtime_ns for p in place.glob("out/*/float/*")}
+    assert run(place, data=data) == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in place.glob("out/*/float/*")}
+    rows = json.loads((place / "out" / "first" / "compare.json").read_text())["rows"]
+    assert [(r["method"], r["bits"]) for r in rows] == [("float", None), ("minmax", 2)]
+    text = (place / "out" / "accuracy.md").read_text()
+    assert "| noise | 2 | " in text
+    assert "| after the first | 2 | " in text
+    assert f"({rows[1]['loss']:.3f})" in text
+    (place / "out" / "accuracy.md").unlink()
+    assert run(place, report=True) == 0
+    assert (place / "out" / "accuracy.md").read_text() == text
+
+
+def test_a_table_that_fails_says_where(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, "first", data=str(place / "nothing")) == 1
+    err = capsys.readouterr().err
+    assert "first: train_restore.py failed" in err
+    assert "nothing" in (place / "out" / "first" / "log.txt").read_text()
+
+
+def test_a_bad_command_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, more, message in (
+        (("third",), {}, "no table 'third'"),
+        (("first",), {}, "--data is needed for first"),
+        (("first",), {"jobs": 0, "data": "x"}, "--jobs"),
+    ):
+        assert run(place, *words, **more) == 2
+        assert message in capsys.readouterr().err
+    assert accuracy.main(["--list"]) == 0
+    assert "after the first" in capsys.readouterr().out
