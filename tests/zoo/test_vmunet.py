@@ -257,6 +257,7 @@ def test_trains() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
 def test_other_precisions(dtype: torch.dtype) -> None:
     model, x = small(), torch.rand(1, 3, 16, 24)
     want = model(x)
