@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import Recipe, fit
+from training import Recipe, decay_groups, fit, to_device
 
 from ssmquant import zoo
 from ssmquant.errors import FormatError, SsmquantError
@@ -47,12 +47,20 @@ MODELS: dict[str, dict[str, Any]] = {
 class Pictures:
     """Labelled pictures in two parts, and a stream of augmented batches of the first (see ``training.Data``).
 
+    All lie on ``device``; what is random comes from a CPU generator, so that it is the same on every device.
+
     Attributes:
         x, y: for training, float32 (N, 3, H, W) in -1 .. 1 and int64 (N,).
         test_x, test_y: for testing.
     """
 
-    def __init__(self, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], seed: int = 0) -> None:
+    def __init__(
+        self,
+        x: np.ndarray[Any, Any],
+        y: np.ndarray[Any, Any],
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
         if x.ndim not in (3, 4) or x.dtype != np.uint8 or y.shape != (len(x),) or y.dtype.kind not in "ui":
             raise FormatError("expected x uint8 (N, H, W) or (N, H, W, 3), and y integers (N,)")
         if not x.size or y.min() < 0:
@@ -65,13 +73,16 @@ class Pictures:
         test = torch.zeros(len(labels), dtype=torch.bool)
         for label in labels.unique():
             test[(labels == label).nonzero().flatten()[::5]] = True
-        self.x, self.y = pictures[~test], labels[~test]
-        self.test_x, self.test_y = pictures[test], labels[test]
+        self.device = torch.device(device)
+        self.x, self.y = pictures[~test].to(device), labels[~test].to(device)
+        self.test_x, self.test_y = pictures[test].to(device), labels[test].to(device)
         self.classes = int(labels.max()) + 1
         self.seed(seed)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], seed: int = 0) -> Pictures:
+    def load(
+        cls, path: str | os.PathLike[str], seed: int = 0, device: str | torch.device = "cpu"
+    ) -> Pictures:
         """From an .npz file, see the module.
 
         Raises:
@@ -79,7 +90,7 @@ class Pictures:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                return cls(file["x"], file["y"], seed)
+                return cls(file["x"], file["y"], seed, device)
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise FormatError(f"{path} is no .npz file of x and y: {error}") from error
 
@@ -94,9 +105,9 @@ class Pictures:
 
     def sample(self, batch: int) -> tuple[Tensor, Tensor]:
         """The next batch: turned by up to 15 degrees, sheared, scaled by 0.85 to 1.15, moved by up to two pixels."""
-        at = torch.randint(len(self.x), (batch,), generator=self._generator)
+        at = to_device(torch.randint(len(self.x), (batch,), generator=self._generator), self.device)
         x = self.x[at]
-        u = torch.rand(batch, 5, generator=self._generator) * 2 - 1
+        u = to_device(torch.rand(batch, 5, generator=self._generator) * 2 - 1, self.device)
         turn, scale, shear = u[:, 0] * 0.26, 1 + u[:, 1] * 0.15, u[:, 2] * 0.2
         move = u[:, 3:] * (4 / x.shape[-1])
         cos, sin = turn.cos() * scale, turn.sin() * scale
@@ -109,7 +120,7 @@ class Pictures:
         rank = torch.zeros_like(self.y)  # a picture's number within its class
         for label in self.y.unique():
             own = self.y == label
-            rank[own] = torch.arange(int(own.sum()))
+            rank[own] = torch.arange(int(own.sum()), device=self.device)
         return list(self.x[rank.argsort(stable=True)[:count]].split(batch))
 
 
@@ -131,16 +142,12 @@ def accuracy(out: Tensor, y: Tensor) -> float:
 
 
 def train_float(name: str, data: Pictures, steps: int, seed: int = 0) -> nn.Module:
-    """A float model, trained with AdamW, batches of 64; in evaluation mode."""
+    """A float model on the data's device, trained with AdamW, batches of 64; in evaluation mode."""
     torch.manual_seed(seed)
     data.seed(seed)
-    model = build(name, data)
-    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    plain = [p for n, p in model.named_parameters() if p.dim() > 1 and n not in skip and "A_log" not in n]
-    others = [p for p in model.parameters() if all(p is not q for q in plain)]
+    model = build(name, data).to(data.device)
     recipe = Recipe(steps, 64, 2e-3, loss="cross_entropy", betas=(0.9, 0.999), log_every=100)
-    groups = [{"params": plain, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    fit(model, data, recipe, groups, title=f"{name}, seed {seed}")
+    fit(model, data, recipe, decay_groups(model, 0.05), title=f"{name}, seed {seed}")
     return model
 
 
@@ -152,10 +159,11 @@ def main() -> int:
     parser.add_argument("--model", choices=sorted(MODELS), default="vim")
     parser.add_argument("--steps", type=int, default=1500, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     args = parser.parse_args()
     try:
-        data = Pictures.load(args.data)
+        data = Pictures.load(args.data, device=args.device)
         model = train_float(args.model, data, args.steps, args.seed)
         save_float(model, args.out)
     except (SsmquantError, OSError) as error:

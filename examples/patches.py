@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from training import to_device
 
 from ssmquant.errors import ConfigError, FormatError, InputError
 from ssmquant.restore import Task, find_images, open_image
@@ -120,9 +121,7 @@ class PatchData:
         index = (drawn[:, 0] * len(self)).long()
         corner = (drawn[:, 1:3] * (self._sizes[index] - patch + 1)).long()
         packed = torch.stack([index, corner[:, 0], corner[:, 1], (drawn[:, 3] * 8).long()])
-        if self.device.type == "cuda":
-            packed = packed.pin_memory().to(self.device, non_blocking=True)
-        index, top, left, turn = packed
+        index, top, left, turn = to_device(packed, self.device)
         s = self.task.scale
         y = self.high.cut(index, top * s, left * s, *self._grid(turn, patch * s)).float().div_(255)
         if self.task.kind == "denoise":

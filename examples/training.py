@@ -1,4 +1,4 @@
-"""A training loop for restoration models and classifiers, float or prepared: plain PyTorch, resumable bit by bit,
+"""A training loop for restorers, classifiers and segmenters, float or prepared: plain PyTorch, resumable bit by bit,
 GPU-efficient.
 
 Per step the host only launches work: learning rates and losses stay on the device, the loss is read back
@@ -52,7 +52,7 @@ class Recipe:
     anneal: float = 1.0  # power of the cosine: above 1, more of the steps at low rates
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    loss: str = "l1"  # or "charbonnier"; "cross_entropy" for class numbers
+    loss: str = "l1"  # or "charbonnier"; "cross_entropy" for class numbers, of pictures or of pixels
     distill: float = 0.0  # share of the loss that compares with the teacher's output instead of the target
     clip: float | None = 1.0  # largest norm of the gradient of all parameters
     ema: float | None = None  # decay, such as 0.999; the averaged weights are what fit leaves in the model
@@ -99,6 +99,21 @@ def learning_rate(recipe: Recipe, step: int, elapsed: float) -> float:
         done = elapsed / (recipe.time_limit or 1.0)
     share = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * share**recipe.anneal
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for :func:`fit`: weights decay; vectors, A and what the model itself excepts do not."""
+    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    decays = {n: p.dim() > 1 and n not in skip and "A_log" not in n for n, p in model.named_parameters()}
+    return [
+        {"params": [p for n, p in model.named_parameters() if decays[n] == own], "weight_decay": rate}
+        for own, rate in ((True, weight_decay), (False, 0.0))
+    ]
+
+
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """What a CPU generator drew, on ``device``; the host does not wait."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 @contextmanager
@@ -191,8 +206,8 @@ class Step:
         self.loss_sum += loss.detach()
 
     def _loss(self, out: Tensor, wanted: Tensor) -> Tensor:
-        if self.recipe.loss == "cross_entropy":  # class numbers, or a teacher's logits
-            target = wanted.float().softmax(-1) if wanted.is_floating_point() else wanted
+        if self.recipe.loss == "cross_entropy":  # class numbers, or a teacher's logits; (B, classes, ...)
+            target = wanted.float().softmax(1) if wanted.is_floating_point() else wanted
             return F.cross_entropy(out.float(), target)
         error = out.float() - wanted.float()
         return error.abs().mean() if self.recipe.loss == "l1" else (error.square() + 1e-6).sqrt().mean()

@@ -20,11 +20,13 @@ from ssmquant.zoo.mambair import (
 )
 from ssmquant.zoo.vim import VisionMamba, vim_base, vim_nano, vim_small, vim_tiny
 from ssmquant.zoo.vmamba import VSSM, vmamba_base, vmamba_nano, vmamba_small, vmamba_tiny, vmamba_tiny_v0
+from ssmquant.zoo.vmunet import VMUNet, vmunet_base, vmunet_nano
 
 __all__ = [
     "REGISTRY",
     "VSSM",
     "MambaIR",
+    "VMUNet",
     "VisionMamba",
     "build",
     "describe",
@@ -41,6 +43,8 @@ __all__ = [
     "vmamba_small",
     "vmamba_tiny",
     "vmamba_tiny_v0",
+    "vmunet_base",
+    "vmunet_nano",
 ]
 
 REGISTRY: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
@@ -61,6 +65,9 @@ REGISTRY: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "vim_nano": vim_nano,
         "vim_small": vim_small,
         "vim_tiny": vim_tiny,
+        "VMUNet": VMUNet,
+        "vmunet_base": vmunet_base,
+        "vmunet_nano": vmunet_nano,
     }
 )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ssmquant
-from ssmquant import Adapter, ConfigError, QConfig
+from ssmquant import Adapter, ConfigError, QConfig, zoo
 from ssmquant.adapter import find_adapter
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.graph.sites import ancestors
@@ -270,6 +270,21 @@ def deploy(state: State) -> Data:
         }
 
 
+def zoo_model(state: State) -> Data:
+    """Our own model of this family, if there is one, takes the original's weights and computes the same."""
+    config = state.family.zoo.get(state.size)
+    if config is None:
+        return {}
+    ours = zoo.build(config).eval()
+    error = attempt(lambda: (ours.load_state_dict(state.model.state_dict()), {})[1])[1]
+    worst = 0.0
+    for i in range(len(state.family.shapes[state.size])):
+        x = state.batch(shape=i, seed=6)
+        with torch.no_grad():
+            worst = max(worst, difference(state.call(ours, x), state.call(state.model, x)))
+    return {"checkpoint": error or "loads", "worst": worst}
+
+
 def adapter(state: State) -> Data:
     """Lines of the adapter that knows the family's class. ``coverage`` did without it."""
     found = find_adapter(state.model)
@@ -290,6 +305,7 @@ def refusal(state: State) -> Data:
 
 CHECKS: dict[str, Callable[[State], Data]] = {
     "build": build, "trace": trace, "exact": exact, "exact_training": exact_training, "coverage": coverage,
-    "w8a8": w8a8, "mambaquant": mambaquant, "w4a4": w4a4, "deploy": deploy, "adapter": adapter,
+    "w8a8": w8a8, "mambaquant": mambaquant, "w4a4": w4a4, "deploy": deploy, "zoo": zoo_model,
+    "adapter": adapter,
 }  # fmt: skip
-CHEAP = ("build", "trace", "exact", "coverage", "adapter")
+CHEAP = ("build", "trace", "exact", "coverage", "zoo", "adapter")

@@ -39,7 +39,8 @@ class Family:
 
     ``shapes``: for each size the shapes of one sample that the model takes; the first is the example that ``prepare``
     sees. ``exceptions``: sites that stay in float, by pattern, with the reason. ``refused``: a text that the error
-    must contain, for what is known not to work.
+    must contain, for what is known not to work. ``zoo``: for some sizes, our own model of the same parameters, as
+    ``zoo.build`` takes it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Family:
     batches: tuple[int, ...] = (2, 1, 3)  # the first is the example's
     exceptions: dict[str, str] = field(default_factory=dict)
     refused: str | None = None
+    zoo: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: str = ""
 
     @property
@@ -128,6 +130,10 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "vm_unet", repo="JCruan519/VM-UNet", commit="43c495b", folders=("VM-UNet",), build=vmunet.build,
         shapes={"small": (*_rgb(64), (3, 96, 64)), "default": (*_rgb(64), (3, 96, 64))},
+        zoo={
+            "small": {"name": "VMUNet", "args": {"depths": [1] * 4, "depths_decoder": [1] * 4, "dims": 16}},
+            "default": {"name": "vmunet_base"},
+        },
     ),
     Family(
         "mhs_vm", repo="PixDeep/MHS-VM", commit="be64b6f", folders=("MHS-VM",), build=partial(mhsvm.build, side=64),

@@ -78,6 +78,9 @@ def problems(family: Family, result: dict[str, Any]) -> list[str]:
     want("w4a4", "finite_after", bool, "parameters are finite after a step")
     want("deploy", "worst", lambda v: v <= 1e-5, "deployed sites equal prepared ones")
     want("deploy", "reloaded_equal", bool, "a loaded model computes the same bits")
+    if result["size"] in family.zoo:
+        want("zoo", "checkpoint", lambda v: v == "loads", "the zoo's model takes its weights")
+        want("zoo", "worst", lambda v: v <= 1e-5, "and computes the same")
     return bad
 
 
