@@ -1,7 +1,7 @@
 """The tables of docs/accuracy.md: the float models that they start from, then compare.py for each; resumable.
 
     python examples/accuracy.py sr_x4 denoise_* jpeg_* --data PACK --eval Set5 Set14 Kodak24 --out runs/accuracy
-    python examples/accuracy.py vim vmamba --labelled digits5000.npz --out runs/accuracy
+    python examples/accuracy.py vim vmamba --digits digits5000.npz --out runs/accuracy
     python examples/accuracy.py --list
 
 A table has a folder in OUT: float/ with the model that it starts from, where none comes with the examples, and what
@@ -51,7 +51,7 @@ class Table:
     """What compare.py compares.
 
     ``init``: the float model. ``script`` and ``train`` make it otherwise; ``after`` is the table whose float model
-    that training starts from. ``labelled``: the data are an .npz file of labelled pictures.
+    that training starts from. ``labelled``: the option that names its .npz file of labelled pictures.
     """
 
     title: str
@@ -61,7 +61,7 @@ class Table:
     script: str = "train_restore.py"
     train: tuple[str, ...] = ()
     after: str | None = None
-    labelled: bool = False
+    labelled: str | None = None
 
 
 def _restoration(task: tuple[str, ...], title: str, after: str | None = None) -> Table:
@@ -102,10 +102,18 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 ("--task", "classify", "--batch", "64", "--steps", "600", "--lr", "5e-4"),
                 script="classify.py",
                 train=("--model", name),
-                labelled=True,
+                labelled="digits",
             )
             for name, title in (("vim", "Vim"), ("vmamba", "VMamba"))
         },
+        "vmunet": Table(
+            "slices, VM-UNet",
+            ("8,4,2:mambaquant,lsq,ours:0,1,2",),
+            ("--task", "segment", "--batch", "16", "--patch", "96", "--steps", "500"),
+            script="segment.py",
+            train=("--model", "vmunet"),
+            labelled="slices",
+        ),
     }
 )
 
@@ -119,7 +127,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--list", action="store_true", help="name the tables and stop")
     add("--report", action="store_true", help="train nothing, write the tables of what is finished")
     add("--data", help="training pictures of restoration: a folder or an .npz pack")
-    add("--labelled", help="labelled pictures: an .npz file of x and y")
+    add("--digits", metavar="FILE.npz", help="of classify.py: pictures x and classes y")
+    add("--slices", metavar="FILE.npz", help="of segment.py: slices x and classes of their pixels y")
     add("--eval", nargs="+", default=[], metavar="FOLDER", help="clean test pictures of restoration")
     add("--out", type=Path, default=Path("runs/accuracy"))
     add("--at-once", type=int, default=1, metavar="N", help="tables at once")
@@ -145,6 +154,10 @@ class Run:
         """Where a table's float model is, or will be."""
         return TABLES[name].init or self.args.out / name / "float" / "model.safetensors"
 
+    def data(self, table: Table) -> str | None:
+        path: str | None = getattr(self.args, table.labelled or "data")
+        return path
+
     def train(self, name: str, place: Mapping[str, str]) -> bool:
         """Whether the float model of a table is there, after training it if need be."""
         table, target = TABLES[name], self.floats(name)
@@ -161,7 +174,7 @@ class Run:
             target.parent.mkdir(parents=True, exist_ok=True)
             command: list[Any] = [table.script, *table.train]
             if table.labelled:
-                command += ["--data", self.args.labelled, "--out", target]
+                command += ["--data", self.data(table), "--out", target, "--device", self.args.device]
             else:
                 command += [
                     "--data",
@@ -194,7 +207,7 @@ class Run:
             "--out",
             args.out / name,
         ]
-        data = args.labelled if table.labelled else args.data
+        data = self.data(table)
         command += [] if data is None else ["--data", data]
         command += ["--eval", *args.eval] if args.eval and not table.labelled else []
         if args.report:
@@ -286,10 +299,10 @@ def main(argv: list[str] | None = None) -> int:
         strange = [t for t in args.tables if not any(fnmatch.fnmatchcase(name, t) for name in TABLES)]
         if strange:
             raise ConfigError(f"no table {strange[0]!r}; there are {', '.join(TABLES)}")
-        for option, needed in (("data", False), ("labelled", True)):
-            lacking = [name for name in names if TABLES[name].labelled == needed]
-            if lacking and getattr(args, option) is None and not args.report:
-                raise ConfigError(f"--{option} is needed for {', '.join(lacking)}")
+        for name in names:
+            option = TABLES[name].labelled or "data"
+            if getattr(args, option) is None and not args.report:
+                raise ConfigError(f"--{option} is needed for {name}")
         if args.at_once < 1 or args.jobs < 1:
             raise ConfigError("--at-once and --jobs are 1 or more")
     except ConfigError as error:

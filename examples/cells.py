@@ -323,7 +323,8 @@ def run_cell(
     rate = settings.lr * method.rate
     recipe = Recipe(
         steps=settings.steps - first, batch=settings.batch, lr=rate, warmup=settings.warmup, anneal=method.anneal,
-        ema=method.ema, bf16=settings.bf16, distill=method.distill, cuda_graph=device.type == "cuda",
+        loss=settings.problem.loss, ema=method.ema, bf16=settings.bf16, distill=method.distill,
+        cuda_graph=device.type == "cuda",
         log_every=100, checkpoint=folder / "checkpoint.pt", checkpoint_every=500,
     )  # fmt: skip
     config = cell.config()

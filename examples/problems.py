@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import common
 import torch
-from classify import Pictures, logits
+from classify import Pictures
+from classify import logits as class_logits
 from evalsets import EvalSet, eval_sets
 from patches import PatchData
 from PIL import Image
+from segment import Slices, dice
+from segment import logits as pixel_logits
 from torch import Tensor, nn
 from training import Data
 
@@ -21,7 +25,7 @@ from ssmquant.errors import ConfigError
 from ssmquant.io import load_float
 from ssmquant.restore import Task, evaluate, model_scale, psnr, to_image, to_tensor
 
-__all__ = ["Classification", "Metric", "Problem", "Restoration", "metrics_of", "problem_of"]
+__all__ = ["Classification", "Metric", "Problem", "Restoration", "Segmentation", "metrics_of", "problem_of"]
 
 Rows = list[dict[str, Any]]
 Each = Callable[[str, Image.Image, Image.Image], None]
@@ -153,7 +157,7 @@ class Classification(Problem):
     def score(self, model: nn.Module, one: EvalSet, title: str, each: Each | None = None) -> Rows:
         x, y = self._test(one.folder)
         with common.full_precision():
-            right = (logits(model, x.to(common.device_of(model))).argmax(1).cpu() == y).double() * 100
+            right = (class_logits(model, x.to(common.device_of(model))).argmax(1).cpu() == y).double() * 100
         rows: Rows = []
         for label in y.unique().tolist():
             groups = right[y == label].split(GROUP)
@@ -181,13 +185,66 @@ def _test_parts(sources: Sequence[str | Path], data: str | Path | None) -> list[
     return found
 
 
+@dataclass(frozen=True)
+class Segmentation(Problem):
+    """Classes of the pixels of slices, as in ``segment.py``: training on crops, Dice of whole slices."""
+
+    metrics = (Metric("dice", "Dice", "", 4),)
+    loss = "cross_entropy"
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "segment"}
+
+    def load(self, source: str | Path, device: str | torch.device, patch: int) -> Slices:
+        return Slices.load(source, device=device, side=patch)
+
+    def calibration(self, data: Slices, batches: int, batch: int) -> list[Tensor]:
+        return data.calibration(batches * batch)
+
+    def sets(self, sources: Sequence[str | Path], data: str | Path | None) -> list[EvalSet]:
+        return _test_parts(sources, data)
+
+    def check(self, one: EvalSet) -> None:
+        self._test(one.folder)
+
+    def score(self, model: nn.Module, one: EvalSet, title: str, each: Each | None = None) -> Rows:
+        x, y, classes = self._test(one.folder)
+        with common.full_precision():
+            found = pixel_logits(model, x.to(common.device_of(model))).argmax(1).cpu()
+        names = [f"slice {i + 1}" for i in range(len(y))]
+        for name, truth, map_ in zip(names, y, found, strict=True) if each is not None else ():
+            each(name, _grey(truth, classes), _grey(map_, classes))
+        return [{"name": n, "dice": v} for n, v in zip(names, dice(found, y, classes).tolist(), strict=True)]
+
+    def caption(self, shown: Image.Image, wanted: Image.Image) -> str:
+        same = (to_tensor(shown) == to_tensor(wanted)).all(1).double().mean()
+        return f"{100 * float(same):.1f} % right"
+
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def _test(path: Path) -> tuple[Tensor, Tensor, int]:
+        data = Slices.load(path, side=1)
+        return data.test_x, data.test_y, data.classes
+
+
+def _grey(classes: Tensor, count: int) -> Image.Image:
+    """Class numbers (H, W) as a picture, evenly spaced from black to white."""
+    values = (classes * 255 // max(1, count - 1)).to(torch.uint8)
+    return Image.fromarray(values.numpy()).convert("RGB")
+
+
+_PROBLEMS: Mapping[str, type[Problem]] = MappingProxyType(
+    {"classify": Classification, "segment": Segmentation}
+)
+
+
 def metrics_of(kind: str) -> tuple[Metric, ...]:
     """The metrics of the task of that name."""
-    return Classification.metrics if kind == "classify" else Restoration.metrics
+    return _PROBLEMS.get(kind, Restoration).metrics
 
 
 def problem_of(kind: str, init: Path, sigma: float, quality: int) -> Problem:
     """The task of that name; super-resolution has the scale of the float model."""
-    if kind == "classify":
-        return Classification()
+    if kind in _PROBLEMS:
+        return _PROBLEMS[kind]()
     return Restoration(Task(kind, model_scale(load_float(init)), sigma, quality))

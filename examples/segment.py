@@ -65,7 +65,9 @@ class Slices:
         if x.ndim != 3 or x.dtype != np.uint8 or y.shape != x.shape or y.dtype != np.uint8:
             raise FormatError("expected x uint8 (N, H, W), and y uint8 (N, H, W)")
         if not x.size or len(x) <= BLOCK * (EVERY - 1) or not y.any():
-            raise FormatError(f"there are not {BLOCK * (EVERY - 1) + 1} slices, or no pixel of a class above 0")
+            raise FormatError(
+                f"there are not {BLOCK * (EVERY - 1) + 1} slices, or no pixel of a class above 0"
+            )
         if type(side) is not int or not 1 <= side <= min(x.shape[1:]):
             raise ConfigError(f"side={side!r}: crops have between 1 and {min(x.shape[1:])} pixels a side")
         self.device, self.side = torch.device(device), side

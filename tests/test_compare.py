@@ -638,3 +638,65 @@ def test_the_most_detailed_part() -> None:
     assert abs(top - 96) <= 4
     assert (right - left, bottom - top) == (64, 64)
     assert detail(Image.fromarray(flat[:50, :70]), 96) == (0, 0, 50, 50)
+
+
+LABELLED = {
+    "classify": {
+        "name": "VSSM",
+        "args": {"patch_size": 2, "depths": [1, 1], "dims": [8, 16], "ssm_d_state": 1},
+    },
+    "segment": {
+        "name": "VMUNet",
+        "args": {"input_channels": 1, "dims": 8, "depths": [1, 1], "depths_decoder": [1, 1], "d_state": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LABELLED))
+def test_labelled_pictures(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (50, 16, 16), dtype=np.uint8)
+    y = np.arange(50) % 3 if kind == "classify" else rng.integers(0, 3, x.shape, dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    torch.manual_seed(0)
+    save_float(zoo.build(LABELLED[kind], num_classes=3), tmp_path / "float.safetensors")
+    args = [
+        "4:mambaquant,lsq", "--task", kind, "--init", str(tmp_path / "float.safetensors"), "--device", "cpu",
+        "--batch", "4", "--patch", "16", "--steps", "1", "--calibration", "1", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    data = ["--data", str(tmp_path / "data.npz")]
+    assert compare.main(args + data) == 0
+    found, rows = read(tmp_path / "out")
+    assert found["settings"]["task"] == {"kind": kind}
+    assert list(rows["lsq"]["sets"]) == ["test"]
+    assert 0 <= rows["lsq"]["score"] <= (100 if kind == "classify" else 1)
+    assert rows["mambaquant"]["train_seconds"] == 0
+    assert rows["mambaquant"]["bitops_reduction"] > 0.5
+    result = json.loads((tmp_path / "out" / "cells" / "lsq-w4a4-s0" / "result.json").read_text())
+    metric = {"classify": "accuracy", "segment": "dice"}[kind]
+    scores = [row[metric] for row in result["sets"][0]["images"]]
+    assert statistics.fmean(scores) == pytest.approx(rows["lsq"]["score"])
+    assert (tmp_path / "out" / "sizes.png").exists()
+    assert (tmp_path / "out" / "compare.png").exists() == (kind == "segment")
+    # Only the pictures for testing are scored: those of another file are another set.
+    assert compare.main([*args, "--report"]) == 0
+    np.savez(tmp_path / "other.npz", x=x[::-1], y=y[::-1])
+    assert compare.main([*args, *data, "--eval", str(tmp_path / "other.npz"), "--report"]) == 1
+    capsys.readouterr()
+    assert compare.main([*args, *data, "--eval", str(tmp_path)]) == 2
+    assert "labelled pictures are an .npz file" in capsys.readouterr().err
+
+
+def test_searched_widths(place: Path, tmp_path: Path) -> None:
+    assert run(place, tmp_path, "2.5:searched", "2,3:lsq", sets="B") == 0
+    _, rows = read(tmp_path)
+    row = rows["searched"]
+    assert row["bits"] == 2.5
+    result = json.loads((tmp_path / "cells" / "searched-w2.5a2.5-s0" / "result.json").read_text())
+    assert result["key"]["training"]["searched"]
+    assert not (tmp_path / "cells" / "searched-w2.5a2.5-s0" / "searched.json").exists()
+    lsq = {r["bits"]: r for r in read(tmp_path)[0]["rows"] if r["method"] == "lsq"}
+    assert lsq[2]["bitops"] <= row["bitops"] <= lsq[3]["bitops"]
+    for wrong in ("2.5:ours", "1.5:searched"):
+        with pytest.raises(ConfigError):
+            compare.grid([wrong])
