@@ -105,6 +105,8 @@ class Cell:
             return QConfig()
         if self.bits != int(self.bits) and not method.searched:
             raise ConfigError(f"{self.method} has whole bit widths, not {self.bits:g}")
+        if self.bits < 2:
+            raise ConfigError(f"{self.method}: 2 bits are the fewest, not {self.bits:g}")
         return method.config(math.ceil(self.bits))
 
 
