@@ -88,7 +88,9 @@ TABLES: Mapping[str, Table] = MappingProxyType(
             ("--patch", "48"),
             ROOT / "weights" / "mambair_light_x4_float.safetensors",
         ),
-        "mixed_x2": Table("mixed precision, x2", ("2,3:ours:0", "2.5,3:searched:0"), (), LIGHT),
+        "mixed_x2": Table(
+            "x2, mixed precision", ("2,3:ours:0", "2.5,3:searched:0", "2:ours-transforms:0"), (), LIGHT
+        ),
         "denoise_25": _denoise("25"),
         "denoise_15": _denoise("15", "denoise_25"),
         "denoise_50": _denoise("50", "denoise_25"),
