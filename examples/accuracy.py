@@ -128,6 +128,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("tables", nargs="*", default=["*"], metavar="TABLE", help="names or patterns (default: all)")
     add("--list", action="store_true", help="name the tables and stop")
     add("--report", action="store_true", help="train nothing, write the tables of what is finished")
+    add("--floats", action="store_true", help="train the float models only")
     add("--data", help="training pictures of restoration: a folder or an .npz pack")
     add("--digits", metavar="FILE.npz", help="of classify.py: pictures x and classes y")
     add("--slices", metavar="FILE.npz", help="of segment.py: slices x and classes of their pixels y")
@@ -198,6 +199,8 @@ class Run:
         table, args = TABLES[name], self.args
         if not args.report and not self.train(name, place):
             return 1
+        if args.floats:
+            return 0
         if not self.floats(name).exists():
             return 1
         command = [

@@ -49,6 +49,8 @@ def test_tables_are_made_once_and_go_on(place: Path, capsys: pytest.CaptureFixtu
     assert not list(place.glob("out/*/float/model.safetensors"))
     assert "2 of 2 tables are not complete" in capsys.readouterr().err
     # The second one trains the float model of the first, which it starts from.
+    assert run(place, "second", data=data, floats=True) == 0
+    assert not (place / "out" / "second" / "compare.json").exists()
     assert run(place, "second", data=data, at_once=2) == 0
     assert (place / "out" / "first" / "float" / "model.safetensors").exists()
     assert not (place / "out" / "first" / "compare.json").exists()
