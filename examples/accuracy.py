@@ -68,7 +68,7 @@ def _restoration(task: tuple[str, ...], title: str, after: str | None = None) ->
     how = ("--steps", "2500", "--lr", "8e-4", "--warmup", "200", *_BODY)
     if after is not None:
         how = ("--steps", "1000", "--lr", "4e-4", "--batch", "16", "--ema", "0.998", "--cuda-graph")
-    return Table(title, GRID, (*task, "--steps", "500"), train=(*task, *how), after=after)
+    return Table(title, GRID, (*task, "--steps", "400"), train=(*task, *how), after=after)
 
 
 def _denoise(sigma: str, after: str | None = None) -> Table:
@@ -100,7 +100,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
         **{
             name: Table(
                 f"digits, {title}",
-                ("8,4,2:mambaquant,lsq,ours:0,1,2",),
+                ("8,4,2:lsq,ours:0,1,2", "8,4,2:mambaquant:0"),
                 ("--task", "classify", "--batch", "64", "--steps", "600", "--lr", "5e-4"),
                 script="classify.py",
                 train=("--model", name),
@@ -110,10 +110,10 @@ TABLES: Mapping[str, Table] = MappingProxyType(
         },
         "vmunet": Table(
             "slices, VM-UNet",
-            ("8,4,2:mambaquant,lsq,ours:0,1,2",),
-            ("--task", "segment", "--batch", "16", "--patch", "96", "--steps", "500"),
+            ("8,4,2:lsq,ours:0,1,2", "8,4,2:mambaquant:0"),
+            ("--task", "segment", "--batch", "16", "--patch", "96", "--steps", "1000"),
             script="segment.py",
-            train=("--model", "vmunet"),
+            train=("--model", "vmunet", "--steps", "4000"),
             labelled="slices",
         ),
     }
