@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from classify import read_arrays
 from torch import Tensor, nn
 from training import Recipe, decay_groups, fit, to_device
 
@@ -65,7 +65,9 @@ class Slices:
         if x.ndim != 3 or x.dtype != np.uint8 or y.shape != x.shape or y.dtype != np.uint8:
             raise FormatError("expected x uint8 (N, H, W), and y uint8 (N, H, W)")
         if not x.size or len(x) <= BLOCK * (EVERY - 1) or not y.any():
-            raise FormatError(f"there are not {BLOCK * (EVERY - 1) + 1} slices, or no pixel of a class above 0")
+            raise FormatError(
+                f"there are not {BLOCK * (EVERY - 1) + 1} slices, or no pixel of a class above 0"
+            )
         if type(side) is not int or not 1 <= side <= min(x.shape[1:]):
             raise ConfigError(f"side={side!r}: crops have between 1 and {min(x.shape[1:])} pixels a side")
         self.device, self.side = torch.device(device), side
@@ -84,12 +86,7 @@ class Slices:
         Raises:
             FormatError: no such arrays.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                x, y = file["x"], file["y"]
-        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise FormatError(f"{path} is no .npz file of x and y: {error}") from error
-        return cls(x, y, **options)
+        return cls(*read_arrays(path), **options)
 
     def seed(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
