@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from ssmquant import zoo
 from ssmquant.errors import FormatError, SsmquantError
 from ssmquant.io import save_float
 
-__all__ = ["MODELS", "Pictures", "accuracy", "build", "logits", "train_float"]
+__all__ = ["MODELS", "Pictures", "accuracy", "build", "logits", "read_arrays", "train_float"]
 
 MODELS: dict[str, dict[str, Any]] = {
     "vim": {
@@ -42,6 +44,23 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """As published, but small: Vim with two directions and a class token, VMamba's v05 without gates."""
+
+
+UNREADABLE = (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
+"""What numpy raises for files that are no .npz, broken, or without an array (an .npy: TypeError)."""
+
+
+def read_arrays(path: str | os.PathLike[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """``x`` and ``y`` of an .npz file.
+
+    Raises:
+        FormatError: it is none, or has no such arrays.
+    """
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return file["x"], file["y"]
+    except UNREADABLE as error:
+        raise FormatError(f"{path} is no .npz file of x and y: {error}") from error
 
 
 class Pictures:
@@ -88,11 +107,7 @@ class Pictures:
         Raises:
             FormatError: no such arrays.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls(file["x"], file["y"], seed, device)
-        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise FormatError(f"{path} is no .npz file of x and y: {error}") from error
+        return cls(*read_arrays(path), seed, device)
 
     def seed(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from classify import read_arrays
 from torch import Tensor, nn
 from training import Recipe, decay_groups, fit, to_device
 
@@ -32,12 +32,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "vmunet": {
         "name": "VMUNet",
         "args": {
-            "input_channels": 1, "dims": 24, "depths": [1, 1, 1], "depths_decoder": [1, 1, 1], "patch_size": 4,
-            "d_state": 8, "drop_path_rate": 0.0,
+            "input_channels": 1, "dims": 24, "depths": [1, 1, 1], "depths_decoder": [1, 1, 1], "patch_size": 2,
+            "d_state": 4, "drop_path_rate": 0.0,
         },
     },
 }  # fmt: skip
-"""As published, but small: three stages of one block."""
+"""As published, but small: three stages of one block, 4 states; and patches of 2 x 2 pixels, since labels are thin."""
 
 BLOCK, EVERY = 8, 5
 MULTIPLE = 32  # of the sides that networks see: enough for four stages of patches of 4 x 4 pixels
@@ -52,6 +52,16 @@ class Slices:
         x, y: for training, float32 (N, 1, H, W) in -1 .. 1 and int64 (N, H, W).
         test_x, test_y: for testing.
         classes: the largest class number and 1.
+
+    Args:
+        x, y: uint8 (N, H, W), see the module.
+        seed: of the stream.
+        device: where all tensors lie.
+        side: pixels a side of a training crop.
+
+    Raises:
+        FormatError: arrays of other shapes or dtypes, fewer than 33 slices, or no foreground.
+        ConfigError: ``side`` does not fit.
     """
 
     def __init__(
@@ -86,12 +96,7 @@ class Slices:
         Raises:
             FormatError: no such arrays.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                x, y = file["x"], file["y"]
-        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise FormatError(f"{path} is no .npz file of x and y: {error}") from error
-        return cls(x, y, **options)
+        return cls(*read_arrays(path), **options)
 
     def seed(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -186,7 +191,7 @@ def train_float(name: str, data: Slices, steps: int, seed: int = 0, **options: A
     torch.manual_seed(seed)
     data.seed(seed)
     model = build(name, data).to(data.device)
-    own = {"batch": 16, "lr": 3e-3, "betas": (0.9, 0.999), "log_every": 100, **options}
+    own = {"batch": 16, "lr": 4e-3, "betas": (0.9, 0.999), "log_every": 100, **options}
     recipe = Recipe(steps, loss="cross_entropy", **own)
     fit(model, data, recipe, decay_groups(model, 0.05), title=f"{name}, seed {seed}")
     return model

@@ -63,6 +63,19 @@ def test_pictures_of_classes(tmp_path: Path) -> None:
     assert -1 <= float(first[0].min()) <= float(first[0].max()) <= 1
 
 
+@pytest.mark.gpu
+def test_pictures_on_a_gpu() -> None:
+    rng = np.random.default_rng(0)
+    arrays = rng.integers(0, 256, (30, 6, 5), dtype=np.uint8), np.arange(30) % 3
+    data, other = Pictures(*arrays, device="cuda"), Pictures(*arrays)
+    for got, wanted in zip(data.sample(5), other.sample(5), strict=True):
+        assert got.is_cuda
+        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-4)
+    for got, wanted in zip(data.calibration(9, 4), other.calibration(9, 4), strict=True):
+        assert got.is_cuda
+        assert torch.equal(got.cpu(), wanted)
+
+
 @pytest.mark.parametrize(
     ("x", "y"),
     [
@@ -271,6 +284,26 @@ def test_compiled_steps_are_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch, "compile", compile_quickly)
     assert losses("cpu", compile=True) == pytest.approx(eager, rel=1e-4)
     assert len(calls) == 1
+
+
+def test_cross_entropy_is_over_the_classes_axis() -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 1)
+    step = Step(
+        model, [{"params": list(model.parameters())}], Recipe(loss="cross_entropy"), torch.device("cpu")
+    )
+    for shape in ((5, 4), (2, 4, 6, 7)):
+        out, teacher = torch.randn(shape), torch.randn(shape)
+        log = out.double().movedim(1, -1).flatten(0, -2)
+        log = log - log.logsumexp(-1, keepdim=True)
+        share = teacher.double().movedim(1, -1).flatten(0, -2).exp()
+        share = share / share.sum(-1, keepdim=True)
+        assert float(step._loss(out, teacher)) == pytest.approx(
+            float(-(share * log).sum(-1).mean()), rel=1e-5
+        )
+        labels = teacher.argmax(1)
+        own = log.gather(1, labels.flatten()[:, None])
+        assert float(step._loss(out, labels)) == pytest.approx(float(-own.mean()), rel=1e-5)
 
 
 def test_no_graph_on_a_cpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
