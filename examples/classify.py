@@ -161,7 +161,15 @@ def train_float(name: str, data: Pictures, steps: int, seed: int = 0) -> nn.Modu
     torch.manual_seed(seed)
     data.seed(seed)
     model = build(name, data).to(data.device)
-    recipe = Recipe(steps, 64, 2e-3, loss="cross_entropy", betas=(0.9, 0.999), log_every=100)
+    recipe = Recipe(
+        steps,
+        64,
+        2e-3,
+        loss="cross_entropy",
+        betas=(0.9, 0.999),
+        log_every=100,
+        cuda_graph=data.device.type == "cuda",
+    )
     fit(model, data, recipe, decay_groups(model, 0.05), title=f"{name}, seed {seed}")
     return model
 

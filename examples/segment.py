@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         data = Slices.load(args.data, device=args.device, side=args.side)
-        model = train_float(args.model, data, args.steps, args.seed)
+        model = train_float(args.model, data, args.steps, args.seed, cuda_graph=data.device.type == "cuda")
         save_float(model, args.out)
     except (SsmquantError, OSError) as error:
         print("error:", error, file=sys.stderr)
