@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import ssmquant
 from ssmquant import QConfig
 from ssmquant.graph.deploy import deploy
-from ssmquant.graph.deploy_calls import linear_call
+from ssmquant.graph.deploy_calls import excite_call, linear_call
 from ssmquant.modules import deployed
 from ssmquant.ops import use_backend
 from ssmquant.ops.deployed import Norm, cpu, cuda
@@ -38,6 +38,43 @@ def test_channel_attention_on_a_gpu() -> None:
     target: Any = calls[0].target
     assert torch.equal(target(x, *modules), plain(x))
     assert not torch.equal(plain(x), before)
+
+
+def test_attention_is_given_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the depthwise convolution in front of it, unless its activation has a hook."""
+    model, x = make("mambair", QConfig.recommended(4, 4))
+    graph = deploy(record(model).graph, model, cuda)
+    calls = [n for n in graph.nodes if n.target is excite_call]
+    assert len(calls) == 2
+    for call in calls:
+        result: Any = call.args[0]
+        parts: Any = call.kwargs["parts"]
+        assert result.args[0] is parts.args[0]
+        assert [result.args[1], parts.args[1]] == [0, 1]
+        convolution: Any = result.args[0]
+        assert convolution.kwargs["sums"]
+        others = [n for n in convolution.users if n not in (result, parts)]
+        assert not others
+    weight: Any = model.get_submodule(str(calls[0].args[0].args[0].args[2].target))
+    of_x: Any = model.get_submodule(str(calls[0].args[0].args[0].args[1].target))
+    seen: list[bool] = []
+
+    def kernel(*operands: Any, sums: bool = False) -> Any:
+        seen.append(sums)
+        y = cpu.depthwise(*operands)
+        return (y, y.sum((1, 2))[:, None]) if sums else y
+
+    monkeypatch.setattr(cuda, "depthwise", kernel)
+    monkeypatch.setattr(cuda, "by_lanes", cpu.by_lanes)
+    monkeypatch.setattr(deployed, "engine_of", lambda _: cuda)
+    image, window, act = torch.randn(2, weight.shape[0], 5, 6), ((1, 1), (1, 1), (1, 1)), nn.GELU()
+    y, parts = deployed.conv2d(image, of_x, weight, None, window, act, sums=True)
+    torch.testing.assert_close(parts.sum(1), y.sum((2, 3)))
+    act.register_forward_hook(lambda module, args, out: out + 1)
+    changed, none = deployed.conv2d(image, of_x, weight, None, window, act, sums=True)
+    torch.testing.assert_close(changed, y + 1)
+    assert none is None
+    assert seen == [True, False]
 
 
 def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

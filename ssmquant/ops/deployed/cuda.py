@@ -362,25 +362,35 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def excite(x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor) -> Tensor:
+def excite(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    second: Tensor,
+    second_bias: Tensor,
+    parts: Tensor | None = None,
+) -> Tensor:
     """Channel attention, ``sigmoid(second @ relu(first @ mean(x) + ..) + ..)``: (batch, columns).
 
     Args:
         x: (batch, rows, columns), any strides.
         first, second: (hidden, columns) and (columns, hidden), contiguous as all further ones.
+        parts: (batch, some, columns), sums of some rows each that add up to those of all, if they are known.
     """
     batch, rows, columns = x.shape
     _small_enough(x)
     bc = _power(columns)
-    bm = min(max(64, _power(-(-rows // 128))), 512)
-    blocks = -(-rows // bm)
-    parts = torch.empty(batch, blocks, columns, dtype=torch.float32, device=x.device)
-    _launch("pool", (blocks, batch), (x, parts), (rows, *x.stride()), (columns, bm, bc))
+    if parts is None:
+        bm = min(max(64, _power(-(-rows // 128))), 512)
+        parts = torch.empty(batch, -(-rows // bm), columns, dtype=torch.float32, device=x.device)
+        _launch("pool", (parts.shape[1], batch), (x, parts), (rows, *x.stride()), (columns, bm, bc))
+    blocks = parts.shape[1]
     y = torch.empty(batch, columns, dtype=torch.float32, device=x.device)
     hidden = first.shape[0]
     tensors = parts, first, first_bias, second, second_bias, y
-    constants = columns, hidden, min(_power(blocks), 64), bc, _power(hidden, 1)
-    _launch("excite", (batch,), tensors, (blocks, rows), constants)
+    at_once = min(_power(blocks), max(16, 2**14 // bc))  # one block reads all of a sample's: many of them together
+    constants = columns, hidden, at_once, bc, _power(hidden, 1)
+    _launch("excite", (batch,), tensors, (blocks, rows), constants, 8 if at_once * bc > 4096 else 4)
     return y
 
 
