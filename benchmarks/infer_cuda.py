@@ -337,9 +337,7 @@ def fill(row: dict[str, Any], models: Models, runs: int, explain: bool) -> None:
 
 
 @torch.no_grad()
-def measure(
-    case: str, mode: str, setting: str, models: Models, runs: int, explain: bool
-) -> dict[str, Any]:
+def measure(case: str, mode: str, setting: str, models: Models, runs: int, explain: bool) -> dict[str, Any]:
     """The row of a case, a mode and a setting of TF32; what raises has failed its gate, and takes no other with it."""
     row: dict[str, Any] = {"case": case, "mode": mode, "tf32": setting, "gate": {}}
     try:

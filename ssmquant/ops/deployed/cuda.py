@@ -388,7 +388,9 @@ def excite(
     y = torch.empty(batch, columns, dtype=torch.float32, device=x.device)
     hidden = first.shape[0]
     tensors = parts, first, first_bias, second, second_bias, y
-    at_once = min(_power(blocks), max(16, 2**14 // bc))  # one block reads all of a sample's: many of them together
+    at_once = min(
+        _power(blocks), max(16, 2**14 // bc)
+    )  # one block reads all of a sample's: many of them together
     constants = columns, hidden, at_once, bc, _power(hidden, 1)
     _launch("excite", (batch,), tensors, (blocks, rows), constants, 8 if at_once * bc > 4096 else 4)
     return y

@@ -108,7 +108,14 @@ class Case:
     @property
     def taken(self) -> int:
         """Channels of a thread of ``scan_steps``: as many as there are registers for."""
-        return {1: 4, 2: 8, 3: 16, 4: 8}.get(_VARIANT, 4) if self.quantized and self.rank <= _MOST_TAKEN else 4
+        return (
+            {1: 4, 2: 8, 3: 16, 4: 8}.get(_VARIANT, 4) if self.quantized and self.rank <= _MOST_TAKEN else 4
+        )
+
+    @property
+    def steps_at_once(self) -> int:
+        """Pixels that a thread of ``scan_steps`` reads together, as in the source."""
+        return 4 if self.rank <= _MOST_TAKEN else 2
 
     @property
     def steps_resident(self) -> int:
@@ -315,6 +322,10 @@ class Scan:
         if batch * directions * self.blocks > _MOST_BLOCKS:
             raise InputError(large)
         self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus)
+        if 8 * self.case.steps_at_once * _up(row, 4) > _MOST_SHARED:  # of one pixel for each thread, twice
+            raise InputError(
+                f"deployed: scans in {directions} directions are more than the kernels for GPUs take"
+            )
         self.groups = -(-self.chunks // shape.chunks)
         assert not shape.held or shape.held * shape.segments >= self.groups
 
@@ -434,11 +445,9 @@ class Scan:
         columns = directions * params.size_row // (case.taken * (1 if case.quantized else 4))
         across = -(-columns // _STEPS_THREADS)
         lanes = -(-columns // across)
-        at_once = 4 if case.rank <= _MOST_TAKEN else 2
-        resident = case.steps_resident
-        rows = max(1, min(_STEPS_THREADS // lanes, _STEPS_SHARED // (4 * params.row * at_once)))
-        unit = rows * at_once
-        most = max(1, resident * _processors(self.device) // across)
+        rows = max(1, min(_STEPS_THREADS // lanes, _STEPS_SHARED // (4 * params.row * case.steps_at_once)))
+        unit = rows * case.steps_at_once
+        most = max(1, case.steps_resident * _processors(self.device) // across)
         stretch = _up(-(-count // most), unit)
         tile = unit * max(1, min(_STEPS_SHARED // (4 * params.row * unit), stretch // unit, 4))
         params.lanes, params.rows, params.tile, params.stretch = lanes, rows, tile, stretch
