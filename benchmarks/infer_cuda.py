@@ -21,17 +21,17 @@ convolutions may use TF32, products of matrices may not. It counts for deployed 
 are float. --tf32 off allows it nowhere. Both are in the file, which has rows of one setting only. How cuDNN chooses its
 algorithms (torch.backends.cudnn.benchmark: by its rules, without trying them) is PyTorch's default in any case.
 
-A row's times are of single calls, by events, from a call of an idle GPU to the end of
-what it launched: Python's time counts where the GPU waits for it. A graph's call has the copy of its input in it.
-Memory: "call_mib" is what a call takes at most over what was there before the first, the model and its input; of a
-graph that is the call that captures it, whose memory it keeps. "peak_mib" has the model too.
+A row's times are of single calls, by events, from a call of an idle GPU to the end of what it launched: Python's time
+counts where the GPU waits for it. A graph's call has the copy of its input in it. Memory: "call_mib" is what a call takes at
+most over what was there before the first, the model and its input; of a graph that is the call that captures it, whose
+memory it keeps. "peak_mib" has the model too.
 
 Gate, on an input that nothing was captured or tuned with: float_eager against the same with the scan in plain PyTorch,
-other float modes against float_eager (relative error to 1e-3, float16 to 0.1, where TF32 is allowed 1e-2); deployed ones against the same model
-without kernels of ours, finite, and pictures to 30 dB of PSNR (over the range of what they are compared with), logits
-to a relative error of 0.2: one code on a tie that goes the other way spreads through the model (tests hold every call
-of a kernel to its own input). A graph of a deployed model has to give the same bits as the model does without it. What
-fails has no time, and the exit status is 1.
+other float modes against float_eager (relative error to 1e-3, float16 to 0.1, where TF32 is allowed 1e-2); deployed
+ones against the same model without kernels of ours, finite, and pictures to 30 dB of PSNR (over the range of what they
+are compared with), logits to a relative error of 0.2: one code on a tie that goes the other way spreads through the
+model (tests hold every call of a kernel to its own input). A graph of a deployed model has to give the same bits as the
+model does without it. What fails has no time, and the exit status is 1.
 
 An --out file of the same commit, GPU, torch and setting of TF32 is added to; what failed in it is tried again, last.
 """

@@ -352,8 +352,8 @@ def conv2d(
     float32. ``act``: of the result of one of the last two; ``gain``, (C,): factors of x, for one of the first two.
     ``residual``: of a 1x1, channels second as in the result, without factors; it is added behind ``act``. ``codes``:
     see ``linear``, of all outputs of one of the last two. ``also``: of a depthwise one, a second quantizer, of which
-    there are codes too, in a tuple. ``sums``: of a depthwise one that makes no codes, sums of the result over some pixels
-    each, (B, some, outputs), or None where no kernel has them, in a tuple.
+    there are codes too, in a tuple. ``sums``: of a depthwise one that makes no codes, sums of the result over some
+    pixels each, (B, some, outputs), or None where no kernel has them, in a tuple.
 
     Returns:
         (B, outputs, H, W), channels last.

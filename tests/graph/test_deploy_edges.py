@@ -42,7 +42,7 @@ def test_channel_attention_on_a_gpu() -> None:
 
 def test_attention_is_given_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the depthwise convolution in front of it, unless its activation has a hook."""
-    model, x = make("mambair", QConfig.recommended(4, 4))
+    model, _ = make("mambair", QConfig.recommended(4, 4))
     graph = deploy(record(model).graph, model, cuda)
     calls = [n for n in graph.nodes if n.target is excite_call]
     assert len(calls) == 2

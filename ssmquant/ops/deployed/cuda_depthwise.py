@@ -31,8 +31,9 @@ class _Params(ctypes.Structure):
     _fields_ = (
         *(
             (n, ctypes.c_void_p)
-            for n in "x scale shift weights bias next_scale next_shift next_factors also_scale also_shift y z sums".split()
+            for n in "x scale shift weights bias next_scale next_shift next_factors also_scale also_shift".split()
         ),
+        *((n, ctypes.c_void_p) for n in "y z sums".split()),
         ("x_batch", ctypes.c_longlong),
         *((n, ctypes.c_int) for n in "x_down x_right x_channel z_row height width channels".split()),
         *((n, ctypes.c_int) for n in "qmin qmax next_min next_max also_min also_max".split()),
