@@ -22,9 +22,9 @@ are float. --tf32 off allows it nowhere. Both are in the file, which has rows of
 algorithms (torch.backends.cudnn.benchmark: by its rules, without trying them) is PyTorch's default in any case.
 
 A row's times are of single calls, by events, from a call of an idle GPU to the end of what it launched: Python's time
-counts where the GPU waits for it. A graph's call has the copy of its input in it. Memory: "call_mib" is what a call takes at
-most over what was there before the first, the model and its input; of a graph that is the call that captures it, whose
-memory it keeps. "peak_mib" has the model too.
+counts where the GPU waits for it. A graph's call has the copy of its input in it. Memory: "call_mib" is what a call
+takes at most over what was there before the first, the model and its input; of a graph that is the call that captures
+it, whose memory it keeps. "peak_mib" has the model too.
 
 Gate, on an input that nothing was captured or tuned with: float_eager against the same with the scan in plain PyTorch,
 other float modes against float_eager (relative error to 1e-3, float16 to 0.1, where TF32 is allowed 1e-2); deployed
