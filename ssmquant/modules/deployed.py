@@ -350,7 +350,8 @@ def conv2d(
 
     Dense, 1x1 without stride and padding (also of values that are clamped), or depthwise, which keeps the size. All are
     float32. ``act``: of the result of one of the last two; ``gain``, (C,): factors of x, for one of the first two.
-    ``residual``: of a 1x1, channels second as in the result, without factors; it is added behind ``act``. ``codes``:
+    ``residual``: of a 1x1, or of a dense one if the engine ``ADDS``, channels second as in the result, without factors;
+    it is added behind ``act``. ``codes``:
     see ``linear``, of all outputs of one of the last two. ``also``: of a depthwise one, a second quantizer, of which
     there are codes too, in a tuple. ``sums``: of a depthwise one that makes no codes, sums of the result over some
     pixels each, (B, some, outputs), or None where no kernel has them, in a tuple.
@@ -396,12 +397,12 @@ def conv2d(
         made: Tensor = rows.permute(0, 3, 1, 2)
         return made
     assert act is None
-    assert residual is None
     taps = packed_for(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = grid_of(of_x, no_moments, 0)
     image, first, _ = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
     sizes = (kernel[0], kernel[1]), dilation, stride, padding
-    y = engine.convolve(image, grid, taps, bias_of(bias), *sizes, first)
+    held = {} if residual is None else {"residual": residual[0].permute(0, 2, 3, 1).flatten(1, 2)}
+    y = engine.convolve(image, grid, taps, bias_of(bias), *sizes, first, **held)
     return y.permute(0, 3, 1, 2)
 
 

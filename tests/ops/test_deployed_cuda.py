@@ -241,6 +241,12 @@ def check_convolutions(device: str) -> None:
             close(
                 cuda.convolve(given_x.to(device), there, packed, bias.to(device), *sizes).cpu(), want.double()
             )
+            held = torch.randn(len(x), want.shape[3], want[0, :, :, 0].numel()).transpose(1, 2)
+            for residual in (held.to(device), held.contiguous().to(device)):
+                got = cuda.convolve(
+                    given_x.to(device), there, packed, bias.to(device), *sizes, residual=residual
+                )
+                close(got.cpu(), (want + held.view(want.shape)).double())
         x[1, 2, 3, 4] = math.nan
         got = cuda.convolve(x.to(device), there, packed, None, *sizes).cpu()
         assert torch.equal(got.isnan(), cpu.convolve(x, grid, cpu.pack(*operands), None, *sizes).isnan())
