@@ -16,19 +16,24 @@ shipped weights, float and deployed, others are as initialised. Modes:
                                _frozen static ranges of DLS
     deployed_w8a8_graph        the same after ssmquant.cuda_graph
 
-float32 is float32: TF32 is off. A row's times are of single calls, by events, from a call of an idle GPU to the end of
-what it launched: Python's time counts where the GPU waits for it. A graph's call has the copy of its input in it.
-Memory: "call_mib" is what a call takes at most over what was there before the first, the model and its input; of a
-graph that is the call that captures it, whose memory it keeps. "peak_mib" has the model too.
+--tf32 default leaves PyTorch's settings as they are for every mode, as one who has not touched them has them: float32
+convolutions may use TF32, products of matrices may not. It counts for deployed models too, whose first and last layers
+are float. --tf32 off allows it nowhere. Both are in the file, which has rows of one setting only. How cuDNN chooses its
+algorithms (torch.backends.cudnn.benchmark: by its rules, without trying them) is PyTorch's default in any case.
+
+A row's times are of single calls, by events, from a call of an idle GPU to the end of what it launched: Python's time
+counts where the GPU waits for it. A graph's call has the copy of its input in it. Memory: "call_mib" is what a call
+takes at most over what was there before the first, the model and its input; of a graph that is the call that captures
+it, whose memory it keeps. "peak_mib" has the model too.
 
 Gate, on an input that nothing was captured or tuned with: float_eager against the same with the scan in plain PyTorch,
-other float modes against float_eager (relative error to 1e-3, float16 to 0.1); deployed ones against the same model
-without kernels of ours, finite, and pictures to 30 dB of PSNR (over the range of what they are compared with), logits
-to a relative error of 0.2: one code on a tie that goes the other way spreads through the model (tests hold every call
-of a kernel to its own input). A graph of a deployed model has to give the same bits as the model does without it. What
-fails has no time, and the exit status is 1.
+other float modes against float_eager (relative error to 1e-3, float16 to 0.1, where TF32 is allowed 1e-2); deployed
+ones against the same model without kernels of ours, finite, and pictures to 30 dB of PSNR (over the range of what they
+are compared with), logits to a relative error of 0.2: one code on a tie that goes the other way spreads through the
+model (tests hold every call of a kernel to its own input). A graph of a deployed model has to give the same bits as the
+model does without it. What fails has no time, and the exit status is 1.
 
-An --out file of the same commit, GPU and torch is added to; what failed in it is tried again, last.
+An --out file of the same commit, GPU, torch and setting of TF32 is added to; what failed in it is tried again, last.
 """
 
 from __future__ import annotations
@@ -77,6 +82,9 @@ QUICK_MODES = ["float_eager", "float_graph", "deployed_w4a4", "deployed_w4a4_gra
 MODE = re.compile(r"float(_compile)?(_amp16)?_(eager|graph)|deployed_w[2-8]a[2-8](_frozen)?(_graph)?")
 WARM_UP = 3
 LEAST_PSNR, MOST_ERROR = 30.0, 0.2  # of deployed models: pictures, logits
+HALF_ERROR, FLOAT_ERROR = 0.1, 1e-3  # of float models: in float16, in float32
+# A compiled convolution may have another algorithm, of another precision: TF32 rounds operands by up to 2^-11, 5e-4.
+TF32_ERROR = 1e-2
 
 
 class Models:
@@ -240,6 +248,24 @@ def compare(got: Tensor, want: Tensor) -> dict[str, Any]:
     return found
 
 
+def tf32() -> dict[str, bool]:
+    """Whether PyTorch allows TF32 in convolutions and in products of matrices."""
+    return {
+        "convolutions": torch.backends.cudnn.allow_tf32,
+        "products": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+def most_error(mode: str) -> float:
+    """What a float mode may differ by from what it is compared with.
+
+    ``float_eager`` has the very convolutions of what it is compared with, whatever their precision.
+    """
+    if "_amp16" in mode:
+        return HALF_ERROR
+    return TF32_ERROR if mode != "float_eager" and any(tf32().values()) else FLOAT_ERROR
+
+
 def gate(model: nn.Module, mode: str, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Any]:
     """Whether a mode computes what it has to."""
     got = run(x).clone()
@@ -249,8 +275,7 @@ def gate(model: nn.Module, mode: str, run: Callable[[Tensor], Tensor], x: Tensor
                 found = {"against": "float, chunked", **compare(got, model(x))}
         else:
             found = {"against": "float_eager", **compare(got, model(x))}
-        limit = 0.1 if "_amp16" in mode else 1e-3
-        return {**found, "passed": found["finite"] and found["error"] < limit}
+        return {**found, "passed": found["finite"] and found["error"] < most_error(mode)}
     with without_graphs(model):
         with use_backend("chunked"):
             found = {"against": "deployed, chunked", **compare(got, model(x))}
@@ -312,9 +337,9 @@ def fill(row: dict[str, Any], models: Models, runs: int, explain: bool) -> None:
 
 
 @torch.no_grad()
-def measure(case: str, mode: str, models: Models, runs: int, explain: bool) -> dict[str, Any]:
-    """The row of a case and a mode; what raises has failed its gate, and does not take the others with it."""
-    row: dict[str, Any] = {"case": case, "mode": mode, "gate": {}}
+def measure(case: str, mode: str, setting: str, models: Models, runs: int, explain: bool) -> dict[str, Any]:
+    """The row of a case, a mode and a setting of TF32; what raises has failed its gate, and takes no other with it."""
+    row: dict[str, Any] = {"case": case, "mode": mode, "tf32": setting, "gate": {}}
     try:
         fill(row, models, runs, explain)
     except Exception as error:
@@ -368,7 +393,7 @@ def check_mode(mode: str) -> None:
 
 
 def kept(path: Path | None, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file of the same commit, GPU and torch.
+    """The rows of a file of the same commit, GPU, torch and setting of TF32.
 
     Raises:
         ConfigError: the file is none of results.
@@ -380,7 +405,7 @@ def kept(path: Path | None, report: dict[str, Any]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = [r for r in old["rows"] if r["case"] and r["mode"] and "gate" in r]
         changed = [
             name
-            for name in ("hardware", "torch", "commit")
+            for name in ("hardware", "torch", "commit", "tf32")
             if report[name] is None or old[name] != report[name]
         ]
     except (ValueError, KeyError, TypeError):
@@ -454,6 +479,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--mode", action="append", metavar="NAME", help="a mode, or a pattern; repeatable")
     add("--quick", action="store_true", help="a small model, few modes and runs")
     add("--runs", type=int, help="calls that are timed (default 30; quick 5)")
+    add("--tf32", choices=("default", "off"), default="default", help="as PyTorch has it, or nowhere")
     add("--breakdown", action="store_true", help="time by kernel, of deployed models")
     add("--models", type=Path, metavar="FOLDER", help="keep deployed models there, and take them from there")
     add("--make", action="store_true", help="only make the deployed models in --models, on the CPU")
@@ -482,16 +508,18 @@ def run_all(
     Raises:
         Lost: what was measured is in the file.
     """
-    report = heading(DEVICE) | {"cuda": torch.version.cuda, "tf32": False}
+    report = heading(DEVICE) | {"cuda": torch.version.cuda, "tf32": args.tf32, "tf32_allowed": tf32()}
     report["commit"] = args.commit or report["commit"]
     report["kernels"] = engine_of(DEVICE).unavailable(DEVICE) or "here"
     rows = report["rows"] = kept(args.out, report)
     print(
-        f"{report['hardware']}, torch {report['torch']}, TF32 off, kernels: {report['kernels']}", flush=True
+        f"{report['hardware']}, torch {report['torch']}, TF32 {args.tf32}, kernels: {report['kernels']}",
+        flush=True,
     )
 
     def place(pair: tuple[str, str]) -> int | None:
-        return next((i for i, r in enumerate(rows) if (r["case"], r["mode"]) == pair), None)
+        row = (*pair, args.tf32)
+        return next((i for i, r in enumerate(rows) if (r["case"], r["mode"], r.get("tf32")) == row), None)
 
     todo = [(case, mode) for case in cases for mode in modes]
     todo.sort(key=lambda pair: place(pair) is not None)
@@ -503,7 +531,7 @@ def run_all(
             print(f"{line(rows[at])}  (kept)", flush=True)
             continue
         tidy()
-        row = measure(case, mode, models, args.runs, args.breakdown)
+        row = measure(case, mode, args.tf32, models, args.runs, args.breakdown)
         if at is None:
             rows.append(row)
         else:
@@ -527,8 +555,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(
                 f"this is for a CUDA GPU, and PyTorch {torch.__version__} sees none; infer_cpu.py is for CPUs"
             )
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        if args.tf32 == "off":
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
         with tempfile.TemporaryDirectory() as temporary:
             folder = args.models or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)

@@ -380,7 +380,7 @@ def test_deployed_models_on_a_gpu(infer: Any, tmp_path: Path, capsys: pytest.Cap
     assert infer.main([*options, "--breakdown"]) == 0
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report.keys() >= {"hardware", "torch", "triton", "commit", "tf32", "kernels", "rows"}
-    assert (report["commit"], report["tf32"]) == ("abc", False)
+    assert (report["commit"], report["tf32"]) == ("abc", "default")
     assert [(row["case"], row["mode"]) for row in report["rows"]] == [(INFER, m) for m in infer.QUICK_MODES]
     for row in report["rows"]:
         assert row["gate"]["passed"]
@@ -448,6 +448,20 @@ def test_rows_of_a_file_are_kept(
     assert calls == []
     assert len(run("--mode", "*w4a4", commit="other")) == 1
     assert "of another commit" in capsys.readouterr().out
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    rows = run("--mode", "*w4a4", "--tf32", "off", commit="other")
+    assert "of another tf32" in capsys.readouterr().out
+    assert [row["tf32"] for row in rows] == ["off"]
+    assert not torch.backends.cudnn.allow_tf32
+    assert not any(json.loads(out.read_text(encoding="utf-8"))["tf32_allowed"].values())
+
+
+def test_errors_that_tf32_allows(infer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = "float_eager", "float_graph", "float_compile_graph", "float_compile_amp16_graph"
+    for allowed, limits in ((True, (1e-3, 1e-2, 1e-2, 0.1)), (False, (1e-3, 1e-3, 1e-3, 0.1))):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert infer.tf32() == {"convolutions": allowed, "products": False}
+        assert tuple(map(infer.most_error, modes)) == limits
 
 
 def test_what_a_deployed_model_on_a_gpu_has_to_compute(infer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,8 +87,8 @@ def blend_call(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tens
     return deployed.blend(x, gain, v, scale)
 
 
-def excite_call(x: Tensor, *modules: Any) -> Tensor:
-    """Channel attention: mean, convolution, ReLU, convolution, sigmoid."""
+def excite_call(x: Tensor, *modules: Any, parts: Tensor | None = None) -> Tensor:
+    """Channel attention: mean, convolution, ReLU, convolution, sigmoid; ``parts``: sums that came with x."""
     if any(map(hooks_of, modules)):
         for module in modules:
             x = module(x)
@@ -97,7 +97,7 @@ def excite_call(x: Tensor, *modules: Any) -> Tensor:
     if x.dim() != 4 or first.weight.dtype != torch.float32 or second.weight.dtype != torch.float32:
         raise Unfit
     _check(x)
-    return deployed.excite(x, first, second)
+    return deployed.excite(x, first, second, parts)
 
 
 def _check(first: Tensor, *tensors: Any, coded: bool = False) -> None:

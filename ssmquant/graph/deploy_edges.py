@@ -3,6 +3,7 @@
 - Codes: what only one quantizer reads is written as its codes, a byte instead of four.
 - Parts: what a scan computes along paths of pixels at once is added up by the layer that reads the sum, and so are
   two sequences, as those of both directions, and what the sum is divided by.
+- Sums of pixels: a depthwise convolution in front of channel attention gives those of its tiles with its result.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.deploy_calls import conv2d_call, gated_linear_call, linear_call
+from ssmquant.graph.deploy_calls import conv2d_call, excite_call, gated_linear_call, linear_call
 from ssmquant.graph.deploy_layers import is_core
 from ssmquant.graph.deploy_scans import order_at_trace
 from ssmquant.graph.gains import axes_of
@@ -146,14 +147,31 @@ class _Edges:
             return False
         with self.graph.inserting_before(made):
             also = self.graph.get_attr(str(modules[4].target))
+        second = self._two(made)
+        made.kwargs = {**made.kwargs, "also": also}
+        core.kwargs = {**core.kwargs, "u": second}
+        return True
+
+    def _two(self, made: fx.Node) -> fx.Node:
+        """Has a call that gives two values read as such; the second one."""
         with self.graph.inserting_after(made):
             second = self.graph.call_function(_part, (made, 1))
             first = self.graph.call_function(_part, (made, 0))
         made.replace_all_uses_with(first, delete_user_cb=lambda n: n not in (first, second))
         first.meta.update(made.meta)
-        made.kwargs = {**made.kwargs, "also": also}
-        core.kwargs = {**core.kwargs, "u": second}
-        return True
+        return second
+
+    def means(self, reader: fx.Node) -> None:
+        """Has channel attention's means made of sums that the depthwise convolution in front of it gives."""
+        made: Any = reader.args[0]
+        if made.target is not conv2d_call or "codes" in made.kwargs or not made.args[6]:
+            return
+        if made.meta.get("storage") in self.written:
+            return
+        if deployed.is_depthwise(self.model.get_submodule(str(made.args[2].target))):
+            second = self._two(made)
+            made.kwargs = {**made.kwargs, "sums": True}
+            reader.kwargs = {"parts": second}
 
     def _first_half(self, node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
         """(layer, chunk, columns) if ``node`` is the first of two halves of a linear layer's outputs."""
@@ -291,3 +309,5 @@ def deploy_edges(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> 
         if node.target in (linear_call, gated_linear_call):
             edges.parts(node)
             edges.sums(node)
+        elif node.target is excite_call:
+            edges.means(node)

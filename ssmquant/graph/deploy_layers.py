@@ -371,7 +371,8 @@ class _Layers:
 
     def _residual(self, node: fx.Node, value: fx.Node, other: fx.Node) -> bool:
         turned = _is_channels_first(value) and len(value.users) == 1  # rows of an image
-        layer: Any = value.args[0] if turned else value
+        image = _image_of_rows(value)
+        layer: Any = image if image is not None else value.args[0] if turned else value
         if layer.target not in _LENGTHS or len(layer.args) != _LENGTHS[layer.target] or layer.kwargs:
             return False
         if len(layer.users) != 1 or layer is other or not self.is_fixed(value, *layer.args[:2], other):
@@ -379,23 +380,38 @@ class _Layers:
         args = list(layer.args)
         if layer.target is conv2d_call:
             weight: Any = self.model.get_submodule(str(args[2].target))
-            pointwise = deployed.is_pointwise(weight.shape[2:] or (1, 1), args[4])
-            if turned or not pointwise or deployed.is_depthwise(weight):
+            kernel = weight.shape[2:] or (1, 1)
+            if turned or deployed.is_depthwise(weight):
                 return False
-            args[6] = self._any_strides(node)
-        image = turned or layer.target is conv2d_call
-        x, gain = (other, None) if image else self._scaled(other, node)
+            if not deployed.is_pointwise(kernel, args[4]) and not self.engine.ADDS:
+                return False
+            if image is not None and not _keeps_size(kernel, args[4]):
+                return False
+            if image is None:
+                args[6] = self._any_strides(node)
+        elif image is not None:
+            return False
+        x, gain = (other, None) if turned or layer.target is conv2d_call else self._scaled(other, node)
         with self.graph.inserting_before(node):
             if turned:
                 x = self.graph.call_method("permute", (x, 0, 2, 3, 1))
+            if image is not None:
+                batch, *pixels = (self.graph.call_method("size", (args[0], i)) for i in (0, 2, 3))
+                x = self.graph.call_method("transpose", (x, 1, 2))
+                x = self.graph.call_method("view", (x, batch, -1, *pixels))
             made = new = self.graph.call_function(layer.target, (*args, (x, gain)))
+            if image is not None:
+                flat: Any = value.args[0]
+                new = self.graph.call_method("flatten", (made, 2))
+                new.meta.update(flat.meta)
+                new = self.graph.call_method("transpose", (new, 1, 2))
             if turned:
                 new = self.graph.call_method("permute", (made, 0, 3, 1, 2))
                 new = new if self._any_strides(node) else self.graph.call_method("contiguous", (new,))
         shape = shape_of(layer)
         new.meta.update(node.meta)
         made.meta.update(layer.meta)
-        made.meta["shape"] = shape if turned else shape_of(node)
+        made.meta["shape"] = shape if turned or image is not None else shape_of(node)
         node.replace_all_uses_with(new)
         self._erase(node, value, layer, other)
         return True
@@ -570,6 +586,25 @@ def _drops_paths(module: nn.Module, shape: Any) -> bool:
             return torch.equal(module(probe), probe)
     except Exception:  # of a user's class, that wants something else
         return False
+
+
+def _keeps_size(kernel: Any, window: deployed.Window) -> bool:
+    """Whether a convolution's result has as many lines and columns as its input, whatever these are."""
+    stride, padding, dilation = window
+    spans = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+    return stride == (1, 1) and all(2 * p == span for p, span in zip(padding, spans, strict=True))
+
+
+def _image_of_rows(value: Any) -> Any:
+    """The image (B, C, H, W) whose pixels are the rows of ``value``, if nothing else reads what is between."""
+    for name, args in (("transpose", (1, 2)), ("flatten", (2,))):
+        if not isinstance(value, fx.Node) or op_name(value) != name or tuple(value.args[1:]) != args:
+            return None
+        if len(value.users) != 1 or value.kwargs:
+            return None
+        value = value.args[0]
+    shape = shape_of(value) if isinstance(value, fx.Node) else None
+    return value if shape is not None and len(shape) == 4 else None
 
 
 def _is_channels_first(value: Any) -> bool:

@@ -318,12 +318,15 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     return made.view(x.shape)
 
 
-def excite(x: Tensor, first: nn.Conv2d, second: nn.Conv2d) -> Tensor:
-    """Channel attention: ``sigmoid(second(relu(first(mean(x)))))``, (B, C, 1, 1), of (B, C, H, W) with any strides."""
+def excite(x: Tensor, first: nn.Conv2d, second: nn.Conv2d, parts: Tensor | None = None) -> Tensor:
+    """Channel attention: ``sigmoid(second(relu(first(mean(x)))))``, (B, C, 1, 1), of (B, C, H, W) with any strides.
+
+    ``parts``: sums of x that ``conv2d`` has given with it.
+    """
     weights = [t.detach().flatten(1).contiguous() for t in (first.weight, second.weight)]
     biases = [t.detach().contiguous() for t in (first.bias, second.bias) if t is not None]
     rows = x.permute(0, 2, 3, 1).flatten(1, 2)
-    return cuda.excite(rows, weights[0], biases[0], weights[1], biases[1])[:, :, None, None]
+    return cuda.excite(rows, weights[0], biases[0], weights[1], biases[1], parts)[:, :, None, None]
 
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -341,14 +344,17 @@ def conv2d(
     *,
     codes: Between = None,
     also: nn.Module | None = None,
+    sums: bool = False,
 ) -> Any:
     """A convolution of the quantized x, (B, C, H, W) with any strides; ``window``: stride, padding and dilation.
 
     Dense, 1x1 without stride and padding (also of values that are clamped), or depthwise, which keeps the size. All are
     float32. ``act``: of the result of one of the last two; ``gain``, (C,): factors of x, for one of the first two.
-    ``residual``: of a 1x1, channels second as in the result, without factors; it is added behind ``act``. ``codes``:
+    ``residual``: of a 1x1, or of a dense one if the engine ``ADDS``, channels second as in the result, without factors;
+    it is added behind ``act``. ``codes``:
     see ``linear``, of all outputs of one of the last two. ``also``: of a depthwise one, a second quantizer, of which
-    there are codes too, in a tuple.
+    there are codes too, in a tuple. ``sums``: of a depthwise one that makes no codes, sums of the result over some
+    pixels each, (B, some, outputs), or None where no kernel has them, in a tuple.
 
     Returns:
         (B, outputs, H, W), channels last.
@@ -371,12 +377,17 @@ def conv2d(
             options = {"codes": grid_of(codes[0], no_moments, 0), "factors": bias_of(codes[2])}
             if also is not None:
                 options["also"] = grid_of(also, no_moments, 0)
+        if sums and not called:
+            options = {"sums": True}
         y = engine.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own, **options)
         if called:
             assert isinstance(act, nn.Module)
             floats = act(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             y = _written(floats, codes)
             y = y if also is None else (y, _written(floats, (also, None, None)))
+        if sums:
+            y, parts = (y, None) if called else y
+            return y.permute(0, 3, 1, 2), parts
         return y.permute(0, 3, 1, 2) if also is None else tuple(t.permute(0, 3, 1, 2) for t in y)
     if is_pointwise(kernel, window):
         factors = None if gain is None else (gain,)
@@ -386,12 +397,12 @@ def conv2d(
         made: Tensor = rows.permute(0, 3, 1, 2)
         return made
     assert act is None
-    assert residual is None
     taps = packed_for(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = grid_of(of_x, no_moments, 0)
     image, first, _ = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
     sizes = (kernel[0], kernel[1]), dilation, stride, padding
-    y = engine.convolve(image, grid, taps, bias_of(bias), *sizes, first)
+    held = {} if residual is None else {"residual": residual[0].permute(0, 2, 3, 1).flatten(1, 2)}
+    y = engine.convolve(image, grid, taps, bias_of(bias), *sizes, first, **held)
     return y.permute(0, 3, 1, 2)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import ssmquant
 from ssmquant import QConfig
 from ssmquant.graph.deploy import deploy
-from ssmquant.graph.deploy_calls import linear_call
+from ssmquant.graph.deploy_calls import conv2d_call, excite_call, linear_call
 from ssmquant.modules import deployed
 from ssmquant.ops import use_backend
 from ssmquant.ops.deployed import Norm, cpu, cuda
@@ -38,6 +38,103 @@ def test_channel_attention_on_a_gpu() -> None:
     target: Any = calls[0].target
     assert torch.equal(target(x, *modules), plain(x))
     assert not torch.equal(plain(x), before)
+
+
+def test_attention_is_given_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the depthwise convolution in front of it, unless its activation has a hook."""
+    model, _ = make("mambair", QConfig.recommended(4, 4))
+    graph = deploy(record(model).graph, model, cuda)
+    calls = [n for n in graph.nodes if n.target is excite_call]
+    assert len(calls) == 2
+    for call in calls:
+        result: Any = call.args[0]
+        parts: Any = call.kwargs["parts"]
+        assert result.args[0] is parts.args[0]
+        assert [result.args[1], parts.args[1]] == [0, 1]
+        convolution: Any = result.args[0]
+        assert convolution.kwargs["sums"]
+        others = [n for n in convolution.users if n not in (result, parts)]
+        assert not others
+    weight: Any = model.get_submodule(str(calls[0].args[0].args[0].args[2].target))
+    of_x: Any = model.get_submodule(str(calls[0].args[0].args[0].args[1].target))
+    seen: list[bool] = []
+
+    def kernel(*operands: Any, sums: bool = False) -> Any:
+        seen.append(sums)
+        y = cpu.depthwise(*operands)
+        return (y, y.sum((1, 2))[:, None]) if sums else y
+
+    monkeypatch.setattr(cuda, "depthwise", kernel)
+    monkeypatch.setattr(cuda, "by_lanes", cpu.by_lanes)
+    monkeypatch.setattr(deployed, "engine_of", lambda _: cuda)
+    image, window, act = torch.randn(2, weight.shape[0], 5, 6), ((1, 1), (1, 1), (1, 1)), nn.GELU()
+    y, parts = deployed.conv2d(image, of_x, weight, None, window, act, sums=True)
+    torch.testing.assert_close(parts.sum(1), y.sum((2, 3)))
+    act.register_forward_hook(lambda module, args, out: out + 1)
+    changed, none = deployed.conv2d(image, of_x, weight, None, window, act, sums=True)
+    torch.testing.assert_close(changed, y + 1)
+    assert none is None
+    assert seen == [True, False]
+
+
+class Added(nn.Module):
+    """A dense convolution, and what is added to its image or to the rows of it."""
+
+    def __init__(self, rows: bool, stride: int = 1, twice: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(6, 5, 3, stride=stride, padding=1)
+        self.rows, self.twice = rows, twice
+
+    def forward(self, x: Tensor, other: Tensor) -> Any:
+        y = self.layer(x)
+        if self.rows:
+            y = y.flatten(2).transpose(1, 2)
+        return (y + other, y * 2) if self.twice else y + other
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [
+        ({"rows": True}, True),
+        ({"rows": False}, True),
+        ({"rows": False, "stride": 2}, True),
+        ({"rows": True, "stride": 2}, False),  # of another size than what is known of the input
+        ({"rows": True, "twice": True}, False),
+    ],
+)
+def test_what_is_added_to_a_dense_convolution(
+    options: Any, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    stride = options.get("stride", 1)
+    x = torch.randn(2, 6, 8, 4)
+    other = torch.randn(2, 5, 8 // stride, 4 // stride)
+    other = other.flatten(2).transpose(1, 2).contiguous() if options["rows"] else other
+    config = QConfig.recommended(4, 4, keep_first_last=False)
+    prepared = ssmquant.prepare(Added(**options), config, example_inputs=(x, other))
+    prepared(x, other)
+    model = ssmquant.convert(prepared.eval())
+    with torch.no_grad():
+        want = model(x, other)
+    graph = deploy(record(model).graph, model, cuda)
+    calls = [n for n in graph.nodes if n.target is conv2d_call]
+    assert [len(n.args) == 9 for n in calls] == [fused]
+    assert any(n.name.startswith("add") for n in graph.nodes) is not fused
+    plain = deploy(record(model).graph, model, cpu)
+    assert [len(n.args) for n in plain.nodes if n.target is conv2d_call] == [8]
+
+    def kernel(*operands: Any, residual: Tensor | None = None) -> Tensor:
+        y = cpu.convolve(*operands)
+        return y if residual is None else y + residual.view(y.shape)
+
+    for name in ("by_lanes", "pack"):
+        monkeypatch.setattr(cuda, name, getattr(cpu, name))
+    monkeypatch.setattr(cuda, "convolve", kernel)
+    monkeypatch.setattr(deployed, "engine_of", lambda _: cuda)
+    with torch.no_grad():
+        got = fx.GraphModule(model, graph)(x, other)
+    for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

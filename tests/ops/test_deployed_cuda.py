@@ -47,6 +47,11 @@ def check_depthwise(device: str, sizes: tuple[int, ...], kernel: Any, dilation: 
     for given_x in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
         operands = given_x.to(device), there, weights.to(device), bias.to(device)
         close(cuda_depthwise.depthwise(*operands, kernel, dilation, act).cpu(), want.double())
+    y, parts = cuda_depthwise.depthwise(*operands, kernel, dilation, act, sums=True)
+    close(y.cpu(), want.double())
+    size = want.double().abs().sum((1, 2)).clamp(min=1)
+    error = (parts.double().sum(1).cpu() - want.double().sum((1, 2))).abs()
+    assert float((error / size).max()) < 2e-6
     x[0, -1, -1, channels // 2] = math.nan
     want = cpu.depthwise(x, grid, cpu.by_lanes(weights), cpu.by_lanes(bias), kernel, dilation, act)
     following = make_grid(5, 1)
@@ -236,6 +241,12 @@ def check_convolutions(device: str) -> None:
             close(
                 cuda.convolve(given_x.to(device), there, packed, bias.to(device), *sizes).cpu(), want.double()
             )
+            held = torch.randn(len(x), want.shape[3], want[0, :, :, 0].numel()).transpose(1, 2)
+            for residual in (held.to(device), held.contiguous().to(device)):
+                got = cuda.convolve(
+                    given_x.to(device), there, packed, bias.to(device), *sizes, residual=residual
+                )
+                close(got.cpu(), (want + held.view(want.shape)).double())
         x[1, 2, 3, 4] = math.nan
         got = cuda.convolve(x.to(device), there, packed, None, *sizes).cpu()
         assert torch.equal(got.isnan(), cpu.convolve(x, grid, cpu.pack(*operands), None, *sizes).isnan())
@@ -251,6 +262,9 @@ def check_attention(device: str) -> None:
         cuda.excite(v.to(device).transpose(1, 2), *(t.to(device) for t in (first, a, second, b))).cpu(),
         want.double(),
     )
+    parts = torch.stack([t.sum(2) for t in v.split(33, 2)], 1)  # of which it makes the mean, without x
+    given = [t.to(device) for t in (torch.full_like(v, math.nan).transpose(1, 2), first, a, second, b, parts)]
+    close(cuda.excite(*given).cpu(), want.double())
 
 
 def check_norms(device: str) -> None:
@@ -544,6 +558,7 @@ def test_cuda_compiles_for_an_h100() -> None:
                 "CODES": codes,
                 "FACTORS": codes,
                 "ALSO": codes,
+                "SUMS": 1 - codes,
             }
             assert nvrtc.compile_source(
                 nvrtc.specialised("deployed_cuda/depthwise", *tile.items(), *own.items()), 90

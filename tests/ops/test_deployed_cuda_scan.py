@@ -145,6 +145,22 @@ def test_scans_that_are_too_large() -> None:
         Scan((1, 2**25, 64), ScanOperands(*args))
 
 
+def test_scans_in_too_many_directions() -> None:
+    grid, weights = make_grid(4, 1), cuda.pack(*Operands.weight((500, 8, 64), 4, 1.0))
+    order = torch.arange(4).int().expand(500, 4)
+    args = grid, grid, weights, grid, -torch.ones(4000, 64), grid, grid, None, None, True, order, 64
+    with pytest.raises(InputError, match="scans in 500 directions"):
+        Scan((1, 4, 8), ScanOperands(*args))
+
+
+@pytest.mark.parametrize(("channels", "rank", "bits"), [(72, 4, 4), (37, 6, 4), (384, 24, 2), (5, 64, 2)])
+def test_step_sizes(by_cpu: None, channels: int, rank: int, bits: int) -> None:
+    """Of several tiles of a block, of the last pixels of an image, and of channels that fill no thread's share."""
+    torch.manual_seed(0)
+    operands = Operands(3, 131, channels, 1, rank, bits=bits)
+    close(operands.scan(), operands.scan_on_cpu())
+
+
 @pytest.mark.gpu
 def test_scans_on_a_gpu() -> None:
     torch.manual_seed(0)

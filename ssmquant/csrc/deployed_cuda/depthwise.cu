@@ -8,9 +8,9 @@
 //
 // After cuda_math.cu and definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES (a multiple of PER and VEC), PER; HIGH,
 // WIDE, RUN (HIGH is a multiple of RUN * DOWN, or RUN is 1); ACT (1: SiLU, 2: GELU); CODED: x is codes; CODES: y is, by a
-// quantizer of its own, FACTORS before; ALSO: and by another one; VEC: channels that are read at once. TEAM threads read a line
-// of the tile, and then one further down; before a thread looks at any of it, it has asked for VEC channels at ROUNDS places of
-// each of LINES lines.
+// quantizer of its own, FACTORS before; ALSO: and by another one; SUMS: each tile's sums of what is written are too; VEC:
+// channels that are read at once. TEAM threads read a line of the tile, and then one further down; before a thread looks at any
+// of it, it has asked for VEC channels at ROUNDS places of each of LINES lines.
 
 constexpr int COLUMN = LANES / PER;   // threads of one
 constexpr int THREADS = COLUMN * WIDE * (HIGH / RUN), UNROLLED = RUN < 4 ? RUN : 4;
@@ -51,6 +51,7 @@ struct Params {
     const float *also_scale, *also_shift;                                   // of z
     void *y;                                                                // (B, H, W, channels)
     signed char *z;                                                         // the same by another quantizer, rows of z_row
+    float *sums;                                                            // (B, tiles, channels)
     long long x_batch;
     int x_down, x_right, x_channel, z_row, height, width, channels, qmin, qmax, next_min, next_max, also_min, also_max;
     Divisor across, blocks;                                                 // tiles of a line, blocks of channels
@@ -152,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
     else
         read_tile<false>(p, values, sample, first_channel, top, left);
     __syncthreads();
-    if (!real) return;
+    if (!SUMS && !real) return;
     const float next_inverse = 1.0f / next_scale, next_moved = next_shift * next_inverse;
     const float least = float(p.next_min), most = float(p.next_max);
     const float *from = values + (line * BROAD + column) * LANES + lane;
@@ -160,7 +161,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
     Result *y = static_cast<Result *>(p.y) + (long long)sample * (pixels * p.channels) + (pixel * p.channels + channel);
     signed char *z = ALSO ? p.z + (long long)sample * (pixels * p.z_row) + (pixel * p.z_row + channel) : nullptr;
     const float also_inverse = ALSO ? 1.0f / p.also_scale[0] : 1.0f, also_moved = ALSO ? p.also_shift[0] * also_inverse : 0.0f;
-    const int below = (p.height - top - line + DOWN - 1) / DOWN, lines = below < RUN ? below : RUN;
+    const int below = (p.height - top - line + DOWN - 1) / DOWN, lines = !real ? 0 : below < RUN ? below : RUN;
+    Floats<PER> total = {};
     Floats<PER> window[KH][KW];
 #pragma unroll
     for (int i = 0; i < KH - 1; ++i)
@@ -198,10 +200,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
 #else
         Output result;
 #pragma unroll
-        for (int c = 0; c < PER; ++c) result.x[c] = activated(sum.x[c]);
+        for (int c = 0; c < PER; ++c) {
+            result.x[c] = activated(sum.x[c]);
+            if (SUMS) total.x[c] += result.x[c];
+        }
         *reinterpret_cast<Output *>(y) = result;
 #endif
         from += DOWN * BROAD * LANES;
         y += DOWN * p.width * p.channels;
     }
+    if (!SUMS) return;
+    __syncthreads();  // what has been read there is no longer wanted
+    *reinterpret_cast<Floats<PER> *>(values + threadIdx.x / COLUMN * LANES + lane) = total;
+    __syncthreads();
+    const int own = threadIdx.x;
+    if (own >= LANES || first_channel + own >= p.channels) return;
+    float all = 0.0f;
+#pragma unroll 8
+    for (int i = 0; i < THREADS / COLUMN; ++i) all += values[i * LANES + own];
+    const int tiles = (p.height + HIGH - 1) / HIGH * p.across.count;
+    p.sums[((long long)sample * tiles + blockIdx.x) * p.channels + first_channel + own] = all;
 }

@@ -54,6 +54,9 @@ __device__ __forceinline__ void store_if(bool there, float *to, float x) {
 __device__ __forceinline__ void store_if(bool there, float *to, float x, float y) {
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.f32 [%1], {%2, %3}; }" ::"r"(int(there)), "l"(to), "f"(x), "f"(y) : "memory");
 }
+__device__ __forceinline__ void store_if(bool there, float *to, float x, float y, float z, float w) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.f32 [%1], {%2, %3, %4, %5}; }" ::"r"(int(there)), "l"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
 #endif
 
 constexpr int WORDS = (RANK + 3) / 4, PAIRS = (STATES + 1) / 2, EACH = WORDS + PAIRS;  // words of a direction's codes
@@ -63,7 +66,7 @@ constexpr int RATES = LADDER ? 2 : STATES;
 constexpr int COLUMNS = SEGMENTS < 16 ? 256 / SEGMENTS : 16;       // states of channels of a block, in scan_carry
 constexpr int LEVEL = (CT * LANES * 2 + 31) / 32 * 32;  // values of a level: so that banks do not depend on the level
 constexpr int OF_STEP = QUANT ? 1 : 4;                             // bytes of a step size
-constexpr int up(int n, int m) { return (n + m - 1) / m * m; }
+__host__ __device__ constexpr int up(int n, int m) { return (n + m - 1) / m * m; }
 // Bytes of what a step has of its own in shared memory: u, step sizes, and codes of B and C.
 constexpr int U_ROW = up(LANES * CT, 16), STEP_ROW = up(LANES * CT * OF_STEP, 16), RECORD = U_ROW + STEP_ROW + up(4 * PAIRS, 16);
 constexpr int OF_U = U_ROW / 16, COPIED = OF_U + STEP_ROW / 16;    // copies of 16 bytes
@@ -82,8 +85,8 @@ struct Params {
     const int *order, *ways;               // (K, L): the pixel of each step; (K): its row of order, twice, and 1 if back
     const float *scales;                   // scale and offset of u, B, C, and of step sizes
     const float *table;                    // (K, blocks, TABLE, LEVEL): of CT, LANES, step size and decay; TABLE even
-    const int *words;                      // (K, WORDS, up(D, 4)): weights of the step sizes, four a word
-    const float *affine;                   // (K, 3, up(D, 4)): factors of their products and of sums of codes, and an offset
+    const int *words;                      // (K, WORDS, up(D, 16)): weights of the step sizes, four a word
+    const float *affine;                   // (K, 3, up(D, 16)): factors of their products and of sums of codes, and an offset
     const float *rates;                    // / ln 2; LADDER: (K, 2, D), of the first state and between states, else (K, N, D)
     const float *bias, *skip;              // (K, D)
     float *befores, *times;                // (K, B, S, N, D), (K, B, S, D): of what comes before a chunk in its group; CHUNKS > 1
@@ -93,6 +96,7 @@ struct Params {
     const int *paths;                      // (P, 2): directions along a path, forward and back or -1
     long long part;                        // elements between results of paths
     int directions, stretch, qmin, qmax;
+    int lanes, rows, tile;                 // scan_steps: columns and rows of a block, pixels that are copied at once
     int path, add;                         // scan_out: the first path; whether y holds something
 };
 
@@ -452,13 +456,14 @@ struct Walk {
     }
 };
 
+#if VARIANT == 0
 // Four channels of one direction a thread, pixel after pixel. blockIdx.x: `stretch` pixels; blockIdx.y: channels.
 extern "C" __global__ void __launch_bounds__(256) scan_steps(const Params p) {
     constexpr int AT_ONCE = WORDS == 1 ? 8 : WORDS <= 4 ? 4 : 2;  // pixels whose codes are asked for together
     const int quads = (p.channels + 3) / 4, all = p.directions * quads, lanes = all < 256 ? all : 256, rows = 256 / lanes;
     const int column = blockIdx.y * lanes + threadIdx.x % lanes, k = column / quads, d = column % quads * 4;
     if (int(threadIdx.x) / lanes >= rows || column >= all) return kernel_before();
-    const auto four = [&](const void *of, int i) { return reinterpret_cast<const Floats<4> *>(of)[(long long)i * quads + d / 4]; };
+    const auto four = [&](const void *of, int i) { return reinterpret_cast<const Floats<4> *>(of)[(long long)i * (up(p.channels, 16) / 4) + d / 4]; };
     Floats<4> weight[WORDS], affine[3];  // weights: words
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) weight[w] = four(p.words, k * WORDS + w);
@@ -500,6 +505,131 @@ extern "C" __global__ void __launch_bounds__(256) scan_steps(const Params p) {
         }
     }
 }
+#else
+// TAKEN channels of one direction a thread, pixel after pixel: columns of all directions are next to each other in memory,
+// and so are the pixels of a tile, whose codes are copied to shared memory while those before them are worked on. Whole
+// rows are written, with what is behind their last channel: a part of a sector takes as long as several whole ones.
+// blockIdx.x: `stretch` pixels; blockIdx.y: `lanes` columns. Shared memory: [2][tile][row].
+constexpr int STEPS_AT_ONCE = WORDS <= 4 ? 4 : 2;  // pixels whose words are read together; `tile` is a multiple of as many rows
+
+// Codes of step sizes, or values, of one pixel.
+template <int FOURS>
+__device__ __forceinline__ void step_codes(const Params &p, const unsigned (&word)[WORDS], const Floats<4> (&weight)[WORDS][FOURS],
+                                           const Floats<4> (&affine)[3][FOURS], bool there, unsigned char *to) {
+    const int most = p.qmax - p.qmin;
+    const float least = float(p.qmin);
+    int sum = as_int(MAGIC);
+    float made[FOURS];
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) sum = dot4(word[w], 0x01010101, sum);
+    const float total = as_float(sum) - MAGIC;
+#pragma unroll
+    for (int q = 0; q < FOURS; ++q) {
+        float x[4];
+        int code[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            int dot = as_int(MAGIC);  // an integer and this float's bits are the bits of their sum
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) dot = dot4(word[w], as_int(weight[w][q].x[c]), dot);
+            x[c] = fmaf(affine[0][q].x[c], as_float(dot) - MAGIC, fmaf(affine[1][q].x[c], total, affine[2][q].x[c]));
+#if VARIANT == 4
+            code[c] = max(min(as_int(x[c] + MAGIC) - (as_int(MAGIC) + p.qmin), most), 0);
+#else
+            code[c] = min(as_int(fmaxf(x[c], least) + MAGIC) - (as_int(MAGIC) + p.qmin), most);
+#endif
+        }
+        made[q] = as_float(joined(code[0], code[1], code[2], code[3]));
+        if (!QUANT) {
+            float *const of_four = reinterpret_cast<float *>(to) + 4 * q;
+            store_if(there, of_four, x[0], x[1]);
+            store_if(there, of_four + 2, x[2], x[3]);
+        }
+    }
+    float *const codes = reinterpret_cast<float *>(to);
+    if (QUANT && FOURS == 1) store_if(there, codes, made[0]);
+    if (QUANT && FOURS == 2) store_if(there, codes, made[0], made[1]);
+    if (QUANT && FOURS == 4) store_if(there, codes, made[0], made[1], made[2], made[3]);
+}
+
+extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(const Params p) {
+    constexpr int FOURS = TAKEN / 4;
+    const int thread = threadIdx.x, units = p.size_row / (TAKEN * OF_STEP), quads = up(p.channels, 16) / 4;
+    const int at_row = unsigned(thread) / unsigned(p.lanes), rows = p.rows;
+    int column = blockIdx.y * p.lanes + thread - at_row * p.lanes;
+    const bool works = at_row < rows && column < p.directions * units;
+    column = works ? column : 0;
+    const int k = unsigned(column) / unsigned(units), d = (column - k * units) * TAKEN;
+    Floats<4> weight[WORDS][FOURS], affine[3][FOURS];  // weights: words
+    const auto four = [&](const void *of, int i, int q) { return reinterpret_cast<const Floats<4> *>(of)[(long long)i * quads + d / 4 + q]; };
+#pragma unroll
+    for (int q = 0; q < FOURS; ++q) {
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) weight[w][q] = four(p.words, k * WORDS + w, q);
+#pragma unroll
+        for (int i = 0; i < 3; ++i) affine[i][q] = four(p.affine, k * 3 + i, q);
+    }
+    const int count = p.batch * p.pixels, begins = blockIdx.x * p.stretch, ends = count - begins < p.stretch ? count : begins + p.stretch;
+    const int each = p.directions * p.size_row;
+    unsigned char *result = p.sizes + row_of(begins + at_row, each) + column * (TAKEN * OF_STEP);
+    const long long next = (long long)rows * each;
+    kernel_before();
+#if VARIANT == 1
+    const int last = ends - 1 - at_row;  // of this row's pixels
+    const unsigned *from = p.codes + row_of(begins + at_row, p.row) + k * EACH;
+    unsigned word[STEPS_AT_ONCE][WORDS], ahead[STEPS_AT_ONCE][WORDS];
+    if (!works || begins > last) return;
+    const auto ask = [&](int begin) {
+#pragma unroll
+        for (int i = 0; i < STEPS_AT_ONCE; ++i) {
+            const int at = begin + i * rows;
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) ahead[i][w] = from[row_of(at <= last ? at - begins : 0, p.row) + w];
+        }
+    };
+    ask(begins);
+#pragma unroll 1
+    for (int begin = begins; begin <= last; begin += STEPS_AT_ONCE * rows) {
+#pragma unroll
+        for (int i = 0; i < STEPS_AT_ONCE; ++i)
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) word[i][w] = ahead[i][w];
+        ask(begin + STEPS_AT_ONCE * rows);
+#pragma unroll
+        for (int i = 0; i < STEPS_AT_ONCE; ++i, result += next) step_codes<FOURS>(p, word[i], weight, affine, begin + i * rows <= last, result);
+    }
+#else
+    const int fours = p.row / 4, tile = p.tile;
+    Floats<4> *const tiles = reinterpret_cast<Floats<4> *>(shared);
+    const auto bring = [&](int begin, int turn) {
+        const Floats<4> *from = reinterpret_cast<const Floats<4> *>(p.codes) + row_of(begin, fours);
+        const int pieces = (ends - begin < tile ? ends - begin : tile) * fours;
+        for (int i = thread; i < pieces; i += blockDim.x) copy<16>(tiles + turn * tile * fours + i, from + i, true);
+    };
+    if (begins < ends) bring(begins, 0);
+#pragma unroll 1
+    for (int begin = begins, turn = 0; begin < ends; begin += tile, turn ^= 1) {
+        copy_done();
+        __syncthreads();
+        if (begin + tile < ends) bring(begin + tile, turn ^ 1);
+        if (!works) continue;
+        const unsigned *at = reinterpret_cast<const unsigned *>(tiles + turn * tile * fours) + at_row * p.row + k * EACH;
+        const int left = (ends - begin < tile ? ends - begin : tile) - at_row;
+#pragma unroll 1
+        for (int first = 0; first < left; first += STEPS_AT_ONCE * rows) {
+            unsigned word[STEPS_AT_ONCE][WORDS];
+#pragma unroll
+            for (int i = 0; i < STEPS_AT_ONCE; ++i, at += rows * p.row)
+#pragma unroll
+                for (int w = 0; w < WORDS; ++w) word[i][w] = at[w];
+#pragma unroll
+            for (int i = 0; i < STEPS_AT_ONCE; ++i, result += next)
+                step_codes<FOURS>(p, word[i], weight, affine, first + i * rows < left, result);
+        }
+    }
+#endif
+}
+#endif
 
 // blockIdx.y: direction, sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const Params p) {
@@ -585,5 +715,10 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(cons
 }
 
 #ifdef EMULATED
+#if VARIANT >= 2
+static int steps_bytes(const Params &p) { return 2 * p.tile * p.row * 4; }
+#else
+static int steps_bytes(const Params &) { return 0; }
+#endif
 constexpr int ENDS_BYTES = Walk<false>::bytes(), OUT_BYTES = Walk<true>::bytes(), CARRY_BYTES = 2 * 4 * COLUMNS * SEGMENTS;
 #endif

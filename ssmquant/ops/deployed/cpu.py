@@ -21,6 +21,7 @@ from ssmquant.ops.deployed.forms import ACTIVATIONS, Codes, Grid, Norm, RowGrid,
 from ssmquant.ops.deployed.memory import new
 
 __all__ = [
+    "ADDS",
     "BETWEEN",
     "BY_ROW",
     "DYNAMIC",
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 NAME = "cpu"
+ADDS = False
 BETWEEN = 0
 """No codes go from one call to the next: values are in the cache."""
 DYNAMIC = BY_ROW = True

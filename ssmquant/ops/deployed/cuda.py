@@ -22,6 +22,7 @@ from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, ScanOperands, W
 from ssmquant.ops.selective_scan import cuda as float_scan
 
 __all__ = [
+    "ADDS",
     "BETWEEN",
     "BY_ROW",
     "DYNAMIC",
@@ -46,6 +47,8 @@ __all__ = [
 ]
 
 NAME = "cuda"
+ADDS = True
+"""``convolve`` takes what is added to its result."""
 DYNAMIC = BY_ROW = False
 BETWEEN = 128
 """Levels of codes that may go from one kernel to the next, as int8 from 0, and -1 for NaN."""
@@ -318,8 +321,11 @@ def convolve(
     stride: tuple[int, int],
     padding: tuple[int, int],
     norm: Norm | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See ``cpu.convolve``; ``norm`` can only be factors. x: float32, or int8 codes from 0, -1 for NaN.
+
+    ``residual``: (batch, pixels, outputs), float32, is added to the result.
 
     Raises:
         InputError: too many channels, pixels or samples.
@@ -338,13 +344,30 @@ def convolve(
     outputs, pixels = weights.outputs, height * width
     y = torch.empty(batch, height, width, outputs, dtype=torch.float32, device=x.device)
     _small_enough(x, y)
+    if residual is not None:
+        if residual.stride(2) != 1:
+            residual = residual.contiguous()
+        _small_enough(residual)
     tensors = (
-        x, of_pixels, grid.scale, grid.shift, of_weights, weights.scale, weights.shift, weights.total, bias, y
+        x, of_pixels, grid.scale, grid.shift, of_weights, weights.scale, weights.shift, weights.total, bias, residual, y
     )  # fmt: skip
-    numbers = pixels, height, width, x_height, x_width, *x.stride(), grid.qmin, *padding, *stride
+    r_strides = (0, 0) if residual is None else residual.stride()[:2]
+    numbers = pixels, height, width, x_height, x_width, *x.stride(), *r_strides, grid.qmin, *padding, *stride
     bm, bn = _rows_at_once(batch * pixels), min(_power(outputs), 128)
     bk = min(_power(inputs, 32), 128)
-    constants = inputs, outputs, _off(grid), *kernel, *dilation, coded, bias is not None, bm, bn, bk
+    constants = (
+        inputs,
+        outputs,
+        _off(grid),
+        *kernel,
+        *dilation,
+        coded,
+        bias is not None,
+        residual is not None,
+        bm,
+        bn,
+        bk,
+    )
     _launch("conv", (-(-pixels // bm), -(-outputs // bn), batch), tensors, numbers, constants)
     return y
 
@@ -362,25 +385,37 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def excite(x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor) -> Tensor:
+def excite(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    second: Tensor,
+    second_bias: Tensor,
+    parts: Tensor | None = None,
+) -> Tensor:
     """Channel attention, ``sigmoid(second @ relu(first @ mean(x) + ..) + ..)``: (batch, columns).
 
     Args:
         x: (batch, rows, columns), any strides.
         first, second: (hidden, columns) and (columns, hidden), contiguous as all further ones.
+        parts: (batch, some, columns), sums of some rows each that add up to those of all, if they are known.
     """
     batch, rows, columns = x.shape
     _small_enough(x)
     bc = _power(columns)
-    bm = min(max(64, _power(-(-rows // 128))), 512)
-    blocks = -(-rows // bm)
-    parts = torch.empty(batch, blocks, columns, dtype=torch.float32, device=x.device)
-    _launch("pool", (blocks, batch), (x, parts), (rows, *x.stride()), (columns, bm, bc))
+    if parts is None:
+        bm = min(max(64, _power(-(-rows // 128))), 512)
+        parts = torch.empty(batch, -(-rows // bm), columns, dtype=torch.float32, device=x.device)
+        _launch("pool", (parts.shape[1], batch), (x, parts), (rows, *x.stride()), (columns, bm, bc))
+    blocks = parts.shape[1]
     y = torch.empty(batch, columns, dtype=torch.float32, device=x.device)
     hidden = first.shape[0]
     tensors = parts, first, first_bias, second, second_bias, y
-    constants = columns, hidden, min(_power(blocks), 64), bc, _power(hidden, 1)
-    _launch("excite", (batch,), tensors, (blocks, rows), constants)
+    at_once = min(
+        _power(blocks), max(16, 2**14 // bc)
+    )  # one block reads all of a sample's: many of them together
+    constants = columns, hidden, at_once, bc, _power(hidden, 1)
+    _launch("excite", (batch,), tensors, (blocks, rows), constants, 8 if at_once * bc > 4096 else 4)
     return y
 
 

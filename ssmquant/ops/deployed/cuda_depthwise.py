@@ -31,8 +31,9 @@ class _Params(ctypes.Structure):
     _fields_ = (
         *(
             (n, ctypes.c_void_p)
-            for n in "x scale shift weights bias next_scale next_shift next_factors also_scale also_shift y z".split()
+            for n in "x scale shift weights bias next_scale next_shift next_factors also_scale also_shift".split()
         ),
+        *((n, ctypes.c_void_p) for n in "y z sums".split()),
         ("x_batch", ctypes.c_longlong),
         *((n, ctypes.c_int) for n in "x_down x_right x_channel z_row height width channels".split()),
         *((n, ctypes.c_int) for n in "qmin qmax next_min next_max also_min also_max".split()),
@@ -140,6 +141,7 @@ def depthwise(
     codes: Grid | None = None,
     factors: Tensor | None = None,
     also: Grid | None = None,
+    sums: bool = False,
 ) -> Any:
     """See ``cpu.depthwise``.
 
@@ -149,10 +151,12 @@ def depthwise(
         factors: of what becomes codes, (channels,).
         also: another grid, by which codes without factors are returned too, behind those by ``codes``. In memory their
             pixels begin at multiples of 16 bytes, as scans want them.
+        sums: of float32 results, behind them: (batch, tiles, channels), what those of each tile of pixels add up to.
 
     Raises:
         InputError: an image has 2**31 elements or more, or there are too many.
     """
+    assert not sums or codes is None
     y = torch.empty(x.shape, dtype=torch.float32 if codes is None else torch.int8, device=x.device)
     z_row = x.shape[3] if also is None else -(-x.shape[3] // 16) * 16
     z = None if also is None else torch.empty(*x.shape[:3], z_row, dtype=y.dtype, device=x.device)
@@ -180,13 +184,15 @@ def depthwise(
         "CODES": int(codes is not None),
         "FACTORS": int(factors is not None),
         "ALSO": int(also is not None),
+        "SUMS": int(sums),
     }
     source = nvrtc.specialised("deployed_cuda/depthwise", *tile.items(), *constants.items())
+    parts = torch.empty(batch, launched[0], channels, device=x.device) if sums else None
     following = grid if codes is None else codes
     other = grid if also is None else also
     tensors = (
         x, grid.scale, grid.shift, weights, bias, following.scale, following.shift, factors, other.scale, other.shift,
-        y, z,
+        y, z, parts,
     )  # fmt: skip
     params = _Params(
         *(None if t is None else t.data_ptr() for t in tensors), *x.stride(), z_row, height, width,
@@ -196,4 +202,6 @@ def depthwise(
     with torch.cuda.device_of(y):
         launch = nvrtc.load(source, x.device).launch
         launch("depthwise", launched, threads, shared, params, x.device, early=True)
+    if parts is not None:
+        return y, parts
     return y if z is None else (y, z[..., :channels])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,9 @@ _LOG2E = 1.4426950408889634
 _COPIED = 16  # bytes: where the channels of a block begin
 _STEPS_THREADS = 256  # of a block of ``scan_steps``, as in the source
 _STEPS_BLOCKS = 4  # of a multiprocessor
-_STEPS_PIXELS = 16  # of a thread, at least
+_STEPS_SHARED = 12 * 1024  # bytes of codes that are copied at once, if that is a pixel's for each thread
+_MOST_TAKEN = 16  # ranks
+_VARIANT = 2
 
 
 def _up(n: int, multiple: int) -> int:
@@ -96,8 +99,28 @@ class Case:
             "TABLE": self.levels,
             "LADDER": self.ladder,
             "SOFTPLUS": int(self.softplus),
+            "VARIANT": _VARIANT,
+            "TAKEN": self.taken,
+            "STEPS_RESIDENT": self.steps_resident,
         }
         return nvrtc.specialised("deployed_cuda/scan", *values.items())
+
+    @property
+    def taken(self) -> int:
+        """Channels of a thread of ``scan_steps``: as many as there are registers for."""
+        return (
+            {1: 4, 2: 8, 3: 16, 4: 8}.get(_VARIANT, 4) if self.quantized and self.rank <= _MOST_TAKEN else 4
+        )
+
+    @property
+    def steps_at_once(self) -> int:
+        """Pixels that a thread of ``scan_steps`` reads together, as in the source."""
+        return 4 if self.rank <= _MOST_TAKEN else 2
+
+    @property
+    def steps_resident(self) -> int:
+        """Blocks of a multiprocessor in ``scan_steps``, what registers are limited for."""
+        return 2 if self.taken > 8 or self.rank > 24 else 4 if self.rank <= 4 else 3
 
     @property
     def threads(self) -> int:
@@ -212,7 +235,7 @@ class _Params(ctypes.Structure):
         ),
         ("paths", ctypes.c_void_p),
         ("part", ctypes.c_longlong),
-        *((n, ctypes.c_int) for n in "directions stretch qmin qmax path add".split()),
+        *((n, ctypes.c_int) for n in "directions stretch qmin qmax lanes rows tile path add".split()),
     )
 
 
@@ -299,6 +322,10 @@ class Scan:
         if batch * directions * self.blocks > _MOST_BLOCKS:
             raise InputError(large)
         self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus)
+        if 8 * self.case.steps_at_once * _up(row, 4) > _MOST_SHARED:  # of one pixel for each thread, twice
+            raise InputError(
+                f"deployed: scans in {directions} directions are more than the kernels for GPUs take"
+            )
         self.groups = -(-self.chunks // shape.chunks)
         assert not shape.held or shape.held * shape.segments >= self.groups
 
@@ -337,8 +364,8 @@ class Scan:
             "paths": torch.tensor(self.paths, dtype=torch.int32, device=device),
             "scales": F.pad(torch.cat(of_codes), (0, 8 - len(of_codes))),
             "table": table,
-            "words": F.pad(packed.squeeze(3).transpose(1, 2), (0, -c % 4)),
-            "affine": F.pad(affine, (0, -c % 4)),
+            "words": F.pad(packed.squeeze(3).transpose(1, 2), (0, -c % _COPIED)),
+            "affine": F.pad(affine, (0, -c % _COPIED)),
             "rates": rates,
             "bias": None if o.of_delta is None else o.bias,
             "skip": o.skip,
@@ -380,14 +407,7 @@ class Scan:
         params.size_row = _up(channels * (1 if case.quantized else 4), _COPIED)
         sizes = torch.empty(batch * pixels * directions * params.size_row, dtype=torch.uint8, device=device)
         params.sizes = sizes.data_ptr()
-        columns = directions * -(-channels // 4)
-        lanes = min(columns, _STEPS_THREADS)
-        across, rows = -(-columns // lanes), _STEPS_THREADS // lanes
-        most = max(1, _STEPS_BLOCKS * _processors(device) // across)
-        params.stretch = _up(max(-(-batch * pixels // most), rows * _STEPS_PIXELS), rows)
-        launch(
-            "scan_steps", (-(-batch * pixels // params.stretch), across), _STEPS_THREADS, 0, params, device
-        )
+        self._launch_steps(launch, params)
         params.groups = groups
         if self.chunks > 1:
             # Of chunks, what comes before them in their group, and of groups: states and times.
@@ -408,3 +428,28 @@ class Scan:
             params.path, params.add = first, int(first > 0)
             grid = groups, at_once * batch * self.blocks
             launch("scan_out", grid, case.threads, case.shared(True), params, device)
+
+    def _launch_steps(self, launch: Callable[..., None], params: _Params) -> None:
+        """``scan_steps``: each block has some of the columns of all directions, and a stretch of pixels."""
+        batch, pixels, channels = self.size
+        case, count = self.case, batch * pixels
+        directions = len(self._kept["order"])
+        if _VARIANT == 0:
+            columns = directions * -(-channels // 4)
+            lanes = min(columns, _STEPS_THREADS)
+            across, rows = -(-columns // lanes), _STEPS_THREADS // lanes
+            most = max(1, _STEPS_BLOCKS * _processors(self.device) // across)
+            params.stretch = _up(max(-(-batch * pixels // most), rows * 16), rows)
+            grid = (-(-batch * pixels // params.stretch), across)
+            return launch("scan_steps", grid, _STEPS_THREADS, 0, params, self.device)
+        columns = directions * params.size_row // (case.taken * (1 if case.quantized else 4))
+        across = -(-columns // _STEPS_THREADS)
+        lanes = -(-columns // across)
+        rows = max(1, min(_STEPS_THREADS // lanes, _STEPS_SHARED // (4 * params.row * case.steps_at_once)))
+        unit = rows * case.steps_at_once
+        most = max(1, case.steps_resident * _processors(self.device) // across)
+        stretch = _up(-(-count // most), unit)
+        tile = unit * max(1, min(_STEPS_SHARED // (4 * params.row * unit), stretch // unit, 4))
+        params.lanes, params.rows, params.tile, params.stretch = lanes, rows, tile, stretch
+        threads, shared = _up(lanes * rows, 32), 8 * tile * params.row if _VARIANT > 1 else 0
+        launch("scan_steps", (-(-count // stretch), across), threads, shared, params, self.device)

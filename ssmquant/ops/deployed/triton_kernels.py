@@ -423,12 +423,12 @@ def _value(acc, sums, a, b, qmin, of_scale, of_shift, of_total, n, OUTPUTS: tl.c
 
 @triton.jit
 def conv(
-    x, of_pixels, scale, shift, weights, of_scale, of_shift, of_total, bias, y,
-    pixels, height, width, x_height, x_width, x_batch, x_down, x_right, x_column, qmin, above, before, step_down,
-    step_right,
+    x, of_pixels, scale, shift, weights, of_scale, of_shift, of_total, bias, residual, y,
+    pixels, height, width, x_height, x_width, x_batch, x_down, x_right, x_column, r_batch, r_row, qmin, above, before,
+    step_down, step_right,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    DOWN: tl.constexpr, RIGHT: tl.constexpr, CODED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+    DOWN: tl.constexpr, RIGHT: tl.constexpr, CODED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A dense convolution of codes: a block of a sample's output pixels by a block of outputs.
 
@@ -485,8 +485,11 @@ def conv(
     if HAS_BIAS:
         value = value + tl.load(bias + n, mask=out, other=0.0)[None, :]
     value = tl.where((odd > 0)[:, None], float("nan"), value)
+    mask = here[:, None] & out[None, :]
+    if RESIDUAL:
+        value += tl.load(residual + sample * r_batch + m[:, None] * r_row + n[None, :], mask=mask, other=0.0)
     y += sample * pixels * OUTPUTS
-    tl.store(y + m[:, None] * OUTPUTS + n[None, :], value, mask=here[:, None] & out[None, :])
+    tl.store(y + m[:, None] * OUTPUTS + n[None, :], value, mask=mask)
 
 
 @triton.jit
