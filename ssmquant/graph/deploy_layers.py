@@ -20,7 +20,7 @@ from ssmquant.graph.deploy_calls import (
     gated_linear_call,
     linear_call,
 )
-from ssmquant.graph.deploy_norms import is_norm, norm_of
+from ssmquant.graph.deploy_norms import activation_of, is_norm, norm_of
 from ssmquant.graph.gains import times
 from ssmquant.graph.moves import is_cast, is_move, is_number
 from ssmquant.graph.orders import shape_of
@@ -340,17 +340,13 @@ class _Layers:
         user = next(iter(node.users)) if len(node.users) == 1 else None
         if user is None or user.args != (node,):
             return none
-        silu = user.target is F.silu
-        if user.op == "call_module":
-            module = self.model.get_submodule(str(user.target))
-            silu = type(module) is nn.SiLU
-            known = silu or (type(module) is nn.GELU and module.approximate == "none")
-        else:
-            usual = {"inplace": False} if silu else {"approximate": "none"}
-            known = (silu or user.target is F.gelu) and user.kwargs in ({}, usual)
-        if not known or (silu and node.target is F.linear and self._gates(user)):
+        act = activation_of(user, self.model)
+        if act is None:
             return none
-        return user, self._owner(user) if user.op == "call_module" else "silu" if silu else "gelu"
+        silu = isinstance(act, fx.Node) and type(self.model.get_submodule(str(act.target))) is nn.SiLU
+        if (silu or act == "silu") and node.target is F.linear and self._gates(user):
+            return none
+        return user, self._owner(act) if isinstance(act, fx.Node) else act
 
     def sum(self, node: fx.Node) -> bool:
         """Makes a sum part of the kernel that makes one of its terms, or one kernel of a sum and its factors."""

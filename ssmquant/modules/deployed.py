@@ -196,22 +196,51 @@ def _plainly(norm: tuple[Any, ...], x: Tensor) -> Tensor:
     return F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
 
 
-def normalize(x: Tensor, norm: tuple[Any, ...]) -> Tensor:
-    """A norm over the last axis (a ``LastNorm``), and nothing else, of x with any strides: contiguous.
+def normalize(
+    x: Tensor, norm: tuple[Any, ...], convolution: nn.Conv2d | None = None, act: Act = None
+) -> Tensor:
+    """A norm over the last axis (a ``LastNorm``) of x with any strides: contiguous.
+
+    Args:
+        convolution: then x is its input, (B, C, H, W), and the norm is over the channels of its output: (B, H, W, C).
+        act: of the result; with channels first, behind a convolution, if it has to be called.
 
     What is watched by hooks, or not what kernels take, is called as ever.
     """
+    bias = None if convolution is None or hooks_of(convolution) else convolution.bias
+    if convolution is not None:
+        if bias is None:
+            x = convolution(x)
+        else:  # PyTorch adds a bias in a pass of its own
+            c = convolution
+            x = F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups)
+        x = x.permute(0, 2, 3, 1)
+    own = _own(act)
+    y = _by_kernel(x, norm, bias, own)
+    if y is None:
+        y, own = _plainly(norm, x if bias is None else x + bias), None
+    if act is None or own is not None:
+        return y
+    if isinstance(act, str):
+        return F.silu(y) if act == "silu" else F.gelu(y)
+    made: Tensor = act(y) if convolution is None else act(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return made
+
+
+def _by_kernel(x: Tensor, norm: tuple[Any, ...], bias: Tensor | None, act: str | None) -> Tensor | None:
+    """``normalize`` of x and a bias by a kernel; None where it does not serve."""
     engine = engine_of(x.device)
     found = _norm_of(norm, torch.float32) if hasattr(engine, "normalize") and x.dim() else None
     if found is None:
-        return _plainly(norm, x)
+        return None
     fits = all(t is None or t.shape == x.shape[-1:] for t in found[1:3])
     if len(norm) == 1:
         fits = fits and tuple(norm[0].normalized_shape) == x.shape[-1:]
+    fits = fits and (bias is None or bias.dtype == torch.float32)
     rows = x[(None,) * (3 - x.dim())] if x.dim() < 3 else x.flatten(1, -2)
     if not fits or not engine.normalizes(rows):
-        return _plainly(norm, x)
-    made: Tensor = engine.normalize(rows, _as_kernels_take(found, x.dtype))
+        return None
+    made: Tensor = engine.normalize(rows, _as_kernels_take(found, x.dtype), bias_of(bias), act)
     return made.view(x.shape)
 
 

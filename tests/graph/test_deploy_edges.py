@@ -149,7 +149,8 @@ def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = modules[0]
     launched: list[Any] = []
 
-    def kernel(x: Tensor, norm: Norm) -> Tensor:
+    def kernel(x: Tensor, norm: Norm, before: Tensor | None, act: str | None) -> Tensor:
+        assert before is act is None
         launched.append(norm)
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps).contiguous()
 
@@ -163,6 +164,42 @@ def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(deployed.normalize(image, (norm,)), before + 1)
     handle.remove()
     assert len(launched) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "read twice", "reflect", "no bias", "tanh"])
+def test_norms_of_images_on_a_gpu(kind: str) -> None:
+    """With the bias of the float convolution in front and the activation behind, where nothing else reads these."""
+
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            mode = "reflect" if kind == "reflect" else "zeros"
+            self.conv = nn.Conv2d(3, 6, 3, padding=1, padding_mode=mode, bias=kind != "no bias")
+            self.norm, self.act = nn.LayerNorm(6), nn.GELU(approximate="tanh" if kind == "tanh" else "none")
+            self.last, self.head = nn.Conv2d(6, 6, 3), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            z = self.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            out: Tensor = self.head(self.last(self.act(z)))
+            return out + y.mean() if kind == "read twice" else out
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 9)
+    model = converted(Stem(), QConfig.recommended(8, 8), x)
+    graph = deploy(record(model).graph, model, cuda)
+    (call,) = [n for n in graph.nodes if n.target is deployed.normalize]
+    taken = kind in ("plain", "tanh")
+    value: Any = call.args[0]
+    assert value.target == ("arg_0" if taken else "permute")
+    assert len(call.args) == 2 + taken
+    assert list(call.kwargs) == ([] if kind == "tanh" else ["act"])
+    with torch.no_grad():
+        rows = model.conv(x).permute(0, 2, 3, 1)
+        want = model.norm(rows) if kind == "tanh" else model.act(model.norm(rows))
+        more: Any = {} if kind == "tanh" else {"act": model.act}
+        got = deployed.normalize(x if taken else rows, (model.norm,), model.conv if taken else None, **more)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_norms_that_are_functions_on_a_gpu() -> None:

@@ -268,16 +268,25 @@ def check_attention(device: str) -> None:
 
 
 def check_norms(device: str) -> None:
-    def checked(x: Tensor, there: Tensor, norm: Norm, tolerance: float = 2e-5) -> None:
+    def checked(
+        x: Tensor,
+        there: Tensor,
+        norm: Norm,
+        tolerance: float = 2e-5,
+        before: Tensor | None = None,
+        act: str | None = None,
+    ) -> None:
         columns = x.shape[2]
+        x = x if before is None else x + before
         of_it = [None if t is None else t.double() for t in (norm.weight, norm.bias)]
         if norm.rms:
             want = F.rms_norm(x.double(), (columns,), of_it[0], norm.eps)
         else:
             want = F.layer_norm(x.double(), (columns,), of_it[0], of_it[1], norm.eps)
-        weight, bias = (None if t is None else t.to(device) for t in (norm.weight, norm.bias))
+        want = want if act is None else {"silu": F.silu, "gelu": F.gelu}[act](want)
+        weight, bias, first = (None if t is None else t.to(device) for t in (norm.weight, norm.bias, before))
         assert cuda.normalizes(there)
-        got = cuda.normalize(there, Norm(weight, bias, norm.eps, norm.rms))
+        got = cuda.normalize(there, Norm(weight, bias, norm.eps, norm.rms), first, act)
         assert got.is_contiguous()
         torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=tolerance, equal_nan=True)
 
@@ -299,8 +308,37 @@ def check_norms(device: str) -> None:
             layout.copy_(there)
             for norm in norms if columns == 60 else (norms[i], norms[-2]):
                 checked(x, layout, norm)
+            checked(x, layout, norms[i], before=torch.randn(columns), act=(None, "silu", "gelu", "gelu")[i])
     same = torch.randn(1, 5, 1, device=device).expand(3, 5, 12)
     checked(same.cpu(), same, norms[2], 2e-4)  # an ulp of the mean, by 1 / sqrt(eps)
+
+
+def check_norms_of_images(device: str, launched: list[str]) -> None:
+    """Behind a convolution, whose bias the kernel adds, unless there is a hook; with an activation, likewise."""
+    convolution = nn.Conv2d(3, 12, 3, stride=2, padding=1).to(device)
+    layer, act = nn.LayerNorm(12).to(device), nn.GELU()
+    nn.init.normal_(layer.bias)
+    image = torch.randn(2, 3, 9, 7, device=device)
+
+    def plainly() -> Tensor:
+        rows = layer(convolution(image).permute(0, 2, 3, 1))
+        return act(rows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def agree(kernels: int) -> None:
+        launched.clear()
+        got = deployed.normalize(image, (layer,), convolution, act)
+        assert launched == ["normalize"] * kernels
+        torch.testing.assert_close(got, plainly(), rtol=1e-4, atol=1e-4 if device != "cpu" else 1e-5)
+
+    agree(1)
+    shapes = []
+    for module, kernels in ((convolution, 1), (act, 1), (layer, 0)):
+        handle = module.register_forward_hook(lambda module, args, out: shapes.append(out.shape) or out * 2)
+        agree(kernels)
+        handle.remove()
+    assert shapes[:4] == [(2, 12, 5, 4)] * 4  # as in the graph: channels first
+    convolution.bias = None
+    agree(1)
 
 
 def check_called_norms(device: str) -> None:
@@ -348,6 +386,14 @@ def check_called_norms(device: str) -> None:
                 deployed.normalize(rows[:, :4], norm)
         agree(rows.double(), 0, ((layer.double(),), layer))
         agree(rows, 1, ((layer.float(),), layer))
+        for act in ("silu", "gelu", nn.GELU(), nn.SiLU()):
+            function = act if isinstance(act, nn.Module) else getattr(F, act)
+            for norm, plain_norm in every[:3]:
+                launched.clear()
+                got = deployed.normalize(rows, norm, act=act)
+                assert launched == ["normalize"]
+                torch.testing.assert_close(got, function(plain_norm(rows)), rtol=1e-5, atol=1e-5)
+        check_norms_of_images(device, launched)
         layer.register_forward_hook(lambda module, args, out: out + 1)
         agree(rows, 0, ((layer,), layer))
 

@@ -426,8 +426,11 @@ def normalizes(x: Tensor) -> bool:
     return plain and batch < 2**16 and max(_extent(x), rows * columns) < _MOST
 
 
-def normalize(x: Tensor, norm: Norm) -> Tensor:
-    """A norm over the columns of x, (batch, rows, columns), any strides, which ``normalizes`` takes: contiguous."""
+def normalize(x: Tensor, norm: Norm, before: Tensor | None = None, act: str | None = None) -> Tensor:
+    """A norm over the columns of x, (batch, rows, columns), any strides, which ``normalizes`` takes: contiguous.
+
+    ``before``: (columns,), contiguous, what is added to x first; ``act``: "silu" or "gelu" of the result.
+    """
     columns = x.shape[2]
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     samples, rows = _samples(x, y)
@@ -436,9 +439,10 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     # many of them as one access to memory brings.
     bm = 2048 // bc if x.stride(2) <= x.stride(1) else max(4096 // bc, 8)
     dense = x.stride()[1:] == (columns, 1)
-    constants = columns, dense, norm.rms, norm.weight is not None, norm.bias is not None, bm, bc
+    given = norm.weight is not None, norm.bias is not None, before is not None
+    constants = columns, dense, norm.rms, *given, ACTIVATIONS[act], bm, bc
     numbers = rows, *x.stride(), float(norm.eps)
-    tensors = x, norm.weight, norm.bias, y
+    tensors = x, before, norm.weight, norm.bias, y
     warps = 8 if bm * bc > 4096 else 4
     _launch("normalize", (-(-rows // bm), 1, samples), tensors, numbers, constants, warps)
     return y

@@ -559,11 +559,11 @@ def blend(
 
 @triton.jit
 def normalize(
-    x, weight, bias, y, rows, x_batch, x_row, x_column, eps,
+    x, before, weight, bias, y, rows, x_batch, x_row, x_column, eps,
     COLUMNS: tl.constexpr, DENSE: tl.constexpr, RMS: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
+    BEFORE: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A layer or RMS norm of a block of a sample's rows.
+    """A layer or RMS norm of a block of a sample's rows, to which ``before`` is added first.
 
     A stride that is 1 is a constant, which reads follow; so is that of DENSE rows, which shows how they are aligned.
     """
@@ -575,6 +575,8 @@ def normalize(
     sample = tl.program_id(2).to(tl.int64)
     step = COLUMNS if DENSE else x_row
     v = tl.load(x + sample * x_batch + m[:, None] * step + c[None, :] * x_column, mask=mask, other=0.0)
+    if BEFORE:
+        v += tl.load(before + c, mask=c < COLUMNS, other=0.0)[None, :]
     if not RMS:
         v = tl.where(inside, v - (tl.sum(v, 1) / COLUMNS)[:, None], 0.0)
     v = v * (1.0 / tl.sqrt_rn(tl.sum(v * v, 1) / COLUMNS + eps))[:, None]
@@ -583,4 +585,4 @@ def normalize(
     if HAS_B:
         v = v + tl.load(bias + c, mask=c < COLUMNS, other=0.0)[None, :]
     y += sample * rows * COLUMNS
-    tl.store(y + m[:, None] * COLUMNS + c[None, :], v, mask=mask)
+    tl.store(y + m[:, None] * COLUMNS + c[None, :], _act(v, ACT), mask=mask)
