@@ -291,7 +291,7 @@ def fit(
                 step(x, y)
             done += 1
             if gpu:  # the host may run at most 4 steps ahead, or time limits would not hold
-                running.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+                running.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
                 running[-1].record()
                 if len(running) > 4:
                     running.popleft().synchronize()
