@@ -272,20 +272,23 @@ class Kernels:
             self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin),
             "cannot load a kernel",
         )
-        self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
+        self._functions: dict[str, tuple[ctypes.c_void_p, int]] = {}  # and the most shared memory of a launch
         self._early = (_Attribute * 1)(_Attribute(id=_PROGRAMMATIC, value=1)) if arch >= _EARLY_ARCH else None
         self._context = ctypes.c_void_p()
         self._driver.cuCtxGetCurrent(ctypes.byref(self._context))
 
     def _function(self, name: str, shared: int) -> ctypes.c_void_p:
-        if (name, shared) not in self._functions:
-            function = ctypes.c_void_p()
-            status = self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
-            _check(self._driver, status, f"no kernel {name}")
-            status = self._driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared)
-            _check(self._driver, status, f"{name} wants {shared} bytes of shared memory")
-            self._functions[name, shared] = function
-        return self._functions[name, shared]
+        if shared > self._functions.get(name, (None, -1))[1]:
+            with _lock:
+                function = ctypes.c_void_p()
+                status = self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
+                _check(self._driver, status, f"no kernel {name}")
+                # All launches have one limit: a lower one would have the driver refuse those of before.
+                most = max(shared, self._functions.get(name, (None, -1))[1])
+                status = self._driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, most)
+                _check(self._driver, status, f"{name} wants {most} bytes of shared memory")
+                self._functions[name] = function, most
+        return self._functions[name][0]
 
     def launch(
         self,
@@ -299,6 +302,8 @@ class Kernels:
     ) -> None:
         """Queue ``name`` on the current stream of ``device``; ``params`` is its one argument, ``shared`` in bytes.
 
+        A grid of no blocks, which the driver refuses, is nothing to do.
+
         ``early``: in a CUDA graph its blocks may be made while the kernel before it ends, for which it waits itself
         (``kernel_before`` in ``cuda_math.cu``), if the device can do that. What it reads before has to be there when
         the graph is captured.
@@ -306,6 +311,8 @@ class Kernels:
         Raises:
             CompileError: the device refuses the launch.
         """
+        if 0 in grid:
+            return
         array = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
         function = self._function(name, shared)

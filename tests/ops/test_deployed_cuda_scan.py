@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed import ScanOperands, cpu, cuda, cuda_scan
-from ssmquant.ops.deployed.cuda_scan import Case, Scan, Shape, choose
+from ssmquant.ops.deployed.cuda_scan import Case, Scan, Shape, arrangement, choose
 from tests.ops import emulator
 from tests.ops.deployed_cuda import Operands, emulated
 from tests.ops.test_deployed import close, make_grid
@@ -143,6 +144,71 @@ def test_scans_that_are_too_large() -> None:
     args = grid, grid, weights, grid, -torch.ones(64, 2), grid, grid, None, None, True, order, 4
     with pytest.raises(InputError, match="more than the kernels for GPUs count"):
         Scan((1, 2**25, 64), ScanOperands(*args))
+
+
+def test_more_pixels_of_all_samples_than_a_block_counts() -> None:
+    grid, weights = make_grid(4, 1), cuda.pack(*Operands.weight((1, 1, 4), 4, 1.0))
+    order = torch.arange(2**15).int().view(1, -1)
+    args = grid, grid, weights, grid, -torch.ones(1, 2), grid, grid, None, None, True, order, 4
+    Scan((2**15, 2**15, 1), ScanOperands(*args))
+    with pytest.raises(InputError, match="more than the kernels for GPUs count"):
+        Scan((2**16 - 1, 2**15, 1), ScanOperands(*args))
+
+
+@pytest.mark.parametrize(("batch", "pixels"), [(0, 40), (2, 0)])
+def test_nothing_to_scan(by_cpu: None, batch: int, pixels: int) -> None:
+    got = Operands(batch, pixels, 6, 3, 4).scan()
+    assert got.shape == (batch, pixels, 6)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([1, 2, 16, 1000, 16000]), st.sampled_from([1, 49, 4096, 57600, 230400]),
+    st.sampled_from([1, 7, 72, 384, 3072]), st.sampled_from([1, 4, 12, 24, 64]), st.sampled_from([1, 10, 64]),
+    st.sampled_from([1, 4]), st.booleans(), st.sampled_from([4, 132]),
+)  # fmt: skip
+def test_a_gpu_takes_what_is_launched(
+    batch: int,
+    pixels: int,
+    channels: int,
+    rank: int,
+    states: int,
+    paths: int,
+    quantized: bool,
+    processors: int,
+) -> None:
+    """Blocks, threads and shared memory of all kernels, for any image that is not refused."""
+    grid, weights = make_grid(4, 1), cuda.pack(*Operands.weight((paths, channels, rank), 4, 1.0))
+    order = torch.arange(pixels).int().expand(paths, -1)
+    a = -torch.ones(paths * channels, states)
+    of_delta = grid if quantized else None
+    operands = ScanOperands(grid, grid, weights, of_delta, a, grid, grid, None, None, True, order, rank)
+    launched: list[str] = []
+
+    def launch(
+        name: str, size: tuple[int, int], threads: int, shared: int, params: Any, *_: Any, **__: Any
+    ) -> None:
+        assert 0 < size[0] < 2**31
+        assert 0 < size[1] < 2**16
+        assert 0 < threads <= 1024
+        assert shared <= 96 * 1024
+        if name == "scan_steps":
+            assert size[0] * params.stretch >= batch * pixels > (size[0] - 1) * params.stretch
+            assert max(params.stretch, batch * pixels + params.tile) < 2**31
+        launched.append(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_scan, "_processors", lambda _: processors)
+        patch.setattr(nvrtc, "load", lambda *_: SimpleNamespace(launch=launch))
+        try:
+            scan = Scan((batch, pixels, channels), operands)
+        except InputError:
+            return
+        scan.device = torch.device("meta")  # so that results have no memory
+        wide = channels, paths * len(arrangement(rank, states, (0, 0, 0))), 1
+        scan(*(torch.empty(batch * pixels, -(-n // 16) * 16, dtype=torch.uint8, device="meta") for n in wide))
+    assert launched[0] == "scan_steps"
+    assert launched[-1] == "scan_out"
 
 
 def test_scans_in_too_many_directions() -> None:

@@ -303,6 +303,35 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanted == [[8, 99], [8, 100]]
 
 
+def test_a_kernel_with_less_shared_memory_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit stays, for the next one with as much."""
+
+    class Limits(Driver):
+        limit = 0
+
+        def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:
+            self.limit = value
+            return 0
+
+        def cuLaunchKernel(self, *args: Any) -> int:
+            self.calls.append(("cuLaunchKernel", *args))
+            return 1 if args[7] > self.limit else 0
+
+    driver = Limits()
+    launch(driver, monkeypatch)
+    kernels = nvrtc.Kernels(b"cubin")
+    for size in (24576, 12288, 24576, 0):
+        kernels.launch("scan", (7, 3), 64, size, Params(1), DEVICE)
+
+
+@pytest.mark.parametrize("grid", [(0, 3), (7, 0)])
+def test_no_blocks(grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    nvrtc.Kernels(b"cubin").launch("scan", grid, 64, 99, Params(1), DEVICE)
+    assert "cuLaunchKernel" not in [name for name, *_ in driver.calls]
+
+
 @pytest.mark.parametrize(("arch", "capturing"), [(80, True), (90, False), (90, True)])
 def test_kernels_begin_early_in_graphs(arch: int, capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside of them what a kernel reads ahead may have just been written."""

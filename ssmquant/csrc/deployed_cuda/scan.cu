@@ -21,7 +21,8 @@
 // After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT (1 or 2), LANES, CHUNKS, STAGE; QUANT: step sizes are
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
 // results are asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the groups, in scan_carry, a
-// power of two; HELD: as many as a segment has, which fit into registers, or 0.
+// power of two; HELD: as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps,
+// 4 or 8; STEPS_RESIDENT: blocks of a multiprocessor there.
 
 #ifndef EMULATED
 __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
@@ -53,9 +54,6 @@ __device__ __forceinline__ void store_if(bool there, float *to, float x) {
 }
 __device__ __forceinline__ void store_if(bool there, float *to, float x, float y) {
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.f32 [%1], {%2, %3}; }" ::"r"(int(there)), "l"(to), "f"(x), "f"(y) : "memory");
-}
-__device__ __forceinline__ void store_if(bool there, float *to, float x, float y, float z, float w) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.f32 [%1], {%2, %3, %4, %5}; }" ::"r"(int(there)), "l"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 #endif
 
@@ -456,56 +454,6 @@ struct Walk {
     }
 };
 
-#if VARIANT == 0
-// Four channels of one direction a thread, pixel after pixel. blockIdx.x: `stretch` pixels; blockIdx.y: channels.
-extern "C" __global__ void __launch_bounds__(256) scan_steps(const Params p) {
-    constexpr int AT_ONCE = WORDS == 1 ? 8 : WORDS <= 4 ? 4 : 2;  // pixels whose codes are asked for together
-    const int quads = (p.channels + 3) / 4, all = p.directions * quads, lanes = all < 256 ? all : 256, rows = 256 / lanes;
-    const int column = blockIdx.y * lanes + threadIdx.x % lanes, k = column / quads, d = column % quads * 4;
-    if (int(threadIdx.x) / lanes >= rows || column >= all) return kernel_before();
-    const auto four = [&](const void *of, int i) { return reinterpret_cast<const Floats<4> *>(of)[(long long)i * (up(p.channels, 16) / 4) + d / 4]; };
-    Floats<4> weight[WORDS], affine[3];  // weights: words
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w) weight[w] = four(p.words, k * WORDS + w);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) affine[i] = four(p.affine, k * 3 + i);
-    const int count = p.batch * p.pixels, begins = blockIdx.x * p.stretch, ends = begins + p.stretch < count ? begins + p.stretch : count;
-    const int first = begins + threadIdx.x / lanes, each = p.directions * p.size_row, most = p.qmax - p.qmin;
-    const float least = float(p.qmin);
-    const unsigned *from = p.codes + k * EACH;
-    unsigned char *to = p.sizes + k * p.size_row + d * OF_STEP;
-    kernel_before();
-#pragma unroll 1
-    for (int begin = first; begin < ends; begin += rows * AT_ONCE) {
-        unsigned word[AT_ONCE][WORDS];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const unsigned *at = from + row_of(begin + i * rows < ends ? begin + i * rows : begin, p.row);
-#pragma unroll
-            for (int w = 0; w < WORDS; ++w) word[i][w] = at[w];
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            int sum = as_int(MAGIC), made[4];
-#pragma unroll
-            for (int w = 0; w < WORDS; ++w) sum = dot4(word[i][w], 0x01010101, sum);
-            Floats<4> x;
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                int dot = as_int(MAGIC);  // an integer and this float's bits are the bits of their sum
-#pragma unroll
-                for (int w = 0; w < WORDS; ++w) dot = dot4(word[i][w], as_int(weight[w].x[c]), dot);
-                x.x[c] = fmaf(affine[0].x[c], as_float(dot) - MAGIC, fmaf(affine[1].x[c], as_float(sum) - MAGIC, affine[2].x[c]));
-                made[c] = min(as_int(fmaxf(x.x[c], least) + MAGIC) - (as_int(MAGIC) + p.qmin), most);
-            }
-            if (begin + i * rows >= ends) break;
-            unsigned char *result = to + row_of(begin + i * rows, each);
-            if (QUANT) *reinterpret_cast<unsigned *>(result) = joined(made[0], made[1], made[2], made[3]);
-            else *reinterpret_cast<Floats<4> *>(result) = x;
-        }
-    }
-}
-#else
 // TAKEN channels of one direction a thread, pixel after pixel: columns of all directions are next to each other in memory,
 // and so are the pixels of a tile, whose codes are copied to shared memory while those before them are worked on. Whole
 // rows are written, with what is behind their last channel: a part of a sector takes as long as several whole ones.
@@ -533,11 +481,7 @@ __device__ __forceinline__ void step_codes(const Params &p, const unsigned (&wor
 #pragma unroll
             for (int w = 0; w < WORDS; ++w) dot = dot4(word[w], as_int(weight[w][q].x[c]), dot);
             x[c] = fmaf(affine[0][q].x[c], as_float(dot) - MAGIC, fmaf(affine[1][q].x[c], total, affine[2][q].x[c]));
-#if VARIANT == 4
-            code[c] = max(min(as_int(x[c] + MAGIC) - (as_int(MAGIC) + p.qmin), most), 0);
-#else
             code[c] = min(as_int(fmaxf(x[c], least) + MAGIC) - (as_int(MAGIC) + p.qmin), most);
-#endif
         }
         made[q] = as_float(joined(code[0], code[1], code[2], code[3]));
         if (!QUANT) {
@@ -549,7 +493,6 @@ __device__ __forceinline__ void step_codes(const Params &p, const unsigned (&wor
     float *const codes = reinterpret_cast<float *>(to);
     if (QUANT && FOURS == 1) store_if(there, codes, made[0]);
     if (QUANT && FOURS == 2) store_if(there, codes, made[0], made[1]);
-    if (QUANT && FOURS == 4) store_if(there, codes, made[0], made[1], made[2], made[3]);
 }
 
 extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(const Params p) {
@@ -574,31 +517,6 @@ extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(con
     unsigned char *result = p.sizes + row_of(begins + at_row, each) + column * (TAKEN * OF_STEP);
     const long long next = (long long)rows * each;
     kernel_before();
-#if VARIANT == 1
-    const int last = ends - 1 - at_row;  // of this row's pixels
-    const unsigned *from = p.codes + row_of(begins + at_row, p.row) + k * EACH;
-    unsigned word[STEPS_AT_ONCE][WORDS], ahead[STEPS_AT_ONCE][WORDS];
-    if (!works || begins > last) return;
-    const auto ask = [&](int begin) {
-#pragma unroll
-        for (int i = 0; i < STEPS_AT_ONCE; ++i) {
-            const int at = begin + i * rows;
-#pragma unroll
-            for (int w = 0; w < WORDS; ++w) ahead[i][w] = from[row_of(at <= last ? at - begins : 0, p.row) + w];
-        }
-    };
-    ask(begins);
-#pragma unroll 1
-    for (int begin = begins; begin <= last; begin += STEPS_AT_ONCE * rows) {
-#pragma unroll
-        for (int i = 0; i < STEPS_AT_ONCE; ++i)
-#pragma unroll
-            for (int w = 0; w < WORDS; ++w) word[i][w] = ahead[i][w];
-        ask(begin + STEPS_AT_ONCE * rows);
-#pragma unroll
-        for (int i = 0; i < STEPS_AT_ONCE; ++i, result += next) step_codes<FOURS>(p, word[i], weight, affine, begin + i * rows <= last, result);
-    }
-#else
     const int fours = p.row / 4, tile = p.tile;
     Floats<4> *const tiles = reinterpret_cast<Floats<4> *>(shared);
     const auto bring = [&](int begin, int turn) {
@@ -606,7 +524,7 @@ extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(con
         const int pieces = (ends - begin < tile ? ends - begin : tile) * fours;
         for (int i = thread; i < pieces; i += blockDim.x) copy<16>(tiles + turn * tile * fours + i, from + i, true);
     };
-    if (begins < ends) bring(begins, 0);
+    bring(begins, 0);
 #pragma unroll 1
     for (int begin = begins, turn = 0; begin < ends; begin += tile, turn ^= 1) {
         copy_done();
@@ -627,9 +545,7 @@ extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(con
                 step_codes<FOURS>(p, word[i], weight, affine, first + i * rows < left, result);
         }
     }
-#endif
 }
-#endif
 
 // blockIdx.y: direction, sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const Params p) {
@@ -715,10 +631,6 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(cons
 }
 
 #ifdef EMULATED
-#if VARIANT >= 2
 static int steps_bytes(const Params &p) { return 2 * p.tile * p.row * 4; }
-#else
-static int steps_bytes(const Params &) { return 0; }
-#endif
 constexpr int ENDS_BYTES = Walk<false>::bytes(), OUT_BYTES = Walk<true>::bytes(), CARRY_BYTES = 2 * 4 * COLUMNS * SEGMENTS;
 #endif

@@ -26,16 +26,14 @@ _FEW_GROUPS = 8  # of a segment
 _HELD = 4, 8, 16
 _FEW_STATES = 4  # that need few registers
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
-_MOST = 2**31 - 2**16  # elements of a sample
+_MOST = 2**31 - 2**16  # elements of a sample, and pixels: a block may count beyond the last
 _MOST_SHARED = 96 * 1024  # bytes that a block has on any GPU since sm_80
 _MOST_BLOCKS = 2**16 - 1  # of a grid's second axis
 _LOG2E = 1.4426950408889634
 _COPIED = 16  # bytes: where the channels of a block begin
 _STEPS_THREADS = 256  # of a block of ``scan_steps``, as in the source
-_STEPS_BLOCKS = 4  # of a multiprocessor
 _STEPS_SHARED = 12 * 1024  # bytes of codes that are copied at once, if that is a pixel's for each thread
 _MOST_TAKEN = 16  # ranks
-_VARIANT = 2
 
 
 def _up(n: int, multiple: int) -> int:
@@ -99,7 +97,6 @@ class Case:
             "TABLE": self.levels,
             "LADDER": self.ladder,
             "SOFTPLUS": int(self.softplus),
-            "VARIANT": _VARIANT,
             "TAKEN": self.taken,
             "STEPS_RESIDENT": self.steps_resident,
         }
@@ -108,9 +105,7 @@ class Case:
     @property
     def taken(self) -> int:
         """Channels of a thread of ``scan_steps``: as many as there are registers for."""
-        return (
-            {1: 4, 2: 8, 3: 16, 4: 8}.get(_VARIANT, 4) if self.quantized and self.rank <= _MOST_TAKEN else 4
-        )
+        return 8 if self.quantized and self.rank <= _MOST_TAKEN else 4
 
     @property
     def steps_at_once(self) -> int:
@@ -120,7 +115,7 @@ class Case:
     @property
     def steps_resident(self) -> int:
         """Blocks of a multiprocessor in ``scan_steps``, what registers are limited for."""
-        return 2 if self.taken > 8 or self.rank > 24 else 4 if self.rank <= 4 else 3
+        return 2 if self.rank > 24 else 4 if self.rank <= 4 else 3
 
     @property
     def threads(self) -> int:
@@ -302,7 +297,7 @@ class Scan:
         directions, device = len(o.order), a.device
         row = directions * len(arrangement(ranks, a.shape[1], (0, 0, 0))) // 4
         large = f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
-        if pixels * max(channels + 16, row) >= _MOST or batch * pixels >= 2**31:
+        if pixels * max(channels + 16, row) >= _MOST or batch * pixels >= _MOST:
             raise InputError(large)
         self.size, self.device, self.apart = size, device, apart
         self.paths, ways = paths_of(o.order)
@@ -395,8 +390,9 @@ class Scan:
         params = _Params.from_buffer_copy(self._params)
         params.u, params.codes, params.bad, params.y = (t.data_ptr() for t in (u, codes, bad, y))
         params.u_row, params.row = u.stride(0), codes.shape[1] // 4
-        with torch.cuda.device_of(y):
-            self._run(params)
+        if y.numel():
+            with torch.cuda.device_of(y):
+                self._run(params)
         return y
 
     def _run(self, params: _Params) -> None:
@@ -431,17 +427,8 @@ class Scan:
 
     def _launch_steps(self, launch: Callable[..., None], params: _Params) -> None:
         """``scan_steps``: each block has some of the columns of all directions, and a stretch of pixels."""
-        batch, pixels, channels = self.size
-        case, count = self.case, batch * pixels
+        case, count = self.case, self.size[0] * self.size[1]
         directions = len(self._kept["order"])
-        if _VARIANT == 0:
-            columns = directions * -(-channels // 4)
-            lanes = min(columns, _STEPS_THREADS)
-            across, rows = -(-columns // lanes), _STEPS_THREADS // lanes
-            most = max(1, _STEPS_BLOCKS * _processors(self.device) // across)
-            params.stretch = _up(max(-(-batch * pixels // most), rows * 16), rows)
-            grid = (-(-batch * pixels // params.stretch), across)
-            return launch("scan_steps", grid, _STEPS_THREADS, 0, params, self.device)
         columns = directions * params.size_row // (case.taken * (1 if case.quantized else 4))
         across = -(-columns // _STEPS_THREADS)
         lanes = -(-columns // across)
@@ -451,5 +438,5 @@ class Scan:
         stretch = _up(-(-count // most), unit)
         tile = unit * max(1, min(_STEPS_SHARED // (4 * params.row * unit), stretch // unit, 4))
         params.lanes, params.rows, params.tile, params.stretch = lanes, rows, tile, stretch
-        threads, shared = _up(lanes * rows, 32), 8 * tile * params.row if _VARIANT > 1 else 0
+        threads, shared = _up(lanes * rows, 32), 8 * tile * params.row
         launch("scan_steps", (-(-count // stretch), across), threads, shared, params, self.device)

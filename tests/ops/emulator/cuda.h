@@ -226,7 +226,6 @@ inline void load_pair(unsigned at, float &x, float &y) {
 inline int this_thread() { return int(threadIdx.x); }
 inline void store_if(bool there, float *to, float x) { if (there) *to = x; }
 inline void store_if(bool there, float *to, float x, float y) { if (there) to[0] = x, to[1] = y; }
-inline void store_if(bool there, float *to, float x, float y, float z, float w) { store_if(there, to, x, y), store_if(there, to + 2, z, w); }
 inline int dot4(unsigned x, int w, int sum) {
     for (int i = 0; i < 4; ++i) sum += int(x >> 8 * i & 255) * int(int8_t(uint32_t(w) >> 8 * i & 255));
     return sum;
