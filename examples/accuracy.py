@@ -88,6 +88,15 @@ TABLES: Mapping[str, Table] = MappingProxyType(
             ("--patch", "48"),
             ROOT / "weights" / "mambair_light_x4_float.safetensors",
         ),
+        "classic_x2": Table(  # of the published width, with 8 blocks of its 36
+            "classic x2, 8 blocks",
+            GRID,
+            ("--steps", "400"),
+            train=(
+                *("--model", "classic", "--depths", "2", "2", "2", "2", "--steps", "2500", "--lr", "4e-4"),
+                *("--warmup", "200", "--batch", "16", "--ema", "0.998", "--cuda-graph"),
+            ),
+        ),
         "mixed_x2": Table(
             "x2, mixed precision", ("2,3:ours:0", "2.5,3:searched:0", "2:ours-transforms:0"), (), LIGHT
         ),

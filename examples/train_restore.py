@@ -54,7 +54,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scale", type=int, default=2, help="of super-resolution (default 2)")
     add("--sigma", type=float, default=25.0, help="of the noise, of 255 (default 25)")
     add("--quality", type=int, default=40, help="of the JPEG files (default 40)")
-    add("--model", choices=("tiny", "light"), default="tiny", help="new model, unless --init gives one")
+    add(
+        "--model",
+        choices=("tiny", "light", "classic"),
+        default="tiny",
+        help="new model, unless --init gives one",
+    )
+    add(
+        "--depths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="blocks of each group of a new model (default: as published)",
+    )
     add("--data", required=True, help="training pictures: a folder or an .npz pack")
     add("--steps", type=int, help="optimiser steps (default: 1000, or as many as fit --time-limit)")
     add("--time-limit", type=float, metavar="SECONDS", help="of training, without evaluation")
@@ -97,9 +109,10 @@ def build(args: argparse.Namespace, task: Task) -> nn.Module:
     if args.init is not None and args.body is not None:
         raise ConfigError("give --init or --body, not both")
     if args.init is None:
-        make = {"tiny": mambair.mambair_tiny, "light": mambair.mambair_light}[args.model]
-        config = make(task.scale).zoo_config
+        config = getattr(mambair, f"mambair_{args.model}")(task.scale).zoo_config
         config["args"]["drop_path_rate"] = args.drop_path
+        if args.depths:
+            config["args"]["depths"] = args.depths
         if task.scale == 1:  # restores at the same size by a residual
             config["args"].update(upsampler="", is_light_sr=True)
         new: nn.Module = ssmquant.zoo.build(config)

@@ -30,7 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     grid, how = ("2:minmax:0",), (*NOISE, *SMALL, "--calibration", "1")
     tables = {
         "second": Table("after the first", grid, how, train=(*NOISE, *SMALL), after="first"),
-        "first": Table("noise", grid, how, train=(*NOISE, *SMALL, "--model", "tiny")),
+        "first": Table("noise", grid, how, train=(*NOISE, *SMALL, "--model", "tiny", "--depths", "1")),
     }
     monkeypatch.setattr(accuracy, "TABLES", tables)
     return tmp_path
