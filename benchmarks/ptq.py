@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import ssmquant
 from ssmquant import QConfig
-from ssmquant.analysis.widths import decibel
+from ssmquant.analysis.decibels import bounded
 from ssmquant.io import load_float, save_float
 from ssmquant.restore import evaluate, find_images, open_image
 from ssmquant.restore.metrics import psnr
@@ -108,7 +108,7 @@ def sqnr(outs: list[Tensor], references: list[Tensor]) -> float:
     """Of all together, in dB."""
     pairs = [(o.double(), r.double()) for o, r in zip(outs, references, strict=True)]
     noise = sum(float((o - r).square().sum()) for o, r in pairs)
-    return decibel(noise / sum(float(r.square().sum()) for _, r in pairs))
+    return bounded(noise / sum(float(r.square().sum()) for _, r in pairs))
 
 
 def classifier(name: str, args: argparse.Namespace, methods: list[str]) -> Iterator[Row]:

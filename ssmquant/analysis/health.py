@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmquant.analysis.decibels import sqnr
 from ssmquant.analysis.measure import (
     FIELDS,
     PER_LEVEL,
@@ -137,8 +138,8 @@ _KINDS = ("nan", "floor", "zero", "dead", "clipped", "drift")
 
 def _badness(r: HealthRow) -> tuple[int, float]:
     worst = min((_KINDS.index(kind) for kind, _ in r.problems), default=len(_KINDS))
-    sqnr = math.inf if r.sqnr_db is None else -math.inf if math.isnan(r.sqnr_db) else r.sqnr_db
-    return worst, sqnr
+    decibels = math.inf if r.sqnr_db is None else -math.inf if math.isnan(r.sqnr_db) else r.sqnr_db
+    return worst, decibels
 
 
 def _used(r: HealthRow) -> str:
@@ -176,9 +177,9 @@ def row_of(item: Item, found: _Numbers | None, first: dict[str, float]) -> Healt
     if found is None:
         return HealthRow(item.name, item.what, item.bits, n, None, None, None, None, None, None)
     floats = not math.isnan(found["clipped"])  # NaN: codes only
-    sqnr = sqnr_of(found["signal"], found["noise"]) if floats else None
+    decibels = sqnr(found["signal"], found["noise"]) if floats else None
     if not item.coded:
-        row = HealthRow(item.name, item.what, item.bits, n, None, None, None, None, None, sqnr)
+        row = HealthRow(item.name, item.what, item.bits, n, None, None, None, None, None, decibels)
         problems = tuple(_broken(row, found))
         return replace(row, problems=problems) if problems else row
     scale = found["scale"]
@@ -188,18 +189,10 @@ def row_of(item: Item, found: _Numbers | None, first: dict[str, float]) -> Healt
     clipped = found["clipped"] / n if floats else None
     row = HealthRow(
         item.name, item.what, item.bits, n, int(found["used"]), found["zero"] / n, clipped, scale,
-        None if start is None else scale / start, sqnr,
+        None if start is None else scale / start, decibels,
     )  # fmt: skip
     problems = tuple(_problems(item, row, found))
     return replace(row, problems=problems) if problems else row
-
-
-def sqnr_of(signal: float, noise: float) -> float:
-    if not math.isfinite(signal + noise):
-        return math.nan
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 _SLOWER = "lower the quantizers' learning rate (param_groups(quantizer_lr=...))"

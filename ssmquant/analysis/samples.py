@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from ssmquant.analysis.decibels import sqnr
 from ssmquant.analysis.health import (
     HealthRow,
     activations_of,
     numbers_of,
     row_of,
-    sqnr_of,
     undisturbed,
     weight_rows,
 )
@@ -242,8 +242,8 @@ def measure_batches(
     if runtime_of(model).activations and not pools:
         raise InputError("report: the batches reached no quantizer (are they empty?)")
     measured = {name: p.measured() for name, p in pools.items() if p.count}
-    sites = {name: sqnr_of(signal, error) for name, (signal, error) in noise.items()}
-    return Measurement(n, measured, sites, None if reference is None else sqnr_of(output[0], output[1]))
+    sites = {name: sqnr(signal, error) for name, (signal, error) in noise.items()}
+    return Measurement(n, measured, sites, None if reference is None else sqnr(output[0], output[1]))
 
 
 def _reference(

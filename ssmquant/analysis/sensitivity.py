@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ssmquant.analysis.decibels import bounded
 from ssmquant.analysis.verify import rng_states, set_rng
-from ssmquant.analysis.widths import Unit, Widths, decibel
+from ssmquant.analysis.widths import Unit, Widths
 from ssmquant.errors import CalibrationError, ConfigError
 from ssmquant.graph.runtime import Runtime, runtime_of
 from ssmquant.modules import ActivationQuantizer
@@ -81,7 +82,7 @@ class Sensitivity:
     def _shown(self, loss: float) -> str:
         if self.peak is None:
             return f"{loss:.3g}"
-        return _db(300.0 if self.peak == 0 else decibel(loss / self.peak**2))
+        return _db(300.0 if self.peak == 0 else bounded(loss / self.peak**2))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (numbers, strings, lists), fit for JSON, that :meth:`from_dict` reads back."""
@@ -246,7 +247,7 @@ class Meter:
                     signal += b.double().square().sum().item()
         if not math.isfinite(total):
             raise CalibrationError(f"the loss of the quantized model is {total}")
-        return total / max(samples, 1), decibel(noise / signal if signal else math.inf if noise else 0.0)
+        return total / max(samples, 1), bounded(noise / signal if signal else math.inf if noise else 0.0)
 
 
 def require_calibrated(runtime: Runtime) -> None:

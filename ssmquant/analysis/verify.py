@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ssmquant.analysis.decibels import sqnr
 from ssmquant.errors import ConfigError
 from ssmquant.graph.prepared import bind, evaluating
 from ssmquant.graph.runtime import Record, runtime_of
@@ -106,8 +107,8 @@ def _compare(name: str, out: Tensor, reference: Tensor) -> SiteError:
     noise, signal = (a - b).square().sum().item(), b.square().sum().item()
     if not math.isfinite(error):
         return SiteError(name, math.inf, math.inf, -math.inf)
-    sqnr = math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal > 0 else -math.inf)
-    return SiteError(name, error, error / top if top > 0 else (0.0 if error == 0 else math.inf), sqnr)
+    relative = error / top if top > 0 else (0.0 if error == 0 else math.inf)
+    return SiteError(name, error, relative, sqnr(signal, noise))
 
 
 def rng_states(tensors: list[Tensor]) -> dict[torch.device, Tensor]:

@@ -5,7 +5,6 @@ What is measured at many widths would otherwise be prepared, traced and calibrat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ssmquant.analysis.decibels import bounded
 from ssmquant.analysis.summary import operands_of
 from ssmquant.analysis.verify import Student, Teacher, rng_states, set_rng
 from ssmquant.config import QConfig, Rule
@@ -25,7 +25,7 @@ from ssmquant.graph.runtime import Record, runtime_of
 from ssmquant.progress import limited
 from ssmquant.workflow import calibrate, reconfigured
 
-__all__ = ["Unit", "Widths", "at_width", "decibel", "units_of"]
+__all__ = ["Unit", "Widths", "at_width", "units_of"]
 
 
 def at_width(config: QConfig, bits: int) -> QConfig:
@@ -206,7 +206,7 @@ class Widths:
         finally:
             self.look = usual
             self.set_all(None)
-        return {b: {name: decibel(sum(n) / len(n)) for name, n in rows.items()} for b, rows in noise.items()}
+        return {b: {name: bounded(sum(n) / len(n)) for name, n in rows.items()} for b, rows in noise.items()}
 
     def called(self, record: _Switched, tensors: Sequence[Tensor]) -> Any:
         """What runs for a call of the model."""
@@ -246,8 +246,3 @@ class Widths:
         switch = store[one.key]  # type: ignore[assignment]
         switch.bits = self.width[unit]
         return switch
-
-
-def decibel(noise: float) -> float:
-    """A share of noise in a signal's power as SQNR in dB, from -300 to 300 (as good as none)."""
-    return max(-300.0, min(300.0, -10 * math.log10(max(noise, 1e-30)))) if noise < math.inf else -300.0
