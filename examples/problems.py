@@ -13,7 +13,7 @@ import common
 import torch
 from classify import Pictures
 from classify import logits as class_logits
-from evalsets import EvalSet, eval_sets
+from evalsets import EvalSet, distinct, eval_sets, set_names
 from patches import PatchData
 from PIL import Image
 from segment import Slices, dice
@@ -177,12 +177,12 @@ def _test_parts(sources: Sequence[str | Path], data: str | Path | None) -> list[
     """The test parts of labelled files: those of the training file by default."""
     if not sources and data is None:
         raise ConfigError("--data or --eval: a labelled .npz file is needed")
-    found = []
-    for path in map(Path, sources or [data]):  # type: ignore[list-item]
+    paths = [Path(path) for path in sources or [data] if path is not None]
+    for path in paths:
         if path.suffix.lower() != ".npz":
             raise ConfigError(f"{path}: labelled pictures are an .npz file of x and y")
-        found.append(EvalSet("test" if not sources else path.stem, path, common.sha256(path)))
-    return found
+    names = set_names([path.with_suffix("") for path in paths]) if sources else ["test"]
+    return distinct(EvalSet(name, path, common.sha256(path)) for name, path in zip(names, paths, strict=True))
 
 
 @dataclass(frozen=True)
