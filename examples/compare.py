@@ -56,6 +56,7 @@ from evalsets import EvalSet, fingerprint
 from problems import problem_of
 
 from ssmquant.errors import ConfigError, SsmquantError
+from ssmquant.io import load_float
 
 ROOT = Path(__file__).parent
 SPARE = 30.0
@@ -139,6 +140,7 @@ def work(
                 continue  # the report says so
             if result is None and data is None:
                 data = settings.problem.load(args.data, args.device, settings.patch)
+                settings.problem.check_model(load_float(settings.init).to(args.device), data)
             began = time.monotonic()
             try:
                 if result is None:

@@ -691,6 +691,18 @@ def test_labelled_pictures(kind: str, tmp_path: Path, capsys: pytest.CaptureFixt
     np.savez(tmp_path / "other.npz", x=x[::-1], y=y[::-1])
     assert compare.main([*args, *data, "--eval", str(tmp_path / "other.npz"), "--report"]) == 1
     capsys.readouterr()
+    # More classes, or another task, are an error before any training; fewer in a file to score on are none.
+    np.savez(
+        tmp_path / "more.npz", x=x, y=y + np.arange(50, dtype=y.dtype).reshape(-1, *[1] * (y.ndim - 1)) % 3
+    )
+    more = [*args, "--out", str(tmp_path / "more"), "--data", str(tmp_path / "more.npz")]
+    assert compare.main(more) == 2
+    assert "the float model does not fit the task: results (1, 3" in capsys.readouterr().err
+    assert not list(tmp_path.glob("more/cells/*/result.json"))
+    assert compare.main([*more[:2], "sr", *more[3:-1], str(Path(compare.ROOT) / "photos")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    np.savez(tmp_path / "fewer.npz", x=x, y=np.minimum(y, 1))
+    assert compare.main([*args, *data, "--eval", str(tmp_path / "fewer.npz")]) == 0
     assert compare.main([*args, *data, "--eval", str(tmp_path)]) == 2
     assert "labelled pictures are an .npz file" in capsys.readouterr().err
 
