@@ -7,8 +7,8 @@
 A table has a folder in OUT: float/ with the model that it starts from, where none comes with the examples, and what
 compare.py writes. What is finished is not done again; --time-limit stops after so many seconds, or when a float model
 of labelled pictures, which cannot stop on its way, is trained; the same command goes on. --at-once N does N tables at
-once, one GPU after the other, each with --jobs processes. With --report nothing is trained. The end is OUT/accuracy.md:
-a line for every bit width of all tables in OUT, the scores below the float model's.
+once, each on one GPU (a single table has all of them), with --jobs processes. With --report nothing is trained. The end
+is OUT/accuracy.md: a line for every bit width of all tables in OUT, the scores below the float model's.
 
 It ends with 0 if all tables that were asked for are complete, 1 if some are not, 3 if all others are but cells of some
 failed, 2 on an error.
@@ -148,7 +148,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.began = args, time.monotonic()
-        self.places = environments(args.device)
+        places = environments(args.device) if args.at_once > 1 else [dict(os.environ)]
+        self.free = [places[i % len(places)] for i in range(args.at_once)]
         self.locks = {name: threading.Lock() for name in TABLES}
         self.failed: set[str] = set()  # float models
 
@@ -197,9 +198,16 @@ class Run:
         command += [] if table.after is None else ["--init", self.floats(table.after)]
         return command + ([] if left is None else ["--time-limit", left - SPARE])
 
-    def table(self, number: int, name: str) -> int:
+    def table(self, name: str) -> int:
         """The exit status of a table's comparison."""
-        place = self.places[number % len(self.places)]
+        place = self.free.pop(0)
+        try:
+            return self.compare(name, place)
+        finally:
+            self.free.append(place)
+
+    def compare(self, name: str, place: Mapping[str, str]) -> int:
+        """``table`` in an environment."""
         table, args = TABLES[name], self.args
         status = 0 if args.report else self.train(name, place)
         if status:
@@ -323,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     run = Run(args)
     with ThreadPoolExecutor(args.at_once) as pool, reporter("tables", len(names)) as report:
-        jobs = {pool.submit(run.table, number, name): name for number, name in enumerate(names)}
+        jobs = {pool.submit(run.table, name): name for name in names}
         states = []
         for job in as_completed(jobs):
             states.append(job.result())

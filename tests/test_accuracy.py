@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,30 @@ def test_the_status_is_that_of_the_comparisons(
         (place / "out" / name / "float").mkdir(parents=True)
         (place / "out" / name / "float" / "model.safetensors").touch()
     assert run(place, data="x") == end
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_tables_go_where_a_gpu_is_free(place: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    tables = {name: Table(name, (), (), init=place / "train" / "0.png") for name in ("long", "one", "two")}
+    places, rest, done = [{"GPU": "0"}, {"GPU": "1"}], threading.Event(), []
+
+    def call(run: Any, command: Any, name: str, place: Any) -> int:
+        if name == "long" and at_once > 1:
+            assert rest.wait(20)
+        done.append((name, place.get("GPU")))
+        if len(done) == 2:
+            rest.set()
+        return 0
+
+    monkeypatch.setattr(accuracy, "TABLES", tables)
+    monkeypatch.setattr(accuracy, "environments", lambda device: places)
+    monkeypatch.setattr(accuracy.Run, "call", call)
+    assert run(place, data="x", at_once=at_once) == 0
+    where = dict(done)
+    if at_once > 1:
+        assert where["one"] == where["two"] != where["long"]
+    else:  # one table at a time sees all of them, as compare.py wants it
+        assert where == dict.fromkeys(tables)
 
 
 def test_a_float_model_is_trained_by_one_process(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
