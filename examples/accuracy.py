@@ -5,11 +5,13 @@
     python examples/accuracy.py --list
 
 A table has a folder in OUT: float/ with the model that it starts from, where none comes with the examples, and what
-compare.py writes. What is finished is not done again; --time-limit stops after so many seconds, and the same command
-goes on. --at-once N does N tables at once, one GPU after the other, each with --jobs processes. With --report nothing
-is trained. The end is OUT/accuracy.md: a line for every table and bit width, the scores below the float model's.
+compare.py writes. What is finished is not done again; --time-limit stops after so many seconds, or when a float model
+of labelled pictures, which cannot stop on its way, is trained; the same command goes on. --at-once N does N tables at
+once, each on one GPU (a single table has all of them), with --jobs processes. With --report nothing is trained. The end
+is OUT/accuracy.md: a line for every bit width of all tables in OUT, the scores below the float model's.
 
-It ends with 0 if all tables are complete, 1 if some are not, 2 on an error.
+It ends with 0 if all tables that were asked for are complete, 1 if some are not, 3 if all others are but cells of some
+failed, 2 on an error.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from compare import environments
+from compare import claimed, environments
 from methods import METHODS
 from problems import Metric, metrics_of
 from report import difference, markdown
@@ -155,8 +157,10 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.began = args, time.monotonic()
-        self.places = environments(args.device)
+        places = environments(args.device) if args.at_once > 1 else [dict(os.environ)]
+        self.free = [places[i % len(places)] for i in range(args.at_once)]
         self.locks = {name: threading.Lock() for name in TABLES}
+        self.failed: set[str] = set()  # float models
 
     def left(self) -> float | None:
         limit = self.args.time_limit
@@ -170,44 +174,53 @@ class Run:
         path: str | None = getattr(self.args, table.labelled or "data")
         return path
 
-    def train(self, name: str, place: Mapping[str, str]) -> bool:
-        """Whether the float model of a table is there, after training it if need be."""
+    def train(self, name: str, place: Mapping[str, str]) -> int:
+        """Trains the float model of a table if need be: 0 if it is there, 1 if it is not yet, 2 on an error."""
         table, target = TABLES[name], self.floats(name)
         if table.init is not None:
-            return True
+            return 0
         with self.locks[name]:
             if _finished(table, target):
-                return True
-            if table.after is not None and not self.train(table.after, place):
-                return False
-            left = self.left()
-            if left is not None and left < SPARE:
-                return False
+                return 0
+            before = 0 if table.after is None else self.train(table.after, place)
+            if before or name in self.failed:
+                return before or 2
             target.parent.mkdir(parents=True, exist_ok=True)
-            command: list[Any] = [table.script, *table.train]
-            if table.labelled:
-                command += ["--data", self.data(table), "--out", target, "--device", self.args.device]
-            else:
-                command += [
-                    "--data",
-                    self.args.data,
-                    "--out",
-                    target.parent,
-                    "--resume",
-                    "--eval",
-                    *self.args.eval,
-                ]
-                command += ["--device", self.args.device]
-                command += [] if table.after is None else ["--init", self.floats(table.after)]
-                command += [] if left is None else ["--time-limit", left - SPARE]
-            return self.call(command, name, place) == 0 and _finished(table, target)
+            with claimed(target.parent) as mine:  # by no other run with this folder
+                left = self.left()
+                if mine and _finished(table, target):
+                    return 0
+                if not mine or (left is not None and left < SPARE):
+                    return 1
+                if self.call(self.training(table, target, left), name, place):
+                    self.failed.add(name)
+                    return 2
+            return 0 if _finished(table, target) else 1
 
-    def table(self, number: int, name: str) -> int:
+    def training(self, table: Table, target: Path, left: float | None) -> list[Any]:
+        """The command that writes the float model ``target``, in ``left`` seconds if it can stop before its end."""
+        args = self.args
+        command: list[Any] = [table.script, *table.train, "--data", self.data(table), "--device", args.device]
+        if table.labelled:
+            return [*command, "--out", target]
+        command += ["--out", target.parent, "--resume", "--eval", *args.eval]
+        command += [] if table.after is None else ["--init", self.floats(table.after)]
+        return command + ([] if left is None else ["--time-limit", left - SPARE])
+
+    def table(self, name: str) -> int:
         """The exit status of a table's comparison."""
-        place = self.places[number % len(self.places)]
+        place = self.free.pop(0)
+        try:
+            return self.compare(name, place)
+        finally:
+            self.free.append(place)
+
+    def compare(self, name: str, place: Mapping[str, str]) -> int:
+        """``table`` in an environment."""
         table, args = TABLES[name], self.args
-        if not args.report and not self.train(name, place):
-            return 1
+        status = 0 if args.report else self.train(name, place)
+        if status:
+            return status
         if args.floats:
             return 0
         if not self.floats(name).exists():
@@ -245,7 +258,7 @@ class Run:
                 stderr=file,
                 check=False,
             )
-        if done.returncode not in (0, 1):
+        if done.returncode not in ((0, 1) if script == "compare.py" else (0,)):  # 1: not complete
             print(f"{name}: {script} failed, see {log}", file=sys.stderr)
         return done.returncode
 
@@ -289,14 +302,17 @@ def _lines(
     title: str, rows: Sequence[Mapping[str, Any]], order: Sequence[str], metric: Metric
 ) -> list[list[str]]:
     by = {(r["method"], r["bits"]): r for r in rows}
-    reference = by.get(("float", None))
+
+    def shown(method: str, bits: float | None, figure: str = "score") -> str:
+        value = by.get((method, bits), {}).get(figure)
+        return "" if value is None else metric.show(value, 1)
+
     lines = []
     for bits in sorted({b for _, b in by if b is not None}, reverse=True):
-        line = [title, f"{bits:g}", "" if reference is None else metric.show(reference["score"], 1)]
+        line = [title, f"{bits:g}", shown("float", None)]
         for method in order:
-            row = by.get((method, bits))
-            loss = "" if row is None or row["loss"] is None else f" ({metric.show(row['loss'], 1)})"
-            line.append("" if row is None else metric.show(row["score"], 1) + loss)
+            loss = shown(method, bits, "loss")
+            line.append(shown(method, bits) + (f" ({loss})" if loss else ""))
         line.append(difference(by.get(("ours", bits), {}).get("against"), metric))
         lines.append(line)
     return lines
@@ -324,12 +340,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     run = Run(args)
     with ThreadPoolExecutor(args.at_once) as pool, reporter("tables", len(names)) as report:
-        jobs = {pool.submit(run.table, number, name): name for number, name in enumerate(names)}
+        jobs = {pool.submit(run.table, name): name for name in names}
         states = []
         for job in as_completed(jobs):
             states.append(job.result())
             report(len(states), jobs[job])
-    lines = overview(names, args.out)
+    lines = overview(list(TABLES), args.out)
     if lines:
         (args.out / "accuracy.md").write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
         print("\n".join(lines))
@@ -339,7 +355,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{unfinished} of {len(names)} tables are not complete; run the same command again",
             file=sys.stderr,
         )
-    return 2 if any(state not in (0, 1, 3) for state in states) else 1 if unfinished else 0
+    if any(state not in (0, 1, 3) for state in states):
+        return 2
+    return 1 if unfinished else max(states)
 
 
 if __name__ == "__main__":

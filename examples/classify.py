@@ -84,6 +84,8 @@ class Pictures:
             raise FormatError("expected x uint8 (N, H, W) or (N, H, W, 3), and y integers (N,)")
         if not x.size or y.min() < 0:
             raise FormatError("there is no picture, or a class below 0")
+        if len(np.unique(y)) == len(y):
+            raise FormatError("there is no class of two pictures, one to train with and one for testing")
         pictures = torch.from_numpy(x).float().div_(127.5).sub_(1.0)
         if x.ndim == 3:
             pictures = pictures.unsqueeze(-1).expand(-1, -1, -1, 3)

@@ -128,7 +128,7 @@ def bitops(model: nn.Module) -> int:
 
 
 def bitops_at(model: nn.Module, config: Any, x: Tensor) -> int:
-    """BitOPs of a float model for ``x`` under a configuration; without one, 32 x 32 bits a product."""
+    """BitOPs of a float model for ``x`` under a configuration; of ``QConfig()``, 32 x 32 bits a product."""
     return bitops(ssmquant.prepare(model, config, example_inputs=(x,)))
 
 

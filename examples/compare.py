@@ -56,6 +56,7 @@ from evalsets import EvalSet, fingerprint
 from problems import problem_of
 
 from ssmquant.errors import ConfigError, SsmquantError
+from ssmquant.io import load_float
 
 ROOT = Path(__file__).parent
 SPARE = 30.0
@@ -73,18 +74,17 @@ def grid(specs: Sequence[str]) -> list[Cell]:
     for spec in specs:
         parts = spec.split(":")
         try:
-            bits, names = [float(b) for b in parts[0].split(",")], parts[1].split(",")
+            widths, names = [float(b) for b in parts[0].split(",")], parts[1].split(",")
+            bits = [int(b) if b == int(b) else b for b in widths]
             seeds = [int(s) for s in parts[2].split(",")] if len(parts) > 2 else [0]
-        except (ValueError, IndexError):
+        except (ValueError, IndexError, OverflowError):
             raise ConfigError(f"{spec!r}: expected BITS:METHODS:SEEDS, such as 2,4:lsq,ours:0,1") from None
         for name in names:
             found = [m for m in known if fnmatch.fnmatchcase(m, name) and m != "float"]
             if not found and name != "float":
                 raise ConfigError(f"no method {name!r}; there are {', '.join(known)}")
             cells |= {Cell("float", None, s): None for s in seeds}
-            cells |= {
-                Cell(m, int(b) if b == int(b) else b, s): None for s in seeds for b in bits for m in found
-            }
+            cells |= {Cell(m, b, s): None for s in seeds for b in bits for m in found}
     for cell in cells:
         cell.config()  # bit widths out of range show here
     return sorted(cells, key=lambda c: c.seed)
@@ -140,6 +140,7 @@ def work(
                 continue  # the report says so
             if result is None and data is None:
                 data = settings.problem.load(args.data, args.device, settings.patch)
+                settings.problem.check_model(load_float(settings.init).to(args.device), data)
             began = time.monotonic()
             try:
                 if result is None:

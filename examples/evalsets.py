@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from ssmquant.errors import ConfigError
 from ssmquant.restore import find_images
 
-__all__ = ["EvalSet", "eval_sets", "fingerprint", "set_names"]
+__all__ = ["EvalSet", "distinct", "eval_sets", "fingerprint", "set_names"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,19 @@ def eval_sets(folders: Sequence[str | os.PathLike[str]]) -> list[EvalSet]:
     Raises:
         ConfigError: two folders hold the same pictures.
     """
-    sets = [
+    return distinct(
         EvalSet(name, Path(folder), fingerprint(folder, names=True))
         for name, folder in zip(set_names(folders), folders, strict=True)
-    ]
+    )
+
+
+def distinct(sets: Iterable[EvalSet]) -> list[EvalSet]:
+    """``sets`` themselves.
+
+    Raises:
+        ConfigError: two of them are the same.
+    """
+    sets = list(sets)
     known: dict[str, EvalSet] = {}
     for one in sets:
         if known.setdefault(one.sha256, one) is not one:

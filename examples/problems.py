@@ -13,7 +13,7 @@ import common
 import torch
 from classify import Pictures
 from classify import logits as class_logits
-from evalsets import EvalSet, eval_sets
+from evalsets import EvalSet, distinct, eval_sets, set_names
 from patches import PatchData
 from PIL import Image
 from segment import Slices, dice
@@ -79,6 +79,31 @@ class Problem:
     def check(self, one: EvalSet) -> None:
         """Raise what scoring on a set would raise."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def check_model(self, model: nn.Module, data: Any) -> None:
+        """Try a float model on a training sample.
+
+        Raises:
+            ConfigError: it does not take that, or its result does not fit the target.
+        """
+        x, y = data.sample(1)
+        try:
+            shape = tuple(model(x).shape)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the float model does not take the data: {str(error).splitlines()[0]}"
+            ) from error
+        classes = getattr(data, "classes", None)
+        if classes is None:
+            fits = shape == y.shape
+        else:  # class numbers, of pictures or of pixels
+            fits = shape[:1] + shape[2:] == y.shape and shape[1] >= classes
+        if not fits:
+            of = "" if classes is None else f" of {classes} classes"
+            raise ConfigError(
+                f"the float model does not fit the task: results {shape}, targets {tuple(y.shape)}{of}"
+            )
 
     def score(self, model: nn.Module, one: EvalSet, title: str, each: Each | None = None) -> Rows:
         """A row of ``metrics`` for every picture (or group of pictures) of a set, in order, with its ``name``."""
@@ -177,12 +202,12 @@ def _test_parts(sources: Sequence[str | Path], data: str | Path | None) -> list[
     """The test parts of labelled files: those of the training file by default."""
     if not sources and data is None:
         raise ConfigError("--data or --eval: a labelled .npz file is needed")
-    found = []
-    for path in map(Path, sources or [data]):  # type: ignore[list-item]
+    paths = [Path(path) for path in sources or [data] if path is not None]
+    for path in paths:
         if path.suffix.lower() != ".npz":
             raise ConfigError(f"{path}: labelled pictures are an .npz file of x and y")
-        found.append(EvalSet("test" if not sources else path.stem, path, common.sha256(path)))
-    return found
+    names = set_names([path.with_suffix("") for path in paths]) if sources else ["test"]
+    return distinct(EvalSet(name, path, common.sha256(path)) for name, path in zip(names, paths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -210,7 +235,8 @@ class Segmentation(Problem):
     def score(self, model: nn.Module, one: EvalSet, title: str, each: Each | None = None) -> Rows:
         x, y, classes = self._test(one.folder)
         with common.full_precision():
-            found = pixel_logits(model, x.to(common.device_of(model))).argmax(1).cpu()
+            out = pixel_logits(model, x.to(common.device_of(model)))
+        found, classes = out.argmax(1).cpu(), max(classes, out.shape[1])  # the file may lack some
         names = [f"slice {i + 1}" for i in range(len(y))]
         for name, truth, map_ in zip(names, y, found, strict=True) if each is not None else ():
             each(name, _grey(truth, classes), _grey(map_, classes))

@@ -277,11 +277,14 @@ def _loss(row: Mapping[str, Any], metric: Metric) -> str:
 
 
 def difference(against: Mapping[str, Any] | None, metric: Metric) -> str:
-    """What a row leads another method by, with its standard error and the number of seeds."""
-    if not against:
+    """What a row leads another method by, with its standard error and the number of seeds.
+
+    Figures that are not finite may be None, as ``compare.json`` has them.
+    """
+    if not against or against["mean"] is None:
         return ""
     error, seeds = against["standard_error"], against["seeds"]
-    spread = "" if math.isnan(error) else f" ± {metric.show(error, 1)}"
+    spread = "" if error is None or math.isnan(error) else f" ± {metric.show(error, 1)}"
     mean = metric.show(against["mean"], 1)
     lead = f"{against['method']} {mean if mean.startswith('-') else f'+{mean}'}{spread}"
     return f"{lead}, {seeds} seed{'s' if seeds > 1 else ''}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import accuracy
 from accuracy import Table
+from compare import claimed
 
 SMALL = ("--batch", "2", "--patch", "8", "--steps", "1")
 NOISE = ("--task", "denoise", "--sigma", "15")
@@ -72,10 +74,76 @@ def test_tables_are_made_once_and_go_on(place: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_table_that_fails_says_where(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(place, "first", data=str(place / "nothing")) == 1
+    assert run(place, data=str(place / "nothing")) == 2
     err = capsys.readouterr().err
     assert "first: train_restore.py failed" in err
-    assert "nothing" in (place / "out" / "first" / "log.txt").read_text()
+    assert "not complete" not in err
+    log = (place / "out" / "first" / "log.txt").read_text()
+    assert log.count("error: no such file or folder") == 1  # tried once, though both tables want it
+
+
+@pytest.mark.parametrize(
+    ("statuses", "end"), [((0, 0), 0), ((0, 1), 1), ((3, 0), 3), ((3, 1), 1), ((1, 2), 2), ((0, -9), 2)]
+)
+def test_the_status_is_that_of_the_comparisons(
+    place: Path, monkeypatch: pytest.MonkeyPatch, statuses: tuple[int, int], end: int
+) -> None:
+    given = dict(zip(("second", "first"), statuses, strict=True))
+    monkeypatch.setattr(accuracy.Run, "train", lambda self, name, place: 0)
+    monkeypatch.setattr(accuracy.Run, "call", lambda self, command, name, place: given[name])
+    for name in given:
+        (place / "out" / name / "float").mkdir(parents=True)
+        (place / "out" / name / "float" / "model.safetensors").touch()
+    assert run(place, data="x") == end
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_tables_go_where_a_gpu_is_free(place: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    tables = {name: Table(name, (), (), init=place / "train" / "0.png") for name in ("long", "one", "two")}
+    places, rest, done = [{"GPU": "0"}, {"GPU": "1"}], threading.Event(), []
+
+    def call(run: Any, command: Any, name: str, place: Any) -> int:
+        if name == "long" and at_once > 1:
+            assert rest.wait(20)
+        done.append((name, place.get("GPU")))
+        if len(done) == 2:
+            rest.set()
+        return 0
+
+    monkeypatch.setattr(accuracy, "TABLES", tables)
+    monkeypatch.setattr(accuracy, "environments", lambda device: places)
+    monkeypatch.setattr(accuracy.Run, "call", call)
+    assert run(place, data="x", at_once=at_once) == 0
+    where = dict(done)
+    if at_once > 1:
+        assert where["one"] == where["two"] != where["long"]
+    else:  # one table at a time sees all of them, as compare.py wants it
+        assert where == dict.fromkeys(tables)
+
+
+def test_a_float_model_is_trained_by_one_process(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise AssertionError("it is trained twice")
+
+    monkeypatch.setattr(accuracy.Run, "call", refuse)
+    with claimed(place / "out" / "first" / "float") as mine:
+        assert mine
+        assert run(place, "first", data=str(place / "train")) == 1
+
+
+def test_the_overview_is_of_all_tables_that_are_there(place: Path) -> None:
+    """Also where one was asked for; scores that are not finite are left out."""
+    row = {"method": "float", "bits": None, "label": "float", "score": 30.0, "loss": 0.0}
+    ours = {"method": "ours", "bits": 2, "label": "ours", "score": None, "loss": None}
+    against = {"method": "lsq", "mean": 0.25, "standard_error": None, "seeds": 1}
+    for name in ("first", "second"):
+        (place / "out" / name).mkdir(parents=True)
+        found = {"settings": {"task": {"kind": "denoise"}}, "rows": [row, {**ours, "against": against}]}
+        (place / "out" / name / "compare.json").write_text(json.dumps(found))
+    assert run(place, "first", report=True) == 1
+    text = (place / "out" / "accuracy.md").read_text()
+    assert "| noise | 2 | 30.000 |  | lsq +0.250, 1 seed |" in text
+    assert "| after the first | 2 | 30.000 |" in text
 
 
 def test_a_bad_command_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

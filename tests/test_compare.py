@@ -32,7 +32,7 @@ import report
 from cells import Cell, Settings, detail, load_result, read_result, run_cell, score_cell
 from evalsets import EvalSet, eval_sets, fingerprint
 from patches import PatchData
-from problems import Restoration
+from problems import Classification, Restoration
 
 NANO = {"embed_dim": 32, "depths": [1], "d_state": 4, "mlp_ratio": 1.2, "upsampler": "pixelshuffledirect"}
 
@@ -530,7 +530,7 @@ def test_grids() -> None:
     assert Cell("float", None, 1) in cells
     assert [c.seed for c in cells] == [0] * 5 + [1] * 5
     assert {c.method for c in compare.grid(["2:ours*"])} >= {"ours", "ours-tensor", "float"}
-    for bad in ("2", "two:lsq", "2:lsqq", "1:lsq", "2:lsq:x", "9:ours"):
+    for bad in ("2", "two:lsq", "2:lsqq", "1:lsq", "2:lsq:x", "9:ours", "inf:ours", "nan:searched"):
         with pytest.raises(ConfigError):
             compare.grid([bad])
 
@@ -590,6 +590,14 @@ def pretend(out: Path, settings: Settings, cell: Cell, **psnr: list[float]) -> N
     path = out / "cells" / cell.name / "result.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**result, **numbers}))
+
+
+def test_differences_without_an_error() -> None:
+    """Of one picture there is none: NaN, or null in ``compare.json``."""
+    against = {"method": "lsq", "mean": 0.25, "standard_error": math.nan, "seeds": 1}
+    metric = Restoration(Task()).metric
+    assert report.difference(against, metric) == "lsq +0.250, 1 seed"
+    assert report.difference(common.plain(against), metric) == "lsq +0.250, 1 seed"
 
 
 def test_rows_are_compared_by_the_seeds_in_common(place: Path, tmp_path: Path) -> None:
@@ -683,8 +691,37 @@ def test_labelled_pictures(kind: str, tmp_path: Path, capsys: pytest.CaptureFixt
     np.savez(tmp_path / "other.npz", x=x[::-1], y=y[::-1])
     assert compare.main([*args, *data, "--eval", str(tmp_path / "other.npz"), "--report"]) == 1
     capsys.readouterr()
+    # More classes, or another task, are an error before any training; fewer in a file to score on are none.
+    np.savez(
+        tmp_path / "more.npz", x=x, y=y + np.arange(50, dtype=y.dtype).reshape(-1, *[1] * (y.ndim - 1)) % 3
+    )
+    more = [*args, "--out", str(tmp_path / "more"), "--data", str(tmp_path / "more.npz")]
+    assert compare.main(more) == 2
+    assert "the float model does not fit the task: results (1, 3" in capsys.readouterr().err
+    assert not list(tmp_path.glob("more/cells/*/result.json"))
+    assert compare.main([*more[:2], "sr", *more[3:-1], str(Path(compare.ROOT) / "photos")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    np.savez(tmp_path / "fewer.npz", x=x, y=np.minimum(y, 1))
+    assert compare.main([*args, *data, "--eval", str(tmp_path / "fewer.npz")]) == 0
     assert compare.main([*args, *data, "--eval", str(tmp_path)]) == 2
     assert "labelled pictures are an .npz file" in capsys.readouterr().err
+
+
+def test_labelled_sets_have_distinct_names(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "data.npz", x=np.full(3, ord(name)))
+    a, b = (tmp_path / name / "data.npz" for name in "ab")
+    problem = Classification()
+    assert [one.name for one in problem.sets([a, b], None)] == ["a/data", "b/data"]
+    assert [one.name for one in problem.sets([b], a)] == ["data"]
+    assert [one.name for one in problem.sets([], a)] == ["test"]
+    (tmp_path / "same.npz").write_bytes(a.read_bytes())
+    for twice in ([a, a], [a, tmp_path / "same.npz"]):
+        with pytest.raises(ConfigError):
+            problem.sets(twice, None)
+    with pytest.raises(ConfigError, match="--data or --eval"):
+        problem.sets([], None)
 
 
 def test_searched_widths(place: Path, tmp_path: Path) -> None:

@@ -84,8 +84,9 @@ def test_pictures_on_a_gpu() -> None:
         (np.zeros((2, 4, 4), np.uint8), np.array([0.0, 1.0])),
         (np.zeros((2, 4, 4)), np.array([0, 1])),
         (np.zeros((2, 4, 4), np.uint8), np.array([0])),
+        (np.zeros((2, 4, 4), np.uint8), np.array([0, 1])),
     ],
-    ids=["empty", "negative", "no integers", "no bytes", "another length"],
+    ids=["empty", "negative", "no integers", "no bytes", "another length", "nothing to train with"],
 )
 def test_what_is_no_data_of_classes(x: Any, y: Any, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=x, y=y)

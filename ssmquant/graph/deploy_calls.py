@@ -15,7 +15,7 @@ from ssmquant.modules import PackedTensor, deployed
 from ssmquant.ops.deployed import cpu
 from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["blend_call", "conv2d_call", "excite_call", "gated_linear_call", "linear_call"]
+__all__ = ["blend_call", "conv2d_call", "excite_call", "gated_linear_call", "image_of", "linear_call"]
 
 
 def linear_call(
@@ -77,6 +77,13 @@ def conv2d_call(
     _check_shapes((len(x), weight.shape[0], *size), residual)
     y = deployed.conv2d(x, of_x, weight, bias, window, act, gain, residual, **between)
     return y if last else y.contiguous()
+
+
+def image_of(rows: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, height, width) of its pixels as rows, (B, height * width, C)."""
+    if rows.shape[1] != height * width:
+        raise Unfit
+    return rows.transpose(1, 2).unflatten(2, (height, width))
 
 
 def blend_call(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ssmquant.graph.deploy_calls import (
     conv2d_call,
     excite_call,
     gated_linear_call,
+    image_of,
     linear_call,
 )
 from ssmquant.graph.deploy_norms import activation_of, is_norm, norm_of
@@ -392,9 +393,8 @@ class _Layers:
             if turned:
                 x = self.graph.call_method("permute", (x, 0, 2, 3, 1))
             if image is not None:
-                batch, *pixels = (self.graph.call_method("size", (args[0], i)) for i in (0, 2, 3))
-                x = self.graph.call_method("transpose", (x, 1, 2))
-                x = self.graph.call_method("view", (x, batch, -1, *pixels))
+                pixels = (self.graph.call_method("size", (args[0], i)) for i in (2, 3))
+                x = self.graph.call_function(image_of, (x, *pixels))
             made = new = self.graph.call_function(layer.target, (*args, (x, gain)))
             if image is not None:
                 flat: Any = value.args[0]

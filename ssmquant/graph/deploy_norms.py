@@ -42,17 +42,20 @@ def deploy_norms(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> 
     """Replaces the norms that ``deploy_layers`` has left in ``graph``, in place."""
     if not hasattr(engine, "normalize"):
         return
+    # A convolution is computed where its norm is: not of what has been written to since.
+    written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
     for node in list(graph.nodes):
         if not is_norm(node, model):
             continue
-        convolution, (last, act) = _convolution(node, model), _behind(node, model)
+        convolution, (last, act) = _convolution(node, model, written), _behind(node, model)
         with graph.inserting_before(node):
             args: tuple[Any, ...] = node.args[0], norm_of(node)
             if convolution is not None:
                 args = convolution.args[0], args[1], graph.get_attr(str(convolution.target))
             if isinstance(act, fx.Node):
                 act = graph.get_attr(str(act.target))
-            new = graph.call_function(deployed.normalize, args, {} if act is None else {"act": act})
+            more = {} if act is None else {"act": act, "axis": -1 if last.args[0] is node else 1}
+            new = graph.call_function(deployed.normalize, args, more)
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         if act is not None:
@@ -95,13 +98,15 @@ def _permutes(node: Any, *axes: int) -> bool:
     )
 
 
-def _convolution(norm: fx.Node, model: nn.Module) -> fx.Node | None:
-    """The float convolution whose result alone, with channels last, a norm reads."""
+def _convolution(norm: fx.Node, model: nn.Module, written: set[Any]) -> fx.Node | None:
+    """The float convolution, of what is in no ``written`` storage, whose result alone, channels last, a norm reads."""
     turned: Any = norm.args[0]
     if not _permutes(turned, 0, 2, 3, 1) or _reader(turned) is not norm:
         return None
     above = turned.args[0]
     if above.op != "call_module" or len(above.args) != 1 or above.kwargs or _reader(above) is not turned:
+        return None
+    if above.args[0].meta.get("storage") in written:
         return None
     module = model.get_submodule(str(above.target))
     plain = type(module) is nn.Conv2d and module.bias is not None and module.padding_mode == "zeros"

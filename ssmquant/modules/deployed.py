@@ -197,13 +197,14 @@ def _plainly(norm: tuple[Any, ...], x: Tensor) -> Tensor:
 
 
 def normalize(
-    x: Tensor, norm: tuple[Any, ...], convolution: nn.Conv2d | None = None, act: Act = None
+    x: Tensor, norm: tuple[Any, ...], convolution: nn.Conv2d | None = None, act: Act = None, axis: int = -1
 ) -> Tensor:
     """A norm over the last axis (a ``LastNorm``) of x with any strides: contiguous.
 
     Args:
         convolution: then x is its input, (B, C, H, W), and the norm is over the channels of its output: (B, H, W, C).
-        act: of the result; with channels first, behind a convolution, if it has to be called.
+        act: of the result.
+        axis: where a module of that has the channels, if it has to be called.
 
     What is watched by hooks, or not what kernels take, is called as ever.
     """
@@ -218,12 +219,12 @@ def normalize(
     own = _own(act)
     y = _by_kernel(x, norm, bias, own)
     if y is None:
-        y, own = _plainly(norm, x if bias is None else x + bias), None
+        y, own = _plainly(norm, x if bias is None else x + bias.to(x.dtype)), None
     if act is None or own is not None:
         return y
     if isinstance(act, str):
         return F.silu(y) if act == "silu" else F.gelu(y)
-    made: Tensor = act(y) if convolution is None else act(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    made: Tensor = act(y.movedim(-1, axis)).movedim(axis, -1)
     return made
 
 

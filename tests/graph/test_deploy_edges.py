@@ -16,6 +16,7 @@ import ssmquant
 from ssmquant import QConfig
 from ssmquant.graph.deploy import deploy
 from ssmquant.graph.deploy_calls import conv2d_call, excite_call, linear_call
+from ssmquant.graph.orders import Unfit
 from ssmquant.modules import deployed
 from ssmquant.ops import use_backend
 from ssmquant.ops.deployed import Norm, cpu, cuda
@@ -137,6 +138,38 @@ def test_what_is_added_to_a_dense_convolution(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("others", [1, 3])
+def test_rows_that_are_added_to_all_samples(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace of one sample does not tell them from those of one each: what does not fit is no sum of a kernel."""
+    torch.manual_seed(0)
+    x, other = torch.randn(1, 6, 8, 4), torch.randn(1, 32, 5)
+    config = QConfig.recommended(4, 4, keep_first_last=False)
+    prepared = ssmquant.prepare(Added(rows=True), config, example_inputs=(x, other))
+    prepared(x, other)
+    model = ssmquant.convert(prepared.eval())
+    graph = deploy(record(model).graph, model, cuda)
+    (call,) = [n for n in graph.nodes if n.target is conv2d_call]
+    assert len(call.args) == 9
+    x, other = torch.randn(3, 6, 8, 4), torch.randn(others, 32, 5)
+    with torch.no_grad():
+        want = model(x, other)
+    for name in ("by_lanes", "pack"):
+        monkeypatch.setattr(cuda, name, getattr(cpu, name))
+    monkeypatch.setattr(
+        cuda, "convolve", lambda *operands, residual: cpu.convolve(*operands) + residual.unflatten(1, (8, 4))
+    )
+    monkeypatch.setattr(deployed, "engine_of", lambda _: cuda)
+    with torch.no_grad():
+        fused = fx.GraphModule(model, graph)
+        if others == 1:
+            with pytest.raises(Unfit):
+                fused(x, other)
+        else:
+            torch.testing.assert_close(fused(x, other), want, rtol=1e-4, atol=1e-5)
+        with pytest.raises(Unfit):
+            fused(x[:0], other[:0])
+
+
 def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that no layer takes in are one call each, which hooks turn into a call of the module."""
     model, _ = make("mambair", QConfig.recommended(4, 4))
@@ -193,13 +226,88 @@ def test_norms_of_images_on_a_gpu(kind: str) -> None:
     value: Any = call.args[0]
     assert value.target == ("arg_0" if taken else "permute")
     assert len(call.args) == 2 + taken
-    assert list(call.kwargs) == ([] if kind == "tanh" else ["act"])
+    assert ("act" in call.kwargs) is (kind != "tanh")
     with torch.no_grad():
         rows = model.conv(x).permute(0, 2, 3, 1)
         want = model.norm(rows) if kind == "tanh" else model.act(model.norm(rows))
         more: Any = {} if kind == "tanh" else {"act": model.act}
         got = deployed.normalize(x if taken else rows, (model.norm,), model.conv if taken else None, **more)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_of_images_are_of_what_was_there() -> None:
+    """A convolution whose input is written to before its norm stays where it is."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.last = (
+                nn.Conv2d(3, 6, 3, padding=1),
+                nn.LayerNorm(6),
+                nn.Conv2d(6, 6, 3),
+            )
+            self.head = nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            y = self.conv(x)
+            x.mul_(2)
+            z = self.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            out: Tensor = self.head(self.last(z)) + x.mean()
+            return out
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 9)
+    model = converted(Written(), QConfig.recommended(8, 8), x)
+    graph = deploy(record(model).graph, model, cuda)
+    (call,) = [n for n in graph.nodes if n.target is deployed.normalize]
+    assert len(call.args) == 2
+    assert call.args[0].target == "permute"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_hooks_of_activations_behind_norms_see_their_layout(quantized: bool, first: bool) -> None:
+    """Of a float convolution or another one in front; with channels first or last."""
+
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Conv2d(6, 6, 1) if quantized else nn.Identity()  # the first one stays in float
+            self.conv, self.norm = nn.Conv2d(6, 6, 3), nn.LayerNorm(6)
+            self.act, self.last, self.head = nn.SiLU(), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(self.before(x)).permute(0, 2, 3, 1))
+            y = self.act(y.permute(0, 3, 1, 2)) if first else self.act(y).permute(0, 3, 1, 2)
+            out: Tensor = self.head(self.last(y))
+            return out
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 8, 9)
+    model = converted(Stem(), QConfig.recommended(8, 8), x)
+    graph = deploy(record(model).graph, model, cuda)
+    (call,) = [n for n in graph.nodes if n.target is deployed.normalize]
+    assert len(call.args) == 2 + (not quantized)
+    assert "act" in call.kwargs
+    seen: list[tuple[int, ...]] = []
+    with torch.no_grad():
+        want = model(x)
+        model.act.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        got = fx.GraphModule(model, graph)(x)
+    assert seen == [(2, 6, 6, 7) if first else (2, 6, 7, 6)]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_images_keep_the_dtype_of_the_convolution() -> None:
+    """Also where autocast has it in another one than its bias."""
+    convolution, norm = nn.Conv2d(3, 6, 3), nn.RMSNorm(6, elementwise_affine=False)
+    x = torch.randn(2, 3, 8, 9)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = deployed.normalize(x, (norm,), convolution)
+        want = norm(convolution(x).permute(0, 2, 3, 1))
+    assert got.dtype is want.dtype
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
 def test_norms_that_are_functions_on_a_gpu() -> None:

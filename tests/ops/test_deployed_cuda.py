@@ -326,7 +326,7 @@ def check_norms_of_images(device: str, launched: list[str]) -> None:
 
     def agree(kernels: int) -> None:
         launched.clear()
-        got = deployed.normalize(image, (layer,), convolution, act)
+        got = deployed.normalize(image, (layer,), convolution, act, 1)
         assert launched == ["normalize"] * kernels
         torch.testing.assert_close(got, plainly(), rtol=1e-4, atol=1e-4 if device != "cpu" else 1e-5)
 
