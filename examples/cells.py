@@ -362,6 +362,8 @@ def run_cell(
         if any(isinstance(m, DLS) for m in loaded.modules()):
             ssmquant.save(ssmquant.convert(prepared, dls="frozen"), folder / _FROZEN)
             files.append(_FROZEN)
+    if method.searched and cell.bits is not None:
+        facts["searched"] = config.to_dict()
     facts["bitops"] = common.bitops_at(model, config, settings.problem.counted(example, settings.side))
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     common.write_json(

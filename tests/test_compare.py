@@ -731,6 +731,9 @@ def test_searched_widths(place: Path, tmp_path: Path) -> None:
     assert row["bits"] == 2.5
     result = json.loads((tmp_path / "cells" / "searched-w2.5a2.5-s0" / "result.json").read_text())
     assert result["key"]["training"]["searched"]
+    assert len(QConfig.from_dict(result["searched"]).rules) > len(
+        QConfig.from_dict(result["key"]["config"]).rules
+    )
     assert not (tmp_path / "cells" / "searched-w2.5a2.5-s0" / "searched.json").exists()
     lsq = {r["bits"]: r for r in read(tmp_path)[0]["rows"] if r["method"] == "lsq"}
     assert lsq[2]["bitops"] <= row["bitops"] <= lsq[3]["bitops"]
