@@ -364,7 +364,7 @@ def run_cell(
             files.append(_FROZEN)
     if method.searched and cell.bits is not None:
         facts["searched"] = config.to_dict()
-    facts["bitops"] = common.bitops_at(model, config, settings.problem.counted(example, settings.side))
+    facts["bitops"] = _bitops(model, config, settings, example)
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     common.write_json(
         {
@@ -378,6 +378,18 @@ def run_cell(
     )  # fmt: skip
     _remove_checkpoints(folder)
     return True
+
+
+_counted: dict[tuple[str, str, torch.Size], int] = {}
+
+
+def _bitops(model: nn.Module, config: QConfig, settings: Settings, example: Tensor) -> int:
+    """BitOPs of the float model under a configuration; seeds have them in common."""
+    x = settings.problem.counted(example, settings.side)
+    key = common.sha256(settings.init), config.to_json(), x.shape
+    if key not in _counted:
+        _counted[key] = common.bitops_at(model, config, x)
+    return _counted[key]
 
 
 def _remove_checkpoints(folder: Path) -> None:

@@ -668,8 +668,9 @@ def test_labelled_pictures(kind: str, tmp_path: Path, capsys: pytest.CaptureFixt
     np.savez(tmp_path / "data.npz", x=x, y=y)
     torch.manual_seed(0)
     save_float(zoo.build(LABELLED[kind], num_classes=3), tmp_path / "float.safetensors")
+    grid = "4:mambaquant,lsq" if kind == "classify" else "4:lsq"
     args = [
-        "4:mambaquant,lsq", "--task", kind, "--init", str(tmp_path / "float.safetensors"), "--device", "cpu",
+        grid, "--task", kind, "--init", str(tmp_path / "float.safetensors"), "--device", "cpu",
         "--batch", "4", "--patch", "16", "--steps", "1", "--calibration", "1", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     data = ["--data", str(tmp_path / "data.npz")]
@@ -678,8 +679,8 @@ def test_labelled_pictures(kind: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["settings"]["task"] == {"kind": kind}
     assert list(rows["lsq"]["sets"]) == ["test"]
     assert 0 <= rows["lsq"]["score"] <= (100 if kind == "classify" else 1)
-    assert rows["mambaquant"]["train_seconds"] == 0
-    assert rows["mambaquant"]["bitops_reduction"] > 0.5
+    assert rows["lsq"]["bitops_reduction"] > 0.5
+    assert kind == "segment" or rows["mambaquant"]["train_seconds"] == 0
     result = json.loads((tmp_path / "out" / "cells" / "lsq-w4a4-s0" / "result.json").read_text())
     metric = {"classify": "accuracy", "segment": "dice"}[kind]
     scores = [row[metric] for row in result["sets"][0]["images"]]
