@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import os
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from common import read_json
 from compare import claimed, environments
 from methods import METHODS
 from problems import Metric, metrics_of
@@ -263,21 +263,13 @@ def _finished(table: Table, model: Path) -> bool:
     """Whether a float model is trained: some are written whole only, others come with what train_restore.py says."""
     if table.labelled or not model.exists():
         return model.exists()
-    found = _read(model.parent / "metrics.json")
+    found = read_json(model.parent / "metrics.json")
     return bool(found.get("finished"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def overview(names: Sequence[str], out: Path) -> list[str]:
     """A Markdown table for each metric: every table and bit width of it in a line, methods in columns."""
-    found = {name: _read(out / name / "compare.json") for name in names}
+    found = {name: read_json(out / name / "compare.json") for name in names}
     shown = {name: one for name, one in found.items() if one.get("rows")}
     lines: list[str] = []
     kinds = {name: metrics_of(one["settings"]["task"]["kind"])[0] for name, one in shown.items()}

@@ -127,18 +127,9 @@ def _key(cell: Cell, settings: Settings) -> dict[str, Any]:
     return known
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _keyed(path: Path, cell: Cell, settings: Settings) -> dict[str, Any] | None:
     """The file's content if it is of these settings."""
-    found, wanted = _read_json(path), _key(cell, settings)
+    found, wanted = common.read_json(path), _key(cell, settings)
     key = found.get("key")
     if not isinstance(key, dict):
         return None
@@ -223,7 +214,7 @@ def failure(cell: Cell, settings: Settings, out: Path, sets: Mapping[str, str] |
 def forget_failure(cell: Cell, out: Path) -> None:
     """Let a cell be tried again; a training that failed starts anew."""
     path = out / cell.name / "failed.json"
-    if path.exists() and _read_json(path).get("set") is None:
+    if path.exists() and common.read_json(path).get("set") is None:
         _remove_checkpoints(out / cell.name)
     path.unlink(missing_ok=True)
 
@@ -399,7 +390,7 @@ def _remove_checkpoints(folder: Path) -> None:
 
 def _forget_others(folder: Path, key: dict[str, Any]) -> None:
     """Remove the checkpoints and the failure of a run with other settings."""
-    if _read_json(folder / "key.json") != key:
+    if common.read_json(folder / "key.json") != key:
         _remove_checkpoints(folder)
         (folder / "failed.json").unlink(missing_ok=True)
         common.write_json(key, folder / "key.json")
@@ -410,7 +401,7 @@ def _searched(
 ) -> QConfig:
     """``config`` with widths of every site within the cell's effective bits; ``searched.json`` keeps it."""
     path = folder / _SEARCHED
-    known = _read_json(path)
+    known = common.read_json(path)
     if known:
         return QConfig.from_dict(known)
     batches = _batches(data, settings, cell.seed)

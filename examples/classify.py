@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tokenize
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from labelled import Labelled, read_arrays
 from torch import Tensor, nn
 from training import Recipe, decay_groups, fit, to_device
 
@@ -27,7 +25,7 @@ from ssmquant import zoo
 from ssmquant.errors import FormatError, SsmquantError
 from ssmquant.io import save_float
 
-__all__ = ["MODELS", "Pictures", "accuracy", "build", "logits", "read_arrays", "train_float"]
+__all__ = ["MODELS", "Pictures", "accuracy", "build", "logits", "train_float"]
 
 MODELS: dict[str, dict[str, Any]] = {
     "vim": {
@@ -46,24 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
 """As published, but small: Vim with two directions and a class token, VMamba's v05 without gates."""
 
 
-UNREADABLE = (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
-"""What numpy raises for files that are no .npz, broken, or without an array (an .npy: TypeError)."""
-
-
-def read_arrays(path: str | os.PathLike[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """``x`` and ``y`` of an .npz file.
-
-    Raises:
-        FormatError: it is none, or has no such arrays.
-    """
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return file["x"], file["y"]
-    except UNREADABLE as error:
-        raise FormatError(f"{path} is no .npz file of x and y: {error}") from error
-
-
-class Pictures:
+class Pictures(Labelled):
     """Labelled pictures in two parts, and a stream of augmented batches of the first (see ``training.Data``).
 
     All lie on ``device``; what is random comes from a CPU generator, so that it is the same on every device.
@@ -94,11 +75,7 @@ class Pictures:
         test = torch.zeros(len(labels), dtype=torch.bool)
         for label in labels.unique():
             test[(labels == label).nonzero().flatten()[::5]] = True
-        self.device = torch.device(device)
-        self.x, self.y = pictures[~test].to(device), labels[~test].to(device)
-        self.test_x, self.test_y = pictures[test].to(device), labels[test].to(device)
-        self.classes = int(labels.max()) + 1
-        self.seed(seed)
+        super().__init__(pictures, labels, test, seed, device)
 
     @classmethod
     def load(
@@ -110,15 +87,6 @@ class Pictures:
             FormatError: no such arrays.
         """
         return cls(*read_arrays(path), seed, device)
-
-    def seed(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self._generator.set_state(state["generator"])
 
     def sample(self, batch: int) -> tuple[Tensor, Tensor]:
         """The next batch: turned by up to 15 degrees, sheared, scaled by 0.85 to 1.15, moved by up to two pixels."""

@@ -153,12 +153,36 @@ class Restoration(Problem):
         return f"{psnr(to_tensor(shown), to_tensor(wanted)):.2f} dB"
 
 
+class LabelledProblem(Problem):
+    """A task of an .npz file of labelled pictures, which is scored on the file's test part."""
+
+    def sets(self, sources: Sequence[str | Path], data: str | Path | None) -> list[EvalSet]:
+        if not sources and data is None:
+            raise ConfigError("--data or --eval: a labelled .npz file is needed")
+        paths = [Path(path) for path in sources or [data] if path is not None]
+        for path in paths:
+            if path.suffix.lower() != ".npz":
+                raise ConfigError(f"{path}: labelled pictures are an .npz file of x and y")
+        names = set_names([path.with_suffix("") for path in paths]) if sources else ["test"]
+        return distinct(
+            EvalSet(name, path, common.sha256(path)) for name, path in zip(names, paths, strict=True)
+        )
+
+    def check(self, one: EvalSet) -> None:
+        self._test(one.folder)
+
+    @staticmethod
+    def _test(path: Path) -> Any:
+        """Test pictures and their labels."""
+        raise NotImplementedError
+
+
 GROUP = 10
 """Test pictures that are scored together: one alone is right or wrong."""
 
 
 @dataclass(frozen=True)
-class Classification(Problem):
+class Classification(LabelledProblem):
     """Classes of small pictures, as in ``classify.py``: per cent that are right, in groups of ten of one class."""
 
     metrics = (Metric("accuracy", "accuracy", "%", 2),)
@@ -172,12 +196,6 @@ class Classification(Problem):
 
     def calibration(self, data: Pictures, batches: int, batch: int) -> list[Tensor]:
         return data.calibration(batches * batch, batch)
-
-    def sets(self, sources: Sequence[str | Path], data: str | Path | None) -> list[EvalSet]:
-        return _test_parts(sources, data)
-
-    def check(self, one: EvalSet) -> None:
-        self._test(one.folder)
 
     def score(self, model: nn.Module, one: EvalSet, title: str, each: Each | None = None) -> Rows:
         x, y = self._test(one.folder)
@@ -198,20 +216,8 @@ class Classification(Problem):
         return data.test_x, data.test_y
 
 
-def _test_parts(sources: Sequence[str | Path], data: str | Path | None) -> list[EvalSet]:
-    """The test parts of labelled files: those of the training file by default."""
-    if not sources and data is None:
-        raise ConfigError("--data or --eval: a labelled .npz file is needed")
-    paths = [Path(path) for path in sources or [data] if path is not None]
-    for path in paths:
-        if path.suffix.lower() != ".npz":
-            raise ConfigError(f"{path}: labelled pictures are an .npz file of x and y")
-    names = set_names([path.with_suffix("") for path in paths]) if sources else ["test"]
-    return distinct(EvalSet(name, path, common.sha256(path)) for name, path in zip(names, paths, strict=True))
-
-
 @dataclass(frozen=True)
-class Segmentation(Problem):
+class Segmentation(LabelledProblem):
     """Classes of the pixels of slices, as in ``segment.py``: training on crops, Dice of whole slices."""
 
     metrics = (Metric("dice", "Dice", "", 4),)
@@ -225,12 +231,6 @@ class Segmentation(Problem):
 
     def calibration(self, data: Slices, batches: int, batch: int) -> list[Tensor]:
         return data.calibration(batches * batch)
-
-    def sets(self, sources: Sequence[str | Path], data: str | Path | None) -> list[EvalSet]:
-        return _test_parts(sources, data)
-
-    def check(self, one: EvalSet) -> None:
-        self._test(one.folder)
 
     def score(self, model: nn.Module, one: EvalSet, title: str, each: Each | None = None) -> Rows:
         x, y, classes = self._test(one.folder)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from classify import read_arrays
+from labelled import Labelled, read_arrays
 from torch import Tensor, nn
 from training import Recipe, decay_groups, fit, to_device
 
@@ -43,7 +43,7 @@ BLOCK, EVERY = 8, 5
 MULTIPLE = 32  # of the sides that networks see: enough for four stages of patches of 4 x 4 pixels
 
 
-class Slices:
+class Slices(Labelled):
     """Labelled slices in two parts, and a stream of augmented crops of the first (see ``training.Data``).
 
     All lie on ``device``; what is random comes from a CPU generator, so that it is the same on every device.
@@ -80,14 +80,11 @@ class Slices:
             )
         if type(side) is not int or not 1 <= side <= min(x.shape[1:]):
             raise ConfigError(f"side={side!r}: crops have between 1 and {min(x.shape[1:])} pixels a side")
-        self.device, self.side = torch.device(device), side
+        self.side = side
         slices = torch.from_numpy(x).float().div_(127.5).sub_(1.0).unsqueeze(1)
         labels = torch.from_numpy(y.astype(np.int64))
         test = torch.arange(len(x)) // BLOCK % EVERY == EVERY - 1
-        self.x, self.y = slices[~test].to(device), labels[~test].to(device)
-        self.test_x, self.test_y = slices[test].to(device), labels[test].to(device)
-        self.classes = int(y.max()) + 1
-        self.seed(seed)
+        super().__init__(slices, labels, test, seed, device)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> Slices:
@@ -97,15 +94,6 @@ class Slices:
             FormatError: no such arrays.
         """
         return cls(*read_arrays(path), **options)
-
-    def seed(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self._generator.set_state(state["generator"])
 
     def sample(self, batch: int) -> tuple[Tensor, Tensor]:
         """The next batch of crops, (batch, 1, side, side) and (batch, side, side).

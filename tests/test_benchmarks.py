@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Imports a script of the folder, and forgets it afterwards: the examples have a ``common`` of their own."""
     names = (
-        "classify", "common", "finetune", "infer_cpu", "infer_cuda", "patches", "ptq", "qmambair", "scan",
-        "scan_quantized", "tables", "train", "training",
+        "classify", "common", "finetune", "infer_cpu", "infer_cuda", "labelled", "patches", "ptq", "qmambair",
+        "scan", "scan_quantized", "tables", "train", "training",
     )  # fmt: skip
     monkeypatch.syspath_prepend(FOLDER)
     for name in names:
@@ -458,6 +458,7 @@ def test_rows_of_a_file_are_kept(
 
 def test_errors_that_tf32_allows(infer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = "float_eager", "float_graph", "float_compile_graph", "float_compile_amp16_graph"
+    torch.set_float32_matmul_precision("highest")  # whatever ran before; the fixture puts it back
     for allowed, limits in ((True, (1e-3, 1e-2, 1e-2, 0.1)), (False, (1e-3, 1e-3, 1e-3, 0.1))):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
         assert infer.tf32() == {"convolutions": allowed, "products": False}

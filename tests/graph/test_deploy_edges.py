@@ -170,6 +170,13 @@ def test_rows_that_are_added_to_all_samples(others: int, monkeypatch: pytest.Mon
             fused(x[:0], other[:0])
 
 
+def with_one_norm(model: nn.Module) -> tuple[fx.Graph, fx.Node]:
+    """The graph of a GPU, and the call of the one norm that no layer takes in."""
+    graph = deploy(record(model).graph, model, cuda)
+    (call,) = [n for n in graph.nodes if n.target is deployed.normalize]
+    return graph, call
+
+
 def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that no layer takes in are one call each, which hooks turn into a call of the module."""
     model, _ = make("mambair", QConfig.recommended(4, 4))
@@ -220,8 +227,7 @@ def test_norms_of_images_on_a_gpu(kind: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 9)
     model = converted(Stem(), QConfig.recommended(8, 8), x)
-    graph = deploy(record(model).graph, model, cuda)
-    (call,) = [n for n in graph.nodes if n.target is deployed.normalize]
+    _, call = with_one_norm(model)
     taken = kind in ("plain", "tanh")
     value: Any = call.args[0]
     assert value.target == ("arg_0" if taken else "permute")
@@ -259,8 +265,7 @@ def test_norms_of_images_are_of_what_was_there() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 9)
     model = converted(Written(), QConfig.recommended(8, 8), x)
-    graph = deploy(record(model).graph, model, cuda)
-    (call,) = [n for n in graph.nodes if n.target is deployed.normalize]
+    _, call = with_one_norm(model)
     assert len(call.args) == 2
     assert call.args[0].target == "permute"
 
@@ -286,8 +291,7 @@ def test_hooks_of_activations_behind_norms_see_their_layout(quantized: bool, fir
     torch.manual_seed(0)
     x = torch.randn(2, 6, 8, 9)
     model = converted(Stem(), QConfig.recommended(8, 8), x)
-    graph = deploy(record(model).graph, model, cuda)
-    (call,) = [n for n in graph.nodes if n.target is deployed.normalize]
+    graph, call = with_one_norm(model)
     assert len(call.args) == 2 + (not quantized)
     assert "act" in call.kwargs
     seen: list[tuple[int, ...]] = []
