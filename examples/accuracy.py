@@ -115,7 +115,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
         **{
             name: Table(
                 f"digits, {title}",
-                ("8,4,2:lsq,ours:0,1,2", "8,4,2:mambaquant:0"),
+                ("8,4,2:lsq,ours,ours-no-distill:0,1,2", "8,4,2:mambaquant:0"),
                 ("--task", "classify", "--batch", "64", "--steps", "600", "--lr", "5e-4"),
                 script="classify.py",
                 train=("--model", name),
@@ -125,7 +125,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
         },
         "vmunet": Table(
             "slices, VM-UNet",
-            ("8,4,2:lsq,ours:0,1,2", "8,4,2:mambaquant:0"),
+            ("8,4,2:lsq,ours,ours-no-distill:0,1,2", "8,4,2:mambaquant:0"),
             ("--task", "segment", "--batch", "16", "--patch", "96", "--steps", "1000"),
             script="segment.py",
             train=("--model", "vmunet", "--steps", "4000"),

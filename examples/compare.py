@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import os
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def work(
     args: argparse.Namespace,
     deadline: float | None,
 ) -> None:
-    """Run what is neither finished nor failed."""
+    """Run what is neither finished nor failed; what runs out of GPU memory is left unfinished."""
     out: Path = args.out / "cells"
     end = None if deadline is None else deadline - SPARE
 
@@ -127,6 +128,32 @@ def work(
     for one in sets:  # pictures that cannot be read or scored show before any training
         settings.problem.check(one)
     data = None
+
+    def run(cell: Cell) -> None:
+        nonlocal data
+        result = load_result(cell, settings, out)
+        if result is not None and not has_models(cell, result, out):
+            return  # the report says so
+        if result is None and data is None:
+            data = settings.problem.load(args.data, args.device, settings.patch)
+            settings.problem.check_model(load_float(settings.init).to(args.device), data)
+        began = time.monotonic()
+        try:
+            if result is None:
+                assert data is not None
+                if not run_cell(cell, settings, data, out, end):
+                    return
+            score_cell(cell, settings, sets, out, args.device)
+        except SsmquantError as error:
+            mark_failed(cell, settings, out, sets, error)
+            print(f"{cell.name} failed: {error}", file=sys.stderr, flush=True)
+            return
+        found = read_result(cell, settings, out, sets)
+        assert found is not None
+        metric, seconds = settings.problem.metric, time.monotonic() - began
+        score = metric.show(report.mean_score(found["images"], metric.key), 1)
+        print(f"{cell.name}: {score} {metric.unit}, {seconds:.0f} s", file=sys.stderr, flush=True)
+
     for cell in cells:
         if end is not None and time.monotonic() > end:
             return
@@ -135,28 +162,13 @@ def work(
         with claimed(out / cell.name) as mine:
             if not mine or done(cell):
                 continue
-            result = load_result(cell, settings, out)
-            if result is not None and not has_models(cell, result, out):
-                continue  # the report says so
-            if result is None and data is None:
-                data = settings.problem.load(args.data, args.device, settings.patch)
-                settings.problem.check_model(load_float(settings.init).to(args.device), data)
-            began = time.monotonic()
             try:
-                if result is None:
-                    assert data is not None
-                    if not run_cell(cell, settings, data, out, end):
-                        continue
-                score_cell(cell, settings, sets, out, args.device)
-            except SsmquantError as error:
-                mark_failed(cell, settings, out, sets, error)
-                print(f"{cell.name} failed: {error}", file=sys.stderr, flush=True)
-                continue
-            found = read_result(cell, settings, out, sets)
-            assert found is not None
-            metric, seconds = settings.problem.metric, time.monotonic() - began
-            score = metric.show(report.mean_score(found["images"], metric.key), 1)
-            print(f"{cell.name}: {score} {metric.unit}, {seconds:.0f} s", file=sys.stderr, flush=True)
+                run(cell)
+            except torch.OutOfMemoryError:  # no fault of the cell's if other processes have the memory
+                advice = "with fewer --jobs or a smaller --batch it needs less"
+                print(f"{cell.name}: out of GPU memory; {advice}", file=sys.stderr, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()  # for other processes
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -244,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
             finally:
                 for process in helpers:
                     process.wait()
+            if helpers:  # cells that had no memory beside others, or whose process died
+                work(cells, settings, sets, args, deadline)
             if args.worker is not None:
                 return 0
         left, failed = report.write(cells, settings, args.out, sets)

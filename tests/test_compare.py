@@ -365,6 +365,32 @@ def test_a_cell_that_fails_does_not_stop_the_others(
     assert not list(tmp_path.glob("cells/*/failed.json"))
 
 
+def test_a_cell_without_memory_waits_for_the_other_processes(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit, full = cells.fit, True
+
+    def hungry(*args: Any, title: str, **more: Any) -> Any:
+        if full and title.startswith("lsq"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fit(*args, title=title, **more)
+
+    class Helper:
+        def wait(self) -> None:
+            nonlocal full
+            full = False
+
+    monkeypatch.setattr(cells, "fit", hungry)
+    assert run(place, tmp_path, "2:lsq,minmax") == 1
+    said = capsys.readouterr().err
+    assert "lsq-w2a2-s0: out of GPU memory; with fewer --jobs" in said
+    assert "1 of 3 cells are not finished" in said
+    assert list(read(tmp_path)[1]) == ["float", "minmax"]
+    monkeypatch.setattr(compare, "_start", lambda *_: [Helper()])
+    assert run(place, tmp_path, "2:lsq,minmax", jobs=2) == 0
+    assert set(read(tmp_path)[1]) == {"float", "lsq", "minmax"}
+
+
 def test_scores_that_fail_cost_no_training(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
