@@ -172,9 +172,11 @@ def check_codes_between(device: str, inputs: int, outputs: int, columns: int) ->
     apart = there[1].clone().transpose(0, 1).contiguous().transpose(0, 1)
     other = cuda.project(there[0], grids[0], weights, more=(apart, there[2]))
     close(other.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
-    coded = cuda.project(as_codes(x, grid).to(device), grids[0], weights)
-    close(coded.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
-    assert torch.equal(coded.isnan(), whole.isnan())
+    given = as_codes(x, grid).to(device)
+    for codes in (given, given.transpose(0, 1).contiguous().transpose(0, 1)):
+        coded = cuda.project(codes, grids[0], weights)
+        close(coded.cpu().nan_to_num(), whole.cpu().nan_to_num().double())
+        assert torch.equal(coded.isnan(), whole.isnan())
     for factors in (None, torch.rand(columns) + 0.5):
         there = None if factors is None else factors.to(device)
         codes, rest = cuda.project(x.to(device), grids[0], weights, codes=(grids[1], columns, there))
@@ -250,6 +252,12 @@ def check_convolutions(device: str) -> None:
         x[1, 2, 3, 4] = math.nan
         got = cuda.convolve(x.to(device), there, packed, None, *sizes).cpu()
         assert torch.equal(got.isnan(), cpu.convolve(x, grid, cpu.pack(*operands), None, *sizes).isnan())
+        if bits == 2:  # codes are what at most 7 bits are handed on as
+            codes = as_codes(x, grid).to(device)
+            for given_codes in (codes, codes.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
+                coded = cuda.convolve(given_codes, there, packed, None, *sizes).cpu()
+                close(coded.nan_to_num(), got.nan_to_num().double())
+                assert torch.equal(coded.isnan(), got.isnan())
 
 
 def check_attention(device: str) -> None:
@@ -550,6 +558,8 @@ def compile_for_h100() -> None:
     codes = torch.zeros(1, 64, 72, dtype=torch.int8)
     cuda.project(x, grid, packed, more=(x.clone(),), codes=(grid, 30, ones(30)))
     cuda.project(codes, grid, packed, codes=(grid, 60, None))
+    wide = torch.zeros(1, 64, 300, dtype=torch.int8)
+    cuda.project(wide, grid, cuda.pack(*Operands.weight((60, 300), 2, 1.0)))
     cuda.project(
         torch.randn(1, 64, 600), make_grid(8, 1), cuda.pack(*Operands.weight((60, 600), 8, 1.0)), act="gelu"
     )

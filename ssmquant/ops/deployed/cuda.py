@@ -222,8 +222,12 @@ def project(
             following, factors,
         )  # fmt: skip
         return y if codes is None else (made, y)
-    if not coded and inputs <= _MOST_OF_ROW and max(inputs, outputs) > _FEW_COLUMNS:
-        found = _row_codes(x, part, parts, (samples, rows), grid, norm, z)
+    if inputs <= _MOST_OF_ROW and max(inputs, outputs) > _FEW_COLUMNS:
+        if coded:
+            x = x.contiguous().view(samples, rows, inputs)
+            found = x.flatten(0, 1), _sums(x)
+        else:
+            found = _row_codes(x, part, parts, (samples, rows), grid, norm, z)
         _multiply(*found, (samples, rows), grid, weights, bias, held, gain, act, y, made, following, factors)
         return y if codes is None else (made, y)
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
@@ -273,6 +277,18 @@ def _row_codes(
     numbers = rows, part, *x.stride(), *z_strides, float(eps), grid.qmin, grid.qmax
     _launch("encode_rows", (-(-rows // bm), 1, count), tensors, numbers, constants)
     return codes, sums
+
+
+def _sums(codes: Tensor) -> Tensor:
+    """The sums of ``_row_codes``, of codes (samples, rows, inputs) from 0 and -1 for NaN."""
+    count, rows, inputs = codes.shape
+    _small_enough(codes)
+    sums = torch.empty(count * rows, dtype=torch.int32, device=codes.device)
+    bk = _power(inputs, 32)
+    bm = max(1, 8192 // bk)
+    numbers = rows, *codes.stride()
+    _launch("sum_rows", (-(-rows // bm), 1, count), (codes, sums), numbers, (inputs, bm, bk))
+    return sums
 
 
 def _multiply(
@@ -331,11 +347,13 @@ def convolve(
         InputError: too many channels, pixels or samples.
     """
     batch, x_height, x_width, inputs = x.shape
-    coded, of_pixels, of_weights = x.dtype == torch.int8, None, weights.codes
-    if not coded:  # encoded once, and not for every tap
-        if inputs > _MOST_OF_ROW:
-            raise InputError(f"deployed: convolutions on GPUs take {_MOST_OF_ROW} channels, not {inputs}")
-        rows = x.flatten(1, 2)
+    of_weights = weights.codes
+    if inputs > _MOST_OF_ROW:
+        raise InputError(f"deployed: convolutions on GPUs take {_MOST_OF_ROW} channels, not {inputs}")
+    rows = x.flatten(1, 2)  # encoded, and summed, once and not for every tap
+    if x.dtype == torch.int8:
+        of_pixels = _sums(rows)
+    else:
         codes, of_pixels = _row_codes(rows, 0, 1, (batch, rows.shape[1]), grid, norm, None)
         x = codes.view(batch, x_height, x_width, -1)
         if weights.tiles is not None:  # with the zeros behind both, which make vectors whole
@@ -361,7 +379,6 @@ def convolve(
         _off(grid),
         *kernel,
         *dilation,
-        coded,
         bias is not None,
         residual is not None,
         bm,

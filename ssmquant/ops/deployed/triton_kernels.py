@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 __all__ = [
-    "blend", "conv", "core_codes", "encode_rows", "excite", "multiply", "normalize", "pool", "project",
+    "blend", "conv", "core_codes", "encode_rows", "excite", "multiply", "normalize", "pool", "project", "sum_rows",
 ]  # fmt: skip
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no fraction, rounding to even
@@ -172,6 +172,22 @@ def encode_rows(
 
 
 @triton.jit
+def sum_rows(
+    codes, sums, rows, x_batch, x_row, x_column,
+    INPUTS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The sums of ``encode_rows``, of codes that are there already, from 0 and -1 for NaN."""
+    _kernel_before(EARLY)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    here = m < rows
+    sample = tl.program_id(2).to(tl.int64)
+    k = tl.arange(0, BK)
+    at = codes + sample * x_batch + m[:, None] * x_row + k[None, :] * x_column
+    _, total, odd = _held(tl.load(at, mask=here[:, None] & (k < INPUTS)[None, :], other=0))
+    tl.store(sums + sample * rows + m, tl.where(odd > 0, _NAN_ROW, total), mask=here)
+
+
+@triton.jit
 def multiply(
     codes, sums, scale, shift, weights, of_scale, of_shift, of_total, bias, residual, gain, y, made, next_scale,
     next_shift, next_factors,
@@ -180,7 +196,7 @@ def multiply(
     RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr, ACT: tl.constexpr, CODES: tl.constexpr, FACTORS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The rest of ``project``, of what ``encode_rows`` has made."""
+    """The rest of ``project``, of codes and their sums: a row with a NaN may have any codes."""
     _kernel_before(EARLY)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -427,12 +443,12 @@ def conv(
     pixels, height, width, x_height, x_width, x_batch, x_down, x_right, x_column, r_batch, r_row, qmin, above, before,
     step_down, step_right,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OFF: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    DOWN: tl.constexpr, RIGHT: tl.constexpr, CODED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+    DOWN: tl.constexpr, RIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A dense convolution of codes: a block of a sample's output pixels by a block of outputs.
 
-    ``x``, ``of_pixels``: codes and their sums as ``encode_rows`` makes them; CODED: codes from 0, -1 for NaN.
+    ``x``, ``of_pixels``: codes and the sums of pixels, as ``multiply`` takes them.
     ``weights``: (taps, OUTPUTS, INPUTS) int8; ``of_total``: (taps, OUTPUTS). The border is no code but zero: its taps
     add nothing at all.
     """
@@ -455,23 +471,18 @@ def conv(
         code = tl.load(
             at[:, None] + k[None, :] * x_column, mask=inside[:, None] & (k < INPUTS)[None, :], other=0
         )
-        if CODED:
-            code, more, nans = _held(code)
-            sums += more
-            odd += nans
         acc = tl.dot(
             code,
             _weights_at(weights + tap * (OUTPUTS * INPUTS), n, k, INPUTS, OUTPUTS),
             acc,
             out_dtype=tl.int32,
         )
-    if not CODED:
-        for tap in range(KH * KW):
-            i, j = top + tap // KW * DOWN, left + tap % KW * RIGHT
-            inside = here & (i >= 0) & (i < x_height) & (j >= 0) & (j < x_width)
-            more = tl.load(of_pixels + sample * x_height * x_width + i * x_width + j, mask=inside, other=0)
-            odd += (more == _NAN_ROW).to(tl.int32)
-            sums += tl.where(more == _NAN_ROW, 0, more)
+    for tap in range(KH * KW):
+        i, j = top + tap // KW * DOWN, left + tap % KW * RIGHT
+        inside = here & (i >= 0) & (i < x_height) & (j >= 0) & (j < x_width)
+        more = tl.load(of_pixels + sample * x_height * x_width + i * x_width + j, mask=inside, other=0)
+        odd += (more == _NAN_ROW).to(tl.int32)
+        sums += tl.where(more == _NAN_ROW, 0, more)
     a, b = tl.load(scale), tl.load(shift)
     origin = (qmin + OFF) * a - b
     ws = tl.load(of_scale + n, mask=out, other=0.0)
