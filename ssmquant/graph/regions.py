@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,22 +17,18 @@ OWNER = "_ssmquant_owner"
 
 
 def _python(graph: fx.Graph, name: str, model: nn.Module | None) -> tuple[Callable[..., Any], str]:
-    if model is None:
-        code = graph.python_code("self", verbose=False)
-        source = code.src
-    else:
-        direct, paths = _by_tables(graph, model)
-        code = direct.python_code("self", verbose=False)
-        source = re.sub(r"\bself\._reference_(\d+)\b", lambda m: paths[int(m[1])], code.src)
+    numbered, paths = _by_numbers(graph, model)
+    code = numbered.python_code("self", verbose=False)
+    source = re.sub(r"\bself\._reference_(\d+)\b", lambda m: paths[int(m[1])], code.src)
     space = dict(code.globals)
     exec(compile(source, f"<ssmquant graph {name}>", "exec"), space)  # fx's own way to make a graph runnable
     return space["forward"], source
 
 
-def _by_tables(graph: fx.Graph, model: nn.Module) -> tuple[fx.Graph, list[str]]:
-    """The graph with numbered targets, and Python for each: modules' tables are read directly.
+def _by_numbers(graph: fx.Graph, model: nn.Module | None) -> tuple[fx.Graph, list[str]]:
+    """The graph with numbered targets, and Python for each.
 
-    Their attributes cost a call of ``nn.Module.__getattr__`` each, some ten thousand a step.
+    fx writes any name that looks like one into its code, keywords and quotes as well ("class", a key of a ModuleDict).
     """
     new = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
@@ -39,11 +36,21 @@ def _by_tables(graph: fx.Graph, model: nn.Module) -> tuple[fx.Graph, list[str]]:
     for n in graph.nodes:
         copy[n] = made = new.node_copy(n, copy.__getitem__)
         if n.op in ("get_attr", "call_module") and n.target != OWNER:
-            made.target = f"_reference_{paths.setdefault(_path(str(n.target), model), len(paths))}"
+            path = _attributes(str(n.target)) if model is None else _path(str(n.target), model)
+            made.target = f"_reference_{paths.setdefault(path, len(paths))}"
     return new, list(paths)
 
 
+def _attributes(target: str) -> str:
+    text = "self"
+    for name in target.split("."):
+        plain = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+        text = f"{text}.{name}" if plain else f"getattr({text}, {name!r})"
+    return text
+
+
 def _path(target: str, model: nn.Module) -> str:
+    """Modules' tables, read directly: attributes cost a call of ``nn.Module.__getattr__`` each, ten thousand a step."""
     *owners, last = target.split(".")
     text, module = "self", model
     for owner in owners:
@@ -52,7 +59,7 @@ def _path(target: str, model: nn.Module) -> str:
     for table in ("_modules", "_parameters", "_buffers"):
         if last in getattr(module, table):
             return f"{text}.{table}[{last!r}]"
-    return f"{text}.{last}"
+    return f"getattr({text}, {last!r})"
 
 
 def _region_call(fn: Callable[..., Any], index: int) -> Callable[..., Any]:
