@@ -17,7 +17,6 @@ Layout (format version 2). So that the header stays small, tensors of a kind are
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -53,7 +52,7 @@ from ssmquant.files import (
     write,
 )
 from ssmquant.graph.plan import Point
-from ssmquant.graph.prepared import attach, forget_baked, refuse_elsewhere
+from ssmquant.graph.prepared import attach, copied, forget_baked, refuse_elsewhere
 from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
 from ssmquant.graph.transforms.edits import read_entries
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
@@ -242,7 +241,7 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
     config = QConfig.from_dict(meta["config"])
     adapter = get_adapter(meta["adapter"]) if isinstance(meta.get("adapter"), str) else find_adapter(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    new = (model if own else copy.deepcopy(model)).eval()
+    new = (model if own else copied(model)).eval()
     if not callable(getattr(new, meta["method"], None)):
         raise reader.fail(f"made for a method {meta['method']!r} that {type(model).__name__} does not have")
     runtime = Runtime(config, adapter, meta["method"])

@@ -22,6 +22,7 @@ from ssmquant.graph.prepared import (
     Values,
     attach,
     bind,
+    copied,
     initialize_weights,
     input_ranges,
     move_plain_tensors,
@@ -119,7 +120,7 @@ def prepare_unchecked(
         example_inputs = adapter.example(model)
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
-    new = copy.deepcopy(model)
+    new = copied(model)
     runtime = Runtime(qconfig, adapter, method)
     attach(new, runtime)
     runtime.train(new.training)

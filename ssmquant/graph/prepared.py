@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from ssmquant.errors import MethodError, TraceError
+from ssmquant.errors import ConfigError, MethodError, TraceError
 from ssmquant.graph.patches import PATCH_LOCK
 from ssmquant.graph.plan import Point
 from ssmquant.graph.regions import OWNER
@@ -34,6 +34,7 @@ __all__ = [
     "Values",
     "attach",
     "bind",
+    "copied",
     "evaluating",
     "forget_baked",
     "initialize_weights",
@@ -178,6 +179,26 @@ def _restore(base: type[nn.Module], method: str, views: tuple[str, ...]) -> nn.M
     sig = inspect.signature(getattr(base, method).__get__(plain))
     cls = _subclass(base, method, sig, views)
     return cls.__new__(cls)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ConfigError: the model holds what Python cannot copy.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        remedy = ""
+        if "graph leaves" in str(e):
+            remedy = (
+                ". It keeps a tensor that was computed with gradients, as torch.nn.utils.weight_norm does: call it "
+                "once under torch.no_grad(), or use torch.nn.utils.parametrizations"
+            )
+        raise ConfigError(f"{type(model).__name__} cannot be copied ({type(e).__name__}: {e}){remedy}") from e
 
 
 def attach(model: nn.Module, runtime: Runtime) -> nn.Module:

@@ -108,7 +108,7 @@ def is_leaf(extra: tuple[str, ...] = ()) -> Callable[[nn.Module], bool]:
 
     def leaf(mod: nn.Module) -> bool:
         names = {c.__name__ for c in type(mod).__mro__}
-        if names & {*extra, *MODE_DEPENDENT}:
+        if names & {*extra, *MODE_DEPENDENT} or isinstance(mod, torch.jit.ScriptModule):
             return True
         if "forward" in vars(mod) or isinstance(mod, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False

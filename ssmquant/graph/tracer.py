@@ -344,6 +344,11 @@ class Recorder(Writer):
                 return call(mod, *args, **kwargs)
             mod = self.adopt(mod)
             name = self.module_names[id(mod)]
+        if isinstance(mod, torch.jit.ScriptModule) and has_state(mod):
+            raise self.fail(
+                f"'{name}' is a torch.jit.ScriptModule with parameters, whose code cannot be followed.",
+                "Give the Python module that it was made from.",
+            )
         tensors: list[Tensor] = []
         sized = collect_tensors((args, kwargs), tensors)
         sized_output = isinstance(mod, nn.modules.conv._ConvTransposeNd) and (

@@ -210,6 +210,12 @@ class Writer(TorchFunctionMode):
 
     def constant(self, t: Tensor) -> tuple[fx.Node, Tensor]:
         """A tensor that is neither an input nor the model's own: kept beside the graph."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            raise self.fail(
+                "The code computes under a transform of torch.func (vmap, grad, jvp), which graphs cannot hold.",
+                "Write that part without it, or make the module that holds it a leaf: prepare(..., "
+                "adapter=Adapter(leaf=('ClassName',))).",
+            )
         name = f"const_{len(self.constants)}"
         self.busy += 1
         self.constants[name] = t.detach()
