@@ -65,10 +65,10 @@ def encode(x: Any) -> Any:
     raise ConfigError(f"save: an example argument of type {type(x).__name__} cannot be written to a file")
 
 
-def dtype_name(t: Tensor) -> str:
+def dtype_name(t: Tensor, what: str = "an example argument") -> str:
     """The name under which a file keeps the tensor's dtype."""
     if t.dtype not in NAMES:
-        raise ConfigError(f"save: a tensor of dtype {t.dtype} cannot be written to a file")
+        raise ConfigError(f"save: {what} of dtype {t.dtype} cannot be written to a file")
     return NAMES[t.dtype]
 
 

@@ -135,7 +135,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     floats: dict[str, list[Tensor]] = {}
     float_table = []
     for name, t in _float_tensors(deployed):
-        dtype_name(t)
+        dtype_name(t, f"'{name}'")
         stored = runtime.float_dtype if runtime.float_dtype is not None and t.is_floating_point() else t.dtype
         floats.setdefault(NAMES[stored], []).append(t.detach().to(stored).reshape(-1).cpu())
         float_table.append(
