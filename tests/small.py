@@ -85,6 +85,9 @@ def images(*shape: int, seed: int = 1) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
+X = images(2, 3, 6, 5)
+
+
 def prepared_and_calibrated(model: nn.Module, config: QConfig, x: Tensor) -> Any:
     prepared = ssmquant.prepare(model, config, example_inputs=(x,))
     return ssmquant.calibrate(prepared, [x]).eval()
@@ -93,7 +96,7 @@ def prepared_and_calibrated(model: nn.Module, config: QConfig, x: Tensor) -> Any
 @functools.cache
 def _scanner(bits: int) -> Any:
     torch.manual_seed(0)
-    return prepared_and_calibrated(Scanner().eval(), QConfig(w_bits=bits, a_bits=bits), images(2, 3, 6, 5))
+    return prepared_and_calibrated(Scanner().eval(), QConfig(w_bits=bits, a_bits=bits), X)
 
 
 def scanner(bits: int = 2) -> Any:

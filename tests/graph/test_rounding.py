@@ -23,8 +23,8 @@ from ssmquant.graph.rounding.inputs import measure_inputs
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.quantizers import Quantizer
 from tests.graph.test_transforms import vim, vmamba
+from tests.model_files import meta_of, with_meta
 from tests.small import Scanner, images, points, prepared_and_calibrated, rows, tiny_mambair
-from tests.test_io import meta_of, with_meta
 
 DOUBLE = torch.float64
 
