@@ -19,11 +19,7 @@ from torch import nn
 import ssmquant
 import ssmquant.io as files
 from ssmquant import ConfigError, FormatError, QConfig, zoo
-from tests.model_files import (
-    POINTS,
-    ZOO_NUMBERS,
-    Small,
-)
+from tests.model_files import POINTS, ZOO_NUMBERS, Small
 from tests.small import images, prepared_and_calibrated, tiny_mambair
 
 # ---- float models --------------------------------------------------------------------------------------------------
