@@ -7,13 +7,16 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
+from ssmquant import QConfig
 from ssmquant.ops import use_backend
+from tests.small import images, prepared_and_calibrated, tiny_mambair
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,3 +77,11 @@ def plain_graphs() -> Iterator[None]:
     """Deployed graphs as they were traced, whose results equal the prepared ones' bit for bit."""
     with use_backend("chunked", op="fuse"):
         yield
+
+
+@pytest.fixture(scope="module")
+def mambair() -> Any:
+    """A calibrated W4A4 MambaIR; tests copy it."""
+    torch.manual_seed(0)
+    model = tiny_mambair()
+    return prepared_and_calibrated(model, QConfig(w_bits=4, a_bits=4), images(2, 3, 8, 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import ssmquant
 from ssmquant import QConfig, zoo
 from ssmquant.graph.plan import Point
 from ssmquant.graph.runtime import runtime_of
+from ssmquant.modules import PackedTensor
 from ssmquant.ops.selective_scan import selective_scan
 
 
@@ -85,6 +87,9 @@ def images(*shape: int, seed: int = 1) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
+X = images(2, 3, 6, 5)
+
+
 def prepared_and_calibrated(model: nn.Module, config: QConfig, x: Tensor) -> Any:
     prepared = ssmquant.prepare(model, config, example_inputs=(x,))
     return ssmquant.calibrate(prepared, [x]).eval()
@@ -93,7 +98,7 @@ def prepared_and_calibrated(model: nn.Module, config: QConfig, x: Tensor) -> Any
 @functools.cache
 def _scanner(bits: int) -> Any:
     torch.manual_seed(0)
-    return prepared_and_calibrated(Scanner().eval(), QConfig(w_bits=bits, a_bits=bits), images(2, 3, 6, 5))
+    return prepared_and_calibrated(Scanner().eval(), QConfig(w_bits=bits, a_bits=bits), X)
 
 
 def scanner(bits: int = 2) -> Any:
@@ -117,3 +122,32 @@ def points(model: nn.Module) -> dict[str, Point]:
 
 def rows(model: nn.Module) -> dict[str, ssmquant.analysis.SummaryRow]:
     return {r.name: r for r in ssmquant.summary(model).rows}
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def assert_same_state(now: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    assert now.keys() == before.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(now[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def codes_of(model: nn.Module) -> dict[str, Tensor]:
+    """The packed codes of every weight and static operand of a conversion."""
+    weights = runtime_of(ssmquant.convert(model)).weights
+    return {k: m.codes.clone() for k, m in weights.items() if isinstance(m, PackedTensor)}
+
+
+def packed(model: nn.Module) -> dict[str, PackedTensor]:
+    return {k: m for k, m in runtime_of(model).weights.items() if isinstance(m, PackedTensor)}
+
+
+def fresh(config: QConfig | None = None) -> Any:
+    torch.manual_seed(0)
+    return ssmquant.prepare(Scanner(), config or QConfig(w_bits=2, a_bits=2), example_inputs=(X,))
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))

@@ -1,4 +1,4 @@
-"""``load_checkpoint`` on what training code in the wild writes; plain, wrapped and damaged files are in test_io."""
+"""``load_checkpoint`` on what training code in the wild writes; plain and damaged files are in test_float_files."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from ssmquant import CalibrationError, ConfigError, FormatError, QConfig, zoo
 from ssmquant.config import TRANSFORMS
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.quantizers import MinMax
+from tests.model_files import meta_of, with_meta
 from tests.small import tiny_mambair
-from tests.test_io import meta_of, with_meta
 
 
 def uneven_vim() -> nn.Module:

@@ -23,8 +23,8 @@ from ssmquant.modules.activation import ActivationQuantizer, gains
 from ssmquant.quantizers import PTS, Quantizer
 from tests.graph.test_gains import Uneven
 from tests.graph.test_transforms import vmamba
+from tests.model_files import meta_of, with_meta
 from tests.small import Scanner, tiny_mambair
-from tests.test_io import meta_of, with_meta
 from tests.test_mambaquant import sqnr, uneven_vim
 
 PRESETS: dict[str, Callable[..., QConfig]] = {

@@ -19,7 +19,7 @@ from ssmquant.graph.runtime import runtime_of
 from ssmquant.graph.transforms.edits import MARKER
 from ssmquant.io import load_checkpoint
 from tests.gated import TOKENS, Gated, float_error, seeded
-from tests.test_io import meta_of, with_meta
+from tests.model_files import meta_of, with_meta
 
 FREE = ("dt_rotation", "state", "residual_rotation")
 PREFIX = "_ssmquant.transforms."

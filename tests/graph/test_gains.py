@@ -19,9 +19,9 @@ from ssmquant.errors import ConfigError, FormatError, TraceError
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules.activation import MOST_GAIN, ActivationQuantizer, gains
 from ssmquant.ops import use_backend
+from tests.model_files import loaded as files_loaded
+from tests.model_files import meta_of, with_meta
 from tests.small import images, prepared_and_calibrated, tiny_mambair
-from tests.test_io import loaded as files_loaded
-from tests.test_io import meta_of, with_meta
 
 WIDTH = 6
 

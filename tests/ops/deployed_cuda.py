@@ -12,7 +12,7 @@ from torch import Tensor
 from ssmquant.ops.deployed import Codes, Grid, ScanOperands, cpu, cuda
 from ssmquant.ops.deployed.cuda_scan import Scan, Shape, arrangement
 from tests.ops import emulator
-from tests.ops.test_deployed import make_grid
+from tests.ops.deployed_cpu import make_grid
 
 
 def emulated(source: str, late: bool = False) -> emulator.Emulated:

@@ -25,9 +25,9 @@ from ssmquant.modules import deployed, deployed_scans, deployed_values
 from ssmquant.ops import nvrtc, use_backend
 from ssmquant.ops.deployed import Grid, Norm, cpu, cuda, cuda_depthwise, cuda_thin
 from ssmquant.ops.deployed.cuda_scan import Case, choose
+from tests.ops.deployed_cpu import close, make_grid, off_ties
 from tests.ops.deployed_cuda import Operands, as_codes, emulated, poison, same_codes, there_is
 from tests.ops.interpreted import in_process, make_interpreter_work
-from tests.ops.test_deployed import close, make_grid, off_ties
 
 _reason = cpu.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))

@@ -17,8 +17,8 @@ from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed import ScanOperands, cpu, cuda, cuda_scan
 from ssmquant.ops.deployed.cuda_scan import Case, Scan, Shape, arrangement, choose
 from tests.ops import emulator
+from tests.ops.deployed_cpu import close, make_grid
 from tests.ops.deployed_cuda import Operands, emulated
-from tests.ops.test_deployed import close, make_grid
 
 _reason = cpu.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))

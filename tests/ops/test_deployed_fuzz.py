@@ -31,9 +31,9 @@ from ssmquant.ops.deployed import cpu
 from ssmquant.quantizers import DLS
 from ssmquant.quantizers.affine import Affine
 from tests.graph import deployed as plain
+from tests.model_files import activations_of, loaded, meta_of, read, with_meta, with_tensor, written
 from tests.small import Scanner, images, prepared_and_calibrated
 from tests.strategies import learnt
-from tests.test_io import activations_of, loaded, meta_of, read, with_meta, with_tensor, written
 
 _reason = cpu.unavailable(torch.device("cpu"))
 needs_kernels = pytest.mark.skipif(_reason is not None, reason=str(_reason))

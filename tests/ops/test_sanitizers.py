@@ -44,7 +44,7 @@ FLAGS = (
         "asan-instrumentation-with-call-threshold=0",
     ),
 )
-TESTS = ("tests/ops/test_deployed.py",)
+TESTS = tuple(f"tests/ops/test_deployed_{kernels}.py" for kernels in ("codes", "layers", "scan"))
 LIBRARY = "SSMQUANT_SANITIZED"
 """Names the library to the process that runs it."""
 
@@ -169,7 +169,7 @@ def check_that_errors_end_the_process() -> None:
     from ssmquant.ops.deployed import cpu as deployed
     from ssmquant.ops.quantize import cpu as quantize
     from ssmquant.ops.selective_scan import cpu as selective_scan
-    from tests.ops.test_deployed import make_grid, make_weight
+    from tests.ops.deployed_cpu import make_grid, make_weight
     from tests.ops.test_selective_scan_cpu import operands
 
     def linear(path: int, damage: Callable[[Tensor], Tensor]) -> None:
@@ -227,7 +227,7 @@ def layouts(x: Tensor) -> Iterator[Tensor]:
 
 def call_deployed() -> None:
     from ssmquant.ops.deployed import Norm, ScanOperands, cpu
-    from tests.ops.test_deployed import Core, decays, make_grid, make_weight
+    from tests.ops.deployed_cpu import Core, decays, make_grid, make_weight
 
     w, v = torch.randn(2, 4)
     for path in range(len(cpu.paths())):
