@@ -107,6 +107,12 @@ def prepare_unchecked(
         raise ConfigError(
             "this model is prepared already: prepare the float model again, or use QConfig rules"
         )
+    compiled = "_orig_mod" in model._modules  # by torch.compile, whose class is slow to import
+    if compiled or isinstance(model, torch.jit.ScriptModule):
+        made = "compiled" if compiled else "scripted"
+        raise ConfigError(
+            f"prepare: the model is {made}; prepare the one that it was made from, which can be compiled"
+        )
     if not callable(getattr(model, method, None)):
         raise ConfigError(f"prepare: {type(model).__name__} has no method {method!r}")
     if isinstance(adapter, str):

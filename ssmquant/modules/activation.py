@@ -127,7 +127,8 @@ class ActivationQuantizer(nn.Module):
             if self.passes:
                 self.samples.append(self._sample(f))
                 if self.gain is not None:
-                    self.largest.append(f.abs().movedim(self.channel_axis, 0).flatten(1).amax(1))
+                    rows = f.abs().movedim(self.channel_axis, 0).reshape(f.shape[self.channel_axis], -1)
+                    self.largest.append(rows.amax(1))
         x = self.scaled(x)  # as the weight expects
         return x if self.passes else self.quantizer(x)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,23 @@ def test_scripted_modules(x: Tensor, tmp_path: Path) -> None:
     assert torch.equal(ssmquant.load(tmp_path / "model.safetensors", model)(x), deployed(x))
     with pytest.raises(TraceError, match=r"'middle' is a torch\.jit\.ScriptModule with parameters"):
         ssmquant.prepare(Middle(scripted(nn.Sequential(nn.Linear(8, 8)))), CONFIG, example_inputs=(x,))
+
+
+@pytest.mark.parametrize("made", [scripted, lambda m: torch.compile(m, backend="eager")])
+def test_compiled_models(x: Tensor, made: Any) -> None:
+    with pytest.raises(ConfigError, match="prepare the one that it was made from"):
+        ssmquant.prepare(made(nn.Sequential(nn.Linear(8, 8))), CONFIG, example_inputs=(x,))
+
+
+def test_inputs_of_one_axis() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    batches = [torch.randn(8) for _ in range(16)]
+    prepared = ssmquant.prepare(model, CONFIG, example_inputs=batches[:1])
+    ssmquant.calibrate(prepared, batches, progress=False)
+    deployed = ssmquant.convert(prepared)
+    for x in batches:
+        torch.testing.assert_close(deployed(x), prepared.eval()(x))
 
 
 def test_transforms_of_functions(x: Tensor) -> None:
