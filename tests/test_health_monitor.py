@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,14 +167,3 @@ def test_the_monitor_beside_a_cuda_graph() -> None:
     for a, b in zip(monitor.history[-1][1].rows, cpu.rows, strict=True):
         if a.what == "weight":
             assert (a.levels_used, a.zero_ratio) == (b.levels_used, b.zero_ratio)
-
-
-def test_the_sample_in_the_docs_runs() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
-    section = text.partition("## Watching a 2-bit run")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
-    space: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", HealthWarning)
-        exec(compile(code, "training.md", "exec"), space)
-    assert len(space["monitor"].history) >= 2

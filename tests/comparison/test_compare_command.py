@@ -195,7 +195,9 @@ def test_a_bad_command_says_so(place: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_method_has_a_configuration(name: str, bits: int) -> None:
     method = methods.find(name)
-    if method.config is not None:
-        config = method.config(bits)
-        assert config.w_bits == config.a_bits == bits
-        assert QConfig.from_json(config.to_json()) == config
+    if method.config is None:
+        assert name == "float"
+        return
+    config = method.config(bits)
+    assert config.w_bits == config.a_bits == bits
+    assert QConfig.from_json(config.to_json()) == config

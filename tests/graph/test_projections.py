@@ -13,6 +13,7 @@ from ssmquant.graph.runtime import runtime_of
 from tests.graph.sites import check, quantized
 from tests.small import points, rows
 
+torch.manual_seed(0)
 CALLED: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...], str]] = {
     "Linear": (nn.Linear(4, 5), (2, 7, 4), (3, 2, 4), "linear"),
     "Conv1d": (nn.Conv1d(4, 6, 3, stride=2, groups=2), (2, 4, 9), (1, 4, 12), "conv"),
