@@ -359,7 +359,7 @@ def _fill_points(model: nn.Module, points: list[Point], meta: dict[str, Any], re
             if not bool(value.isfinite().all()):
                 raise reader.fail(f"'{p.name}' has a scale that is not finite")
             setattr(out, name, value.reshape(groups))
-        out.qtensor()  # codes out of range show here
+        out.qtensor(check=True)
         runtime.weights[p.key] = out
 
 

@@ -87,21 +87,21 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.stack((low, mid, high), 1).view(-1)[:size].clone()
 
 
-def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+def unpack(packed: Tensor, bits: int, shape: Sequence[int], *, check: bool = True) -> Tensor:
     """Undo :func:`pack`: ``unpack(pack(c, bits), bits, c.shape)`` equals ``c``.
 
     Args:
         packed: uint8, shape ``(packed_size(prod(shape), bits),)``.
         bits: 2..8.
         shape: shape of the codes.
+        check: look for bits that no code can have set (on a CPU only, as it would make a GPU wait).
 
     Returns:
         uint8 codes of shape ``shape``, never an alias of ``packed``.
 
     Raises:
         ConfigError: ``bits`` is not 2..8 or ``shape`` has a negative entry.
-        FormatError: wrong dtype, rank or length, or (checked on the CPU only, where it costs no device
-            synchronisation) bits that no code can have set.
+        FormatError: wrong dtype, rank or length, or bits that no code can have set.
     """
     _check_bits(bits)
     if any(s < 0 for s in shape):
@@ -116,13 +116,14 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
         raise FormatError(
             f"{tuple(shape)} codes of {bits} bits take {size} bytes, got {packed.numel()}: truncated, or another shape"
         )
+    check = check and packed.device.type == "cpu"
     if bits not in _DENSE:
-        if bits < 8 and packed.device.type == "cpu" and numel and int(packed.max()) >= 2**bits:
+        if bits < 8 and check and numel and int(packed.max()) >= 2**bits:
             raise FormatError(
                 f"byte {int(packed.max())} is not a code of {bits} bits: damaged, or other bits"
             )
         return packed.clone().view(tuple(shape))
-    if packed.device.type == "cpu" and (used := numel * bits % 8) and int(packed[-1]) >> used:
+    if check and (used := numel * bits % 8) and int(packed[-1]) >> used:
         raise FormatError(f"the unused bits of the last byte are not zero: damaged, or not {bits}-bit codes")
     mask = 2**bits - 1
     if bits != 3:

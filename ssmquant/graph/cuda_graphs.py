@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
+from ssmquant.ops.checks import recorded
 from ssmquant.ops.selection import OPERATORS, selected
 from ssmquant.quantizers import Quantizer
 from ssmquant.quantizers.bank import hooks_of
@@ -272,7 +273,7 @@ def _capturable(tensors: Sequence[Tensor]) -> bool:
     return (
         bool(tensors)
         and all(t.is_cuda and type(t) is Tensor and t.device == tensors[0].device for t in tensors)
-        and not torch.compiler.is_compiling()
+        and not recorded()
         and not torch._C._are_functorch_transforms_active()
         and not torch.cuda.is_current_stream_capturing()
     )

@@ -93,6 +93,8 @@ def _run(model: Any, bound: tuple[Any, ...]) -> Any:
             return recorder.again(bound)  # the method calls itself
         PATCH_LOCK.acquire()  # another thread traces it: wait
         PATCH_LOCK.release()
+    if model._ssmquant.stage == "prepared" and torch._C._get_tracing_state() is not None:
+        raise TraceError("torch.jit.trace cannot follow quantizers that are trained: convert the model first")
     call = describe_call(bound)
     record = model._ssmquant.select(model, call)
     if record.trace.traced.sets_modes:

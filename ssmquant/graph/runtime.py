@@ -35,6 +35,7 @@ from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_gr
 from ssmquant.graph.transforms.edits import Transforms
 from ssmquant.graph.writer import ADOPTED, Rules
 from ssmquant.modules.deployed import Unchanged, engine_of
+from ssmquant.ops.checks import recorded
 from ssmquant.ops.deployed.memory import Pool
 from ssmquant.ops.nvrtc import CompileError
 from ssmquant.ops.selection import selected
@@ -207,7 +208,7 @@ _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 
 def _form(model: nn.Module, tensors: Sequence[Tensor]) -> str | None:
     """Where fused kernels pay: ``TRAINING`` on a GPU, or of a deployed model its device's type. Not while tracing."""
-    if not tensors or torch.compiler.is_compiling() or selected("fuse") == "chunked":
+    if not tensors or recorded() or selected("fuse") == "chunked":
         return None
     prepared, gradients = runtime_of(model).stage == "prepared", torch.is_grad_enabled()
     if prepared and model.training and gradients and all(t.is_cuda and type(t) is Tensor for t in tensors):

@@ -91,9 +91,9 @@ class PackedTensor(FixedPrecision):
                 setattr(out, name, value.detach().clone().expand(q.scale.shape).contiguous())
         return out
 
-    def qtensor(self) -> QTensor:
-        """The codes, unpacked, with their map."""
-        codes = unpack(self.codes, self.bits, self._stored)
+    def qtensor(self, *, check: bool = False) -> QTensor:
+        """The codes, unpacked, with their map; ``check`` as of ``unpack``, whose look at values no graph can hold."""
+        codes = unpack(self.codes, self.bits, self._stored, check=check)
         codes = codes.expand(self.shape) if self.alike else codes
         shift = self.shift if self.shift is not None else shift_of(self.scale, self.rule)
         return QTensor(codes, self.bits, self.code_min, self.scale, shift, self.lo, self.hi, self.dtype)

@@ -18,6 +18,7 @@ __all__ = [
     "check_window",
     "differentiable_once",
     "fail",
+    "recorded",
     "state_dtype",
     "unfilled",
     "without_autocast",
@@ -27,6 +28,18 @@ __all__ = [
 def fail(op: str, name: str, tensor: Tensor, wanted: str) -> None:
     """Raises the InputError of a wrong shape."""
     raise InputError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
+
+
+def recorded() -> bool:
+    """Whether something notes operators as they are called, to which kernels that Python launches do not show.
+
+    ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``make_fx`` and other dispatch modes.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def check_operands(op: str, named: Mapping[str, Tensor | None], first: str) -> None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ssmquant.ops.checks import without_autocast
+from ssmquant.ops.checks import recorded, without_autocast
 
 __all__ = ["grouped_linear", "layer_norm", "linear", "serves", "shared_linear"]
 
@@ -47,13 +47,11 @@ def serves(x: Tensor) -> bool:
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling():
+    if recorded():
         return False
     return (
         all(t is None or _ordinary(t) for t in tensors)
         and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
     )
 

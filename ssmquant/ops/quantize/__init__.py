@@ -1,7 +1,7 @@
 """Fused fake quantization: a pass or two over memory where plain PyTorch takes dozens. Used where it serves.
 
 ``serving`` finds the back end ("triton" on a GPU, "cpu"), a module with the functions of ``forms``, without gradients;
-``use_backend("chunked", op="quantize")`` turns them off. Under ``torch.compile`` it is ``operators``, the same as
+``use_backend("chunked", op="quantize")`` turns them off. While a graph is recorded it is ``operators``, the same as
 operators of ``torch.ops.ssmquant``; otherwise kernels are called at once, as an operator in Python costs as much as a
 small kernel. A quantizer asks once, and its backward pass goes to what its forward pass went to.
 """
@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ssmquant.ops.checks import recorded
 from ssmquant.ops.quantize import operators
 from ssmquant.ops.quantize.choice import backend, explain
 from ssmquant.ops.quantize.forms import MOST_LEVELS, Bank, DLSRule, Groups, ThresholdRule
@@ -54,7 +55,7 @@ def serving(x: Tensor, *scalars: Tensor) -> ModuleType | None:
     for scalar in scalars:
         if scalar.dtype != torch.float32 or scalar.device != device:
             return None
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    if recorded() or type(x) not in _PLAIN:
         there = device.type in ("cpu", "cuda") and _there(device.type, device.index)
         return operators if there else None
     return backend(device)
@@ -68,7 +69,7 @@ def offering(name: str, x: Tensor, *scalars: Tensor) -> ModuleType | None:
 
 def dense(x: Tensor) -> Tensor:
     """``x``, or a contiguous copy if it does not lie densely in memory (``forms``)."""
-    if x.is_contiguous() or torch.compiler.is_compiling():
+    if x.is_contiguous() or recorded():
         return x.contiguous()
     strides = sorted(((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1))
     expected = 1
