@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssmquant.errors import ConfigError, SsmquantError
+from ssmquant.errors import ConfigError, InputError, SsmquantError
 
 __all__ = ["load_any", "main"]
 
@@ -41,35 +41,45 @@ def load_any(path: str | os.PathLike[str]) -> tuple[nn.Module, str]:
 
 
 def _restore(args: argparse.Namespace) -> None:
-    from ssmquant.files import check_new
     from ssmquant.restore import model_scale, open_image, restore_image, save_image
+    from ssmquant.restore.jobs import jobs
     from ssmquant.restore.pictures import check_target
     from ssmquant.restore.tiling import check_tile
 
     check_tile(args.tile, args.overlap)
-    source, target = Path(args.image), Path(args.output)
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ConfigError(f"{target} is the input; name another output")
-    check_new(target, force=args.force)
+    pairs = jobs(args.images, args.output, force=args.force)
     device = _device(args.device)
-    image = open_image(source)
-    check_target(target, image.mode)  # before the work, not after it
+    if len(pairs) == 1:  # before the work, not after it
+        check_target(pairs[0][1], open_image(pairs[0][0]).mode)
     model, kind = load_any(args.model)
     model = model.to(device)
-    with _progress("restoring") as progress:
-        result = restore_image(
-            model,
-            image,
-            model_scale(model),
-            args.tile,
-            args.overlap,
-            statistics=args.statistics,
-            progress=progress,
-        )
-    save_image(result, target)
-    print(
-        f"{target}: {image.width}x{image.height} -> {result.width}x{result.height}, {kind} model on {device}"
-    )
+    failed = 0
+    for index, (source, target) in enumerate(pairs):
+        title = "restoring" if len(pairs) == 1 else f"restoring {source.name} ({index + 1} of {len(pairs)})"
+        try:
+            image = open_image(source)
+            with _progress(title) as progress:
+                result = restore_image(
+                    model,
+                    image,
+                    model_scale(model),
+                    args.tile,
+                    args.overlap,
+                    statistics=args.statistics,
+                    progress=progress,
+                )
+            target.parent.mkdir(exist_ok=True)
+            save_image(result, target)
+        except (SsmquantError, OSError) as error:
+            if len(pairs) == 1:
+                raise
+            failed += 1
+            print("ssmquant: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+            continue
+        sizes = f"{image.width}x{image.height} -> {result.width}x{result.height}"
+        print(f"{target}: {sizes}, {kind} model on {device}", flush=True)
+    if failed:
+        raise InputError(f"{failed} of {len(pairs)} pictures could not be restored")
 
 
 _SECONDS = 10.0
@@ -340,12 +350,13 @@ def _add_tracing(command: argparse.ArgumentParser) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ssmquant", description="Quantized Mamba-family vision models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ssmquant {_version('ssmquant')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     restore = commands.add_parser(
-        "restore", help="enlarge a picture twice, or restore it with any saved zoo model, float or quantized"
+        "restore", help="enlarge pictures twice, or restore them with any saved zoo model, float or quantized"
     )
-    restore.add_argument("image", metavar="IMAGE")
+    restore.add_argument("images", nargs="+", metavar="IMAGE", help="picture, or folder of pictures")
     restore.add_argument(
         "--model",
         default="w4a4",
@@ -353,7 +364,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of ssmquant.save or save_float, or w4a4 (default) or w2a2: MambaIR-light x2 at 4 or 2 bits",
     )
     restore.add_argument(
-        "-o", "--output", required=True, metavar="OUT", help="picture to write; the suffix is the format"
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="picture to write, whose suffix is the format; of several pictures or a folder: a folder for .png files",
     )
     restore.add_argument(
         "--tile",
@@ -374,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default), or each tile, which is faster and may show seams",
     )
     restore.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    restore.add_argument("--force", action="store_true", help="replace an existing output")
+    restore.add_argument("--force", action="store_true", help="replace existing outputs")
     restore.set_defaults(run=_restore)
 
     summary = commands.add_parser(

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ssmquant import cli
-from ssmquant.errors import ConfigError
+from ssmquant.errors import ConfigError, InputError
+from ssmquant.restore.jobs import jobs
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,6 +162,72 @@ def test_never_writes_over_the_input(
     assert (tmp_path / "old.png").read_bytes() == b"old"
 
 
+def test_restores_folders(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for name, width in (("in/a.png", 7), ("in/b.jpg", 8), ("c.png", 9)):
+        Image.new("RGB", (width, 6), (200, 30, 90)).save(tmp_path / name)
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    out = tmp_path / "out"
+    command = (
+        "restore",
+        tmp_path / "in",
+        tmp_path / "c.png",
+        "--model",
+        model_file,
+        "-o",
+        out,
+        "--device",
+        "cpu",
+    )
+    assert run(*command) == 0
+    assert capsys.readouterr().out.count("float model on cpu") == 3
+    for name, width in (("a", 14), ("b", 16), ("c", 18)):
+        with Image.open(out / f"{name}.png") as image:
+            assert image.size == (width, 12)
+    (out / "c.png").unlink()
+    assert "a.png exists" in failure(capsys, *command)
+    assert not (out / "c.png").exists()
+    assert run(*command, "--force") == 0
+    capsys.readouterr()
+    # One picture goes to a folder that is there, and what cannot be read does not stop the others.
+    assert "c.png exists" in failure(
+        capsys, *("restore", tmp_path / "c.png", "--model", model_file, "-o", out)
+    )
+    (tmp_path / "in" / "a0.png").write_bytes(b"nonsense")
+    assert (
+        run("restore", tmp_path / "in", "--model", model_file, "-o", tmp_path / "more", "--device", "cpu")
+        == 2
+    )
+    said = capsys.readouterr()
+    assert "a0.png" in said.err
+    assert "1 of 3 pictures could not be restored" in said.err
+    assert sorted(p.name for p in (tmp_path / "more").iterdir()) == ["a.png", "b.png"]
+
+
+def test_where_pictures_go(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "in/a.jpg", "in/b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    a, folder = tmp_path / "a.png", tmp_path / "in"
+    assert jobs([a], tmp_path / "new.tif") == [(a, tmp_path / "new.tif")]
+    assert jobs([a], folder) == [(a, folder / "a.png")]
+    assert jobs([a, folder / "b.png"], tmp_path / "new") == [
+        (a, tmp_path / "new" / "a.png"), (folder / "b.png", tmp_path / "new" / "b.png"),
+    ]  # fmt: skip
+    assert jobs([a, a], tmp_path / "new") == [(a, tmp_path / "new" / "a.png")]
+    for sources, output, said in (
+        ([a, folder], tmp_path / "new", "would both be written to"),
+        ([folder], folder, "b.png is the input"),
+        ([a, folder], a, "is no folder"),
+        ([folder], tmp_path / "no" / "such", "no such folder as"),
+        ([a], tmp_path, "a.png is the input"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            jobs(sources, output, force=True)
+    with pytest.raises(InputError, match="no such file or folder"):
+        jobs([a, tmp_path / "b.png"], tmp_path / "new")
+
+
 def test_errors_are_one_line(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.png"
     (tmp_path / "bad.png").write_bytes(b"nonsense")
@@ -177,7 +244,7 @@ def test_errors_are_one_line(picture: Path, tmp_path: Path, capsys: pytest.Captu
     assert "No such file" in restore(tmp_path / "missing.png")
     assert "cannot read" in restore(tmp_path / "bad.png")
     assert "no such folder" in restore(out=tmp_path / "nowhere" / "out.png")
-    assert "it is a folder" in restore(out=tmp_path)
+    assert "is the input" in restore(out=tmp_path)
     assert "suffix '.xyz'" in restore(out=tmp_path / "out.xyz")
     assert "JPEG cannot hold" in restore(out=tmp_path / "out.jpg")
     assert "device 'cuda:99'" in failure(

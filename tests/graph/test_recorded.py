@@ -55,7 +55,9 @@ def prepared(request: pytest.FixtureRequest) -> Any:
     return ssmquant.calibrate(ssmquant.prepare(tiny_mambair(), config), [X], progress=False).eval()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch.compile's own
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # of torch.compile's own
 @pytest.mark.parametrize("tool", TOOLS)
 @torch.no_grad()
 def test_what_is_recorded(prepared: Any, tool: str) -> None:
