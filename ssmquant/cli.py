@@ -6,6 +6,7 @@ Exit status: 0 done, 2 the user can mend it (one line on stderr says how). Nothi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -13,7 +14,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,15 @@ def _restore(args: argparse.Namespace) -> None:
     check_tile(args.tile, args.overlap)
     pairs = jobs(args.images, args.output, force=args.force)
     device = _device(args.device)
-    if len(pairs) == 1:  # before the work, not after it
+    several = len(pairs) > 1
+    if not several:  # before the work, not after it
         check_target(pairs[0][1], open_image(pairs[0][0]).mode)
     model, kind = load_any(args.model)
+    pairs[0][1].parent.mkdir(exist_ok=True)
     model = model.to(device)
     failed = 0
     for index, (source, target) in enumerate(pairs):
-        title = "restoring" if len(pairs) == 1 else f"restoring {source.name} ({index + 1} of {len(pairs)})"
+        title = f"restoring {source.name} ({index + 1} of {len(pairs)})" if several else "restoring"
         try:
             image = open_image(source)
             with _progress(title) as progress:
@@ -68,16 +70,17 @@ def _restore(args: argparse.Namespace) -> None:
                     statistics=args.statistics,
                     progress=progress,
                 )
-            target.parent.mkdir(exist_ok=True)
             save_image(result, target)
-        except (SsmquantError, OSError) as error:
-            if len(pairs) == 1:
+        except (SsmquantError, OSError, torch.OutOfMemoryError) as error:
+            if not several:
                 raise
             failed += 1
-            print("ssmquant: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+            said = f"{source}: {' '.join(str(error).split())}"
+            print("ssmquant: error:", said, file=sys.stderr, flush=True)
             continue
         sizes = f"{image.width}x{image.height} -> {result.width}x{result.height}"
-        print(f"{target}: {sizes}, {kind} model on {device}", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # who reads no more still wants the pictures
+            print(f"{target}: {sizes}, {kind} model on {device}", flush=True)
     if failed:
         raise InputError(f"{failed} of {len(pairs)} pictures could not be restored")
 
@@ -86,7 +89,7 @@ _SECONDS = 10.0
 """Between two plain lines of progress."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A callback for calls that are done and all: a bar on a terminal, else a line on stderr every ten seconds."""
     if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
@@ -349,8 +352,10 @@ def _add_tracing(command: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from ssmquant import __version__
+
     parser = _Parser(prog="ssmquant", description="Quantized Mamba-family vision models.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"ssmquant {_version('ssmquant')}")
+    parser.add_argument("--version", action="version", version=f"ssmquant {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     restore = commands.add_parser(
@@ -450,6 +455,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # ssmquant summary ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except torch.OutOfMemoryError:
+        print(
+            "ssmquant: error: out of memory on the device; try a smaller --tile, or --device cpu",
+            file=sys.stderr,
+        )
+        return 2
     except (SsmquantError, OSError) as error:
         print("ssmquant: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

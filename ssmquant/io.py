@@ -218,8 +218,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
         raise ConfigError("load: pass the plain float model, not a prepared one")
     metadata, tensors = read(path)
     meta = _meta(path, metadata, tensors)
+    own = None if model is None else copied(model)
     try:
-        return _load(path, meta, Reader(path, tensors), model)
+        return _load(path, meta, Reader(path, tensors), own)
     except SsmquantError as e:
         if isinstance(e, FormatError):
             raise
@@ -229,7 +230,6 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
 
 
 def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | None) -> Any:
-    own = model is None
     if model is None:
         if not isinstance(meta.get("zoo"), dict):
             raise FormatError(
@@ -241,7 +241,7 @@ def _load(path: Any, meta: dict[str, Any], reader: Reader, model: nn.Module | No
     config = QConfig.from_dict(meta["config"])
     adapter = get_adapter(meta["adapter"]) if isinstance(meta.get("adapter"), str) else find_adapter(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    new = (model if own else copied(model)).eval()
+    new = model.eval()
     if not callable(getattr(new, meta["method"], None)):
         raise reader.fail(f"made for a method {meta['method']!r} that {type(model).__name__} does not have")
     runtime = Runtime(config, adapter, meta["method"])

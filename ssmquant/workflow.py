@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -107,7 +108,10 @@ def prepare_unchecked(
         raise ConfigError(
             "this model is prepared already: prepare the float model again, or use QConfig rules"
         )
-    compiled = "_orig_mod" in model._modules  # by torch.compile, whose class is slow to import
+    dynamo: Any = sys.modules.get(
+        "torch._dynamo.eval_frame"
+    )  # slow to import, and there if a model is compiled
+    compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
     if compiled or isinstance(model, torch.jit.ScriptModule):
         made = "compiled" if compiled else "scripted"
         raise ConfigError(

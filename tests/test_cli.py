@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import ssmquant.restore
 from ssmquant import cli
 from ssmquant.errors import ConfigError, InputError
 from ssmquant.restore.jobs import jobs
@@ -202,6 +204,50 @@ def test_restores_folders(model_file: Path, tmp_path: Path, capsys: pytest.Captu
     assert "a0.png" in said.err
     assert "1 of 3 pictures could not be restored" in said.err
     assert sorted(p.name for p in (tmp_path / "more").iterdir()) == ["a.png", "b.png"]
+
+
+def test_pictures_that_fail_do_not_stop_the_others(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, width in (("a.png", 7), ("c.png", 8), ("d.png", 9)):
+        Image.new("RGB", (width, 6), (200, 30, 90)).save(tmp_path / "in" / name)
+    Image.new("F", (4, 4)).save(tmp_path / "in" / "b.tif")
+    restore = ssmquant.restore.restore_image
+
+    def hungry(model: Any, image: Image.Image, *args: Any, **more: Any) -> Image.Image:
+        if image.width == 8:
+            raise torch.OutOfMemoryError("no memory")
+        return restore(model, image, *args, **more)
+
+    monkeypatch.setattr(ssmquant.restore, "restore_image", hungry)
+    command = "restore", tmp_path / "in", "--model", model_file, "-o", tmp_path / "out", "--device", "cpu"
+    assert run(*command) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"b\.tif: .*floating-point", said)
+    assert re.search(r"c\.png: no memory", said)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "d.png"]
+    single = (
+        "restore",
+        tmp_path / "in" / "c.png",
+        "--model",
+        model_file,
+        "-o",
+        tmp_path / "c.png",
+        "--device",
+        "cpu",
+    )
+    assert "try a smaller --tile" in failure(capsys, *single)
+    # A folder that cannot be made is noticed before any work; who reads no more gets all pictures.
+    monkeypatch.setattr(ssmquant.restore, "restore_image", restore)
+    made = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("not here")))
+    assert "not here" in failure(capsys, *command[:5], tmp_path / "new", *command[6:])
+    monkeypatch.setattr(Path, "mkdir", made)
+    (tmp_path / "in" / "b.tif").unlink()
+    monkeypatch.setattr("builtins.print", lambda *_, **__: (_ for _ in ()).throw(BrokenPipeError()))
+    assert run(*command[:5], tmp_path / "new", *command[6:]) == 0
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["a.png", "c.png", "d.png"]
 
 
 def test_where_pictures_go(tmp_path: Path) -> None:

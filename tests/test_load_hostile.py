@@ -386,3 +386,20 @@ def test_the_untouched_file_loads() -> None:
     assert loaded(edit(lambda m: m.update(unknown="entries are for later versions")), Small())(
         POINTS
     ).shape == (6, 4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_damaged_codes_of_a_state_dict(bits: int) -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))  # codes of neither fill their last byte
+    x = torch.randn(4, 5)
+    config = QConfig(w_bits=bits, a_bits=8, keep_first_last=False)
+    prepared = ssmquant.calibrate(ssmquant.prepare(model, config, example_inputs=(x,)), [x], progress=False)
+    deployed = ssmquant.convert(prepared)
+    state, before = deployed.state_dict(), deployed(x)
+    name = next(k for k in state if k.endswith("codes"))
+    damaged = {**state, name: state[name].clone()}
+    damaged[name][-1] = 255
+    with pytest.raises(RuntimeError, match=r"codes: .*damaged"):
+        deployed.load_state_dict(damaged)
+    assert torch.equal(deployed(x), before)
+    deployed.load_state_dict(state)

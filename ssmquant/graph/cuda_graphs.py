@@ -274,7 +274,6 @@ def _capturable(tensors: Sequence[Tensor]) -> bool:
         bool(tensors)
         and all(t.is_cuda and type(t) is Tensor and t.device == tensors[0].device for t in tensors)
         and not recorded()
-        and not torch._C._are_functorch_transforms_active()
         and not torch.cuda.is_current_stream_capturing()
     )
 

@@ -89,7 +89,7 @@ def _hold_triton(rec: Recorder, thread: int) -> list[tuple[Any, Any]]:
                     "A Triton kernel is launched outside of an autograd.Function or custom operator, where no graph "
                     "shows what it writes.",
                     "Wrap it in an autograd.Function (or torch.library.triton_op), or make the module a leaf: "
-                    "prepare(..., adapter=Adapter(leaf=('ClassName',))).",
+                    "prepare(..., adapter=Adapter('name', leaf=('ClassName',))).",
                 )
             return None
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ssmquant.adapter import Adapter
 from ssmquant.config import QConfig
@@ -455,17 +456,18 @@ class Runtime(nn.Module):
 
     def retrace(self, model: nn.Module, call: Call) -> Record:
         self._refuse_while_compiling()
-        record = self.build(model, call, self.make_trace(model, call))
+        with _disable_current_modes():  # what counts or records operators is not meant to see our own runs
+            record = self.build(model, call, self.make_trace(model, call))
         self.records.append(record)
         if len(self.records) > _MOST_RECORDS:  # a number that differs at every call makes a graph each time
             del self.records[2]
         return record
 
     def _refuse_while_compiling(self) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             raise TraceError(
-                "torch.compile met a call for which there is no graph yet: call the prepared model once, eagerly, with "
-                "an input of these sizes, dtypes and flags before compiling it"
+                "torch.compile, or torch.jit.trace, met a call for which there is no graph yet: call the model once, "
+                "eagerly, with an input of these sizes, dtypes and flags before"
             )
 
     # ---- state ---------------------------------------------------------------------------------------------------

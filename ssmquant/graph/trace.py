@@ -50,6 +50,8 @@ class Call:
 
     @property
     def shapes(self) -> Shapes:
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace has tensors for sizes
+            return tuple(tuple(map(int, t.shape)) for t in self.tensors)
         return tuple(tuple(t.shape) for t in self.tensors)
 
     @property

@@ -162,13 +162,14 @@ class Recorder(Writer):
             return self.fail(
                 f"The code depends on the values of a tensor ({getattr(target, '__name__', target)}).",
                 "Traced graphs cannot follow values. Compute this outside forward, or make the module a leaf: "
-                "prepare(..., adapter=Adapter(leaf=('ClassName',))).",
+                "prepare(..., adapter=Adapter('name', leaf=('ClassName',))).",
             )
         if "data pointer" in text or "doesn't have storage" in text:
             return self.fail(
                 f"Native code was called that only runs on real tensors ({getattr(target, '__name__', target)}).",
-                "Say what comes out of it: prepare(..., adapter=Adapter(functions=(FunctionRole('ClassName', "
-                "shape=...),))) for an autograd.Function, or make the module a leaf: Adapter(leaf=('ClassName',)).",
+                "Say what comes out of it: prepare(..., adapter=Adapter('name', functions=(FunctionRole('ClassName', "
+                "shape=...),))) for an autograd.Function, or make the module a leaf: Adapter('name', "
+                "leaf=('ClassName',)).",
             )
         return e
 
@@ -254,7 +255,7 @@ class Recorder(Writer):
                 raise self.fail(
                     f"The code reads the values of a computed tensor ({name}).",
                     "Traced graphs cannot follow values. Compute this outside forward, or make the module a leaf: "
-                    "prepare(..., adapter=Adapter(leaf=('ClassName',))).",
+                    "prepare(..., adapter=Adapter('name', leaf=('ClassName',))).",
                 )
             for t in owned:
                 self.baked.setdefault(self.owned[id(t)], self.where())
@@ -409,7 +410,7 @@ class Recorder(Writer):
                     f"{cls.__qualname__} (an autograd.Function) does not run on fake tensors, which have sizes but no "
                     f"data: {type(e).__name__}: {e}",
                     "If it is native code, say what comes out of it, or what it computes: prepare(..., adapter=Adapter("
-                    f"functions=(FunctionRole('{cls.__qualname__}', shape=...),))), or unfold=... instead.",
+                    f"'name', functions=(FunctionRole('{cls.__qualname__}', shape=...),))), or unfold=... instead.",
                 )
                 raise FunctionError(str(error)) from e
 

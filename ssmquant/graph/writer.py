@@ -214,7 +214,7 @@ class Writer(TorchFunctionMode):
             raise self.fail(
                 "The code computes under a transform of torch.func (vmap, grad, jvp), which graphs cannot hold.",
                 "Write that part without it, or make the module that holds it a leaf: prepare(..., "
-                "adapter=Adapter(leaf=('ClassName',))).",
+                "adapter=Adapter('name', leaf=('ClassName',))), and keep its parameters in float (QConfig.keep_float).",
             )
         name = f"const_{len(self.constants)}"
         self.busy += 1
@@ -251,7 +251,8 @@ class Writer(TorchFunctionMode):
             raise self.fail(
                 "A tensor appeared that no recorded operator made (a Tensor subclass, a cache across traces, or code "
                 "that computes outside torch's API).",
-                "Make the module that holds this code a leaf: prepare(..., adapter=Adapter(leaf=('ClassName',))).",
+                "Make the module that holds this code a leaf: "
+                "prepare(..., adapter=Adapter('name', leaf=('ClassName',))).",
             )
         if isinstance(t, nn.Parameter) or t.requires_grad:
             raise self.fail(

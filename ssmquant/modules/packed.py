@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmquant.errors import FormatError
 from ssmquant.pack import pack, packed_size, unpack
 from ssmquant.quantizers.affine_fit import Shift, shift_of
 from ssmquant.quantizers.base import QTensor
@@ -100,6 +101,18 @@ class PackedTensor(FixedPrecision):
 
     def forward(self) -> Tensor:
         return self.qtensor().decode()
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        codes = state.get(prefix + "codes")
+        if isinstance(codes, Tensor) and codes.shape == self.codes.shape:
+            try:
+                unpack(codes, self.bits, self._stored)
+            except FormatError as e:
+                errors.append(f"{prefix}codes: {e}")
+                return
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

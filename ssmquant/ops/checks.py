@@ -31,14 +31,16 @@ def fail(op: str, name: str, tensor: Tensor, wanted: str) -> None:
 
 
 def recorded() -> bool:
-    """Whether something notes operators as they are called, to which kernels that Python launches do not show.
+    """Whether something notes or transforms operators as they are called: kernels that Python launches do not show.
 
-    ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``make_fx`` and other dispatch modes.
+    ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``make_fx`` and other dispatch modes, ``torch.func``.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._are_functorch_transforms_active()
     )
 
 

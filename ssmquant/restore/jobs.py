@@ -39,8 +39,9 @@ def jobs(
         images = [image for source in sources for image in find_images(source)]
         pairs = [(image, target / f"{image.stem}.png") for image in dict.fromkeys(images)]
     taken: dict[Path, Path] = {}
+    inputs = {source.resolve() for source, _ in pairs}
     for source, to in pairs:
-        if to.exists() and source.exists() and to.samefile(source):
+        if to.resolve() in inputs:
             raise ConfigError(f"{to} is the input; name another output")
         if taken.setdefault(to, source) != source:
             raise ConfigError(f"{taken[to]} and {source} would both be written to {to}")

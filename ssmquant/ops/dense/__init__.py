@@ -49,11 +49,7 @@ def serves(x: Tensor) -> bool:
 def _plain(*tensors: Tensor | None) -> bool:
     if recorded():
         return False
-    return (
-        all(t is None or _ordinary(t) for t in tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    return all(t is None or _ordinary(t) for t in tensors) and forward_ad._current_level < 0
 
 
 def _ordinary(t: Tensor) -> bool:
