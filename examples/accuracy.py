@@ -56,7 +56,8 @@ class Table:
     """What compare.py compares.
 
     ``init``: the float model. ``script`` and ``train`` make it otherwise; ``after`` is the table whose float model
-    that training starts from. ``labelled``: the option that names its .npz file of labelled pictures.
+    that training starts from. ``labelled``: the option that names its .npz file of labelled pictures. ``ours``: the
+    method that the overview has as ours.
     """
 
     title: str
@@ -67,6 +68,7 @@ class Table:
     train: tuple[str, ...] = ()
     after: str | None = None
     labelled: str | None = None
+    ours: str = "ours"
 
 
 def _restoration(
@@ -102,6 +104,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 *("--model", "classic", "--depths", "2", "2"),
                 *("--steps", "2500", "--lr", "4e-4", "--warmup", "200", *_HOW),
             ),
+            ours="ours-rate-1",
         ),
         "mixed_x2": Table(
             "x2, mixed precision", ("2,3:ours:0", "2.5,3:searched:0", "2:ours-transforms:0"), (), LIGHT
@@ -283,15 +286,21 @@ def overview(names: Sequence[str], out: Path) -> list[str]:
     kinds = {name: metrics_of(one["settings"]["task"]["kind"])[0] for name, one in shown.items()}
     for metric in dict.fromkeys(kinds.values()):
         own = [name for name, kind in kinds.items() if kind == metric]
-        labels = {r["method"]: r["label"] for n in own for r in shown[n]["rows"] if r["method"] in METHODS}
-        order = [m for m in METHODS if m in labels and m != "float"]
+        rows = {n: [_named(r, TABLES[n].ours) for r in shown[n]["rows"]] for n in own}
+        there = {r["method"] for n in own for r in rows[n]}
+        order = [m for m in METHODS if m in there and m != "float"]
         unit = f", {metric.unit}" if metric.unit else ""
         lines += ["", f"Mean {metric.label}{unit}; in brackets below the float model, trained as long:", ""]
         lines += markdown(
-            ["", "bits", "float", *(labels[m] for m in order), "ours against"],
-            [line for name in own for line in _lines(TABLES[name].title, shown[name]["rows"], order, metric)],
+            ["", "bits", "float", *(METHODS[m].label for m in order), "ours against"],
+            [line for name in own for line in _lines(TABLES[name].title, rows[name], order, metric)],
         )
     return lines
+
+
+def _named(row: Mapping[str, Any], ours: str) -> dict[str, Any]:
+    """A row of a comparison, as "ours" if it is of that method."""
+    return {**row, "method": "ours" if row["method"] == ours else row["method"]}
 
 
 def _lines(

@@ -50,8 +50,9 @@ def _restore(args: argparse.Namespace) -> None:
     pairs = jobs(args.images, args.output, force=args.force)
     device = _device(args.device)
     several = len(pairs) > 1
-    if not several:  # before the work, not after it
-        check_target(pairs[0][1], open_image(pairs[0][0]).mode)
+    first = None if several else open_image(pairs[0][0])
+    if first is not None:  # before the work, not after it
+        check_target(pairs[0][1], first.mode)
     model, kind = load_any(args.model)
     pairs[0][1].parent.mkdir(exist_ok=True)
     model = model.to(device)
@@ -59,7 +60,7 @@ def _restore(args: argparse.Namespace) -> None:
     for index, (source, target) in enumerate(pairs):
         title = f"restoring {source.name} ({index + 1} of {len(pairs)})" if several else "restoring"
         try:
-            image = open_image(source)
+            image = open_image(source) if first is None else first
             with _progress(title) as progress:
                 result = restore_image(
                     model,

@@ -108,9 +108,8 @@ def prepare_unchecked(
         raise ConfigError(
             "this model is prepared already: prepare the float model again, or use QConfig rules"
         )
-    dynamo: Any = sys.modules.get(
-        "torch._dynamo.eval_frame"
-    )  # slow to import, and there if a model is compiled
+    # The compiler is slow to import, and there if the model is compiled.
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
     if compiled or isinstance(model, torch.jit.ScriptModule):
         made = "compiled" if compiled else "scripted"

@@ -31,7 +31,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         small.resize((24, 20), Image.Resampling.BICUBIC).save(tmp_path / name / "0.png")
     grid, how = ("2:minmax:0",), (*NOISE, *SMALL, "--calibration", "1")
     tables = {
-        "second": Table("after the first", grid, how, train=(*NOISE, *SMALL), after="first"),
+        "second": Table(
+            "after the first", grid, how, train=(*NOISE, *SMALL), after="first", ours="ours-rate-1"
+        ),
         "first": Table("noise", grid, how, train=(*NOISE, *SMALL, "--model", "tiny", "--depths", "1")),
     }
     monkeypatch.setattr(accuracy, "TABLES", tables)
@@ -133,14 +135,15 @@ def test_the_overview_is_of_all_tables_that_are_there(place: Path) -> None:
     row = {"method": "float", "bits": None, "label": "float", "score": 30.0, "loss": 0.0}
     ours = {"method": "ours", "bits": 2, "label": "ours", "score": None, "loss": None}
     against = {"method": "lsq", "mean": 0.25, "standard_error": None, "seeds": 1}
-    for name in ("first", "second"):
+    other = {**ours, "method": "ours-rate-1", "label": "another rate", "score": 29.5, "loss": 0.5}
+    for name, own in (("first", ours), ("second", other)):
         (place / "out" / name).mkdir(parents=True)
-        found = {"settings": {"task": {"kind": "denoise"}}, "rows": [row, {**ours, "against": against}]}
+        found = {"settings": {"task": {"kind": "denoise"}}, "rows": [row, {**own, "against": against}]}
         (place / "out" / name / "compare.json").write_text(json.dumps(found))
     assert run(place, "first", report=True) == 1
     text = (place / "out" / "accuracy.md").read_text()
     assert "| noise | 2 | 30.000 |  | lsq +0.250, 1 seed |" in text
-    assert "| after the first | 2 | 30.000 |" in text
+    assert "| after the first | 2 | 30.000 | 29.500 (0.500) |" in text
 
 
 def test_a_bad_command_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -90,8 +91,21 @@ def test_the_models_own_renames_are_honoured(target: Any, stored: str, tmp_path:
             lambda s: s.update({f"k{i}": torch.zeros(1) for i in range(9)}),
             r"unexpected \['k0', 'k1', 'k2'\] and 6 more$",
         ),
+        (lambda s: s.update(step=3), "not a mapping of names to tensors"),
+        (lambda s: s.update({3: torch.zeros(1)}), "not a mapping of names to tensors"),
+        (lambda s: s.clear(), "missing"),
     ],
-    ids=["missing", "unexpected", "misshapen", "the rename fails", "all", "many"],
+    ids=[
+        "missing",
+        "unexpected",
+        "misshapen",
+        "the rename fails",
+        "all",
+        "many",
+        "number",
+        "number as key",
+        "empty",
+    ],
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(target: Any, change: Any, message: str) -> None:
     model = target(renames(1))
@@ -219,6 +233,7 @@ class Evil(argparse.Namespace):
         lambda s: {"model": s, "args": Evil()},
         lambda s: {"model": s, "args": argparse.Namespace(inner=Evil())},
         lambda s: {"model": {**s, "more": Evil()}},
+        lambda s: Evil(),
     ],
 )
 def test_no_code_of_a_checkpoint_runs(content: Any, tmp_path: Path) -> None:
@@ -227,6 +242,9 @@ def test_no_code_of_a_checkpoint_runs(content: Any, tmp_path: Path) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(FormatError, match="can be read safely"):
         files.load_checkpoint(model, tmp_path / "c.pth")
+    (tmp_path / "d.pth").write_bytes(pickle.dumps(content(renames(0).state_dict())))
+    with pytest.raises(FormatError):
+        files.load_checkpoint(model, tmp_path / "d.pth")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -240,4 +258,6 @@ def test_cut_files(wrap: Any, tmp_path: Path) -> None:
         (tmp_path / "d.pth").write_bytes(whole[:length])
         with pytest.raises(FormatError, match=r"d\.pth is not a checkpoint that can be read safely"):
             files.load_checkpoint(model, tmp_path / "d.pth")
+    with pytest.raises(FormatError):
+        files.load_checkpoint(model, tmp_path)  # a folder
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

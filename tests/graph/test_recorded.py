@@ -69,9 +69,7 @@ def sized(model: Any, x: Tensor) -> Tensor:
     return x.repeat(1, 1, 5, 6)[..., :32, :32] if "Vision" in type(model).__name__ else x
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning"
-)  # of torch.compile's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
 @pytest.mark.parametrize(
     ("name", "tool"),
     [
@@ -122,7 +120,6 @@ def test_transforms_of_functions_reach_no_kernels() -> None:
     deployed, x = ssmquant.convert(prepared("recommended")), X
     deployed(x)
     for transformed in (torch.func.functionalize(deployed), torch.vmap(lambda t: deployed(t[None])[0])):
-        with pytest.raises(
-            RuntimeError, match=r"setup_context|Batching rule|functionaliz"
-        ):  # and not by a crash
+        # An error of PyTorch's, and no crash.
+        with pytest.raises(RuntimeError, match=r"setup_context|Batching rule|functionaliz"):
             transformed(x)
