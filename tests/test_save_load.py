@@ -56,6 +56,25 @@ def test_zoo_models_need_no_model(tmp_path: Path) -> None:
     assert torch.equal(copied(images(1, 3, 6, 8)), deployed(images(1, 3, 6, 8)))
 
 
+def test_in_inference_mode(tmp_path: Path) -> None:
+    """Tensors made there count no writes to them, which tracing looks at."""
+    x = images(2, 3, 6, 8)
+    with torch.inference_mode():
+        model = tiny_mambair().eval()  # its buffer is assigned to in forward
+        prepared = prepared_and_calibrated(model, QConfig.qmambair(2), x)
+        deployed = ssmquant.convert(prepared)
+        ssmquant.save(deployed, tmp_path / "model.safetensors")
+    want = deployed(x)
+    with torch.inference_mode():
+        again = ssmquant.load(tmp_path / "model.safetensors")
+        assert torch.equal(again(x.clone()), want)
+    assert not want.requires_grad
+    fresh = ssmquant.load(tmp_path / "model.safetensors")
+    with torch.inference_mode():
+        assert torch.equal(fresh(x[:1]), deployed(x[:1]))
+    assert torch.equal(fresh(x), want)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -336,7 +336,15 @@ class Runtime(nn.Module):
         unbind = _unbinder(self.signature(model))
         rules = self.rules(model)
         method = self.user_method(model)
-        with PATCH_LOCK, _Stand(self, model), _Hidden(model):
+        # In inference mode tensors do not count the writes to them, which the tracer looks at.
+        gradients = torch.is_grad_enabled()
+        with (
+            PATCH_LOCK,
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradients),
+            _Stand(self, model),
+            _Hidden(model),
+        ):
 
             def run(shapes: Shapes) -> Any:
                 return run_once(model, method, call, shapes, rules, unbind)

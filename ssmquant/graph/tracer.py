@@ -193,11 +193,7 @@ class Recorder(Writer):
                 self.busy += 1
                 with torch.no_grad(), self.fake:
                     real = not isinstance(out, FakeTensor)
-                    out = (
-                        self.fake.from_tensor(out.detach(), static_shapes=True)
-                        if real
-                        else torch.ops.aten.alias.default(out)
-                    )
+                    out = self.fake_of(out) if real else torch.ops.aten.alias.default(out)
                 self.busy -= 1
             self._bind(out, node, out)
             return out
@@ -370,7 +366,7 @@ class Recorder(Writer):
         real = [(m, k, b) for m in mod.modules() for k, b in m._buffers.items() if b is not None]
         try:
             for m, k, b in real:
-                m._buffers[k] = self.fake.from_tensor(b.detach(), static_shapes=True)
+                m._buffers[k] = self.fake_of(b)
             return call(mod, *args, **kwargs)
         finally:
             for m, k, b in real:

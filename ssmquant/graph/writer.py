@@ -225,11 +225,16 @@ class Writer(TorchFunctionMode):
         node.meta["pointer"] = pointer
         return node, fake
 
+    def fake_of(self, t: Tensor) -> Tensor:
+        """A fake in the place of a real tensor; of one that inference mode made as well, which counts no writes."""
+        t = t.clone() if t.is_inference() else t.detach()
+        return self.fake.from_tensor(t, static_shapes=True)
+
     def _get_attr(self, t: Tensor, name: str) -> tuple[fx.Node, Tensor]:
         self.busy += 1
         try:
             with torch.no_grad(), self.fake:
-                fake = self.fake.from_tensor(t.detach(), static_shapes=True)
+                fake = self.fake_of(t)
         finally:
             self.busy -= 1
         node = self.graph.get_attr(name)
