@@ -35,10 +35,12 @@ __device__ __forceinline__ void copy(void *to, const void *from, bool there) {
 #endif
 
 // Of kernels that are launched "early": waits for all that the one before has done. What comes before it in a kernel must
-// not depend on others. The next one's blocks are not let in before this one's are done (griddepcontrol.launch_dependents):
-// they would fill the multiprocessors that are free first, and leave the others idle.
-__device__ __forceinline__ void kernel_before() {
+// not depend on others. LET: the next one's blocks come in as soon as all of this one's have begun, and not when they are
+// done. That hides their launch, and fills multiprocessors that have nothing left to do; but of kernels of few blocks the
+// next one's are spread unevenly, over what these leave.
+template <bool LET = false> __device__ __forceinline__ void kernel_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (LET) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) depthwise(const Params p) 
 #pragma unroll
     for (int i = 0; i < KH * KW; ++i, of_weight += p.channels)
         weight[i] = *reinterpret_cast<const Floats<PER> *>(of_weight);
-    kernel_before();  // a bias may be made by a kernel of the same graph
+    kernel_before<true>();  // a bias may be made by a kernel of the same graph
     const Floats<PER> bias = *reinterpret_cast<const Floats<PER> *>(p.bias + channel);
     const Floats<PER> factors = FACTORS ? *reinterpret_cast<const Floats<PER> *>(p.next_factors + channel) : Floats<PER>{};
     const float next_scale = CODES ? p.next_scale[0] : 1.0f, next_shift = CODES ? p.next_shift[0] : 0.0f;

@@ -22,7 +22,7 @@
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
 // results are asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the groups, in scan_carry, a
 // power of two; HELD: as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps,
-// 4 or 8; STEPS_RESIDENT: blocks of a multiprocessor there.
+// 4 or 8; STEPS_RESIDENT: blocks of a multiprocessor there; LARGE: there is much to do.
 
 #ifndef EMULATED
 __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
@@ -516,7 +516,7 @@ extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(con
     const int each = p.directions * p.size_row;
     unsigned char *result = p.sizes + row_of(begins + at_row, each) + column * (TAKEN * OF_STEP);
     const long long next = (long long)rows * each;
-    kernel_before();
+    kernel_before<LARGE>();
     const int fours = p.row / 4, tile = p.tile;
     Floats<4> *const tiles = reinterpret_cast<Floats<4> *>(shared);
     const auto bring = [&](int begin, int turn) {
@@ -549,7 +549,7 @@ extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(con
 
 // blockIdx.y: direction, sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const Params p) {
-    kernel_before();
+    kernel_before<true>();
     const int block = blockIdx.y % p.blocks, sample = blockIdx.y / p.blocks % p.batch;
     Walk<false> walk(p, sample, block);
     walk.run<false>(blockIdx.y / p.blocks / p.batch);
@@ -557,7 +557,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const 
 
 // blockIdx.y: path, sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_out(const Params p) {
-    kernel_before();
+    kernel_before<LARGE>();
     const int block = blockIdx.y % p.blocks, sample = blockIdx.y / p.blocks % p.batch;
     const int path = p.path + blockIdx.y / p.blocks / p.batch, back = p.paths[2 * path + 1];
     Walk<true> walk(p, sample, block);
@@ -584,7 +584,7 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(cons
     }
     const int per = (p.groups + SEGMENTS - 1) / SEGMENTS, first = segment * per;
     const int end = !real ? first : first + per < p.groups ? first + per : p.groups;
-    kernel_before();
+    kernel_before<LARGE>();
     float *ends = p.ends + (long long)blockIdx.y * p.groups * width + column;
     const float *totals = p.totals + (long long)blockIdx.y * p.groups * p.channels + channel;
     constexpr int AHEAD = HELD ? HELD : 8;  // groups that are read at once: all of a segment, or some of them, and twice

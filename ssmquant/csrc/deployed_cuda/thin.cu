@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) thin(const Param
     const int first = (blockIdx.x * (WARPS / SPLIT) + warp / SPLIT) * 16;
     ask<16 * 32 * GROUPS * KT>(p.tiles);  // all at once: one wait for all, and not one for every group
     ask<12 * 16 * GROUPS>(p.of_outputs);
-    kernel_before();
+    kernel_before<true>();
     if (first >= p.rows) return;
     const long long sample = blockIdx.y;
     const float a = p.scale[0], b = p.shift[0], inverse = 1.0f / a, moved = b * inverse;

@@ -25,6 +25,9 @@ _SHORT = 256  # steps
 _FEW_GROUPS = 8  # of a segment
 _HELD = 4, 8, 16
 _FEW_STATES = 4  # that need few registers
+_SMALL = 256  # threads of a multiprocessor: then a lane has one channel, for twice as many
+_SMALL_BLOCK = 160  # threads
+_LARGE = 2**21  # channels of pixels and paths
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
 _MOST = 2**31 - 2**16  # elements of a sample, and pixels: a block may count beyond the last
 _MOST_SHARED = 96 * 1024  # bytes that a block has on any GPU since sm_80
@@ -78,6 +81,8 @@ class Case:
     ladder: int
     """1: rates are evenly spaced; 2: multiples of the first; 0: neither."""
     softplus: bool
+    large: bool = True
+    """Whether there is so much to do that the next kernel's blocks should come in while these end."""
 
     def source(self) -> str:
         """The text to compile: definitions and the kernels."""
@@ -99,6 +104,7 @@ class Case:
             "SOFTPLUS": int(self.softplus),
             "TAKEN": self.taken,
             "STEPS_RESIDENT": self.steps_resident,
+            "LARGE": int(self.large),
         }
         return nvrtc.specialised("deployed_cuda/scan", *values.items())
 
@@ -165,8 +171,8 @@ def choose(
     """Any shape is right, this one should be fast: whole warps, and enough blocks for each multiprocessor.
 
     Measured on an H200: more blocks hide more of what they wait for, but chunks of few steps cost more than that; of
-    short paths of many samples chunks cost more than they gain. Of few states memory is what takes the time: on the way
-    back the results of a chunk have to be in the cache still.
+    short paths of many samples chunks cost more than they gain; small images want more and smaller blocks. Of few
+    states memory is what takes the time: on the way back the results of a chunk have to be in the cache still.
 
     Args:
         walks: Paths that are walked at once.
@@ -206,6 +212,10 @@ def choose(
     steps = max(1, min(-(-steps // stage), -(-pixels // stage))) * stage
     parts = -(-pixels // steps)
     chunks = max(1, min(chunks, -(-batch * blocks * walks * parts // processors), parts))
+    threads = batch * blocks * walks * parts * lanes
+    if columns == 2 and not few and threads < _SMALL * processors and 2 * lanes <= _SMALL_BLOCK:
+        columns, lanes, resident = 1, 2 * lanes, 4
+        chunks = next(n for n in range(min(chunks, _SMALL_BLOCK // lanes), 0, -1) if n == 1 or fits(lanes, n))
     segments = 1
     groups = -(-parts // chunks)
     while segments < min(64, groups / _FEW_GROUPS):
@@ -296,9 +306,9 @@ class Scan:
         o, ranks, a = operands, operands.ranks, operands.a
         directions, device = len(o.order), a.device
         row = directions * len(arrangement(ranks, a.shape[1], (0, 0, 0))) // 4
-        large = f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
+        refused = f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
         if pixels * max(channels + 16, row) >= _MOST or batch * pixels >= _MOST:
-            raise InputError(large)
+            raise InputError(refused)
         self.size, self.device, self.apart = size, device, apart
         self.paths, ways = paths_of(o.order)
         ladder, rates = _rates(a, directions)
@@ -315,8 +325,9 @@ class Scan:
                 f"a block of {shape.lanes * shape.columns} channels: {_COPIED} are copied at once"
             )
         if batch * directions * self.blocks > _MOST_BLOCKS:
-            raise InputError(large)
-        self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus)
+            raise InputError(refused)
+        large = batch * pixels * channels * len(self.paths) >= _LARGE
+        self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus, large)
         if 8 * self.case.steps_at_once * _up(row, 4) > _MOST_SHARED:  # of one pixel for each thread, twice
             raise InputError(
                 f"deployed: scans in {directions} directions are more than the kernels for GPUs take"
