@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ssmquant.graph.deploy_chains import deploy_chains
 from ssmquant.graph.deploy_edges import deploy_edges
 from ssmquant.graph.deploy_layers import deploy_layers
 from ssmquant.graph.deploy_norms import deploy_norms
@@ -47,6 +48,7 @@ def deploy(graph: fx.Graph, model: nn.Module, engine: Engine) -> fx.Graph:
         return graph
     deploy_norms(d.graph, model, engine)
     deploy_edges(d.graph, model, engine)
+    deploy_chains(d.graph, model, engine)
     d.graph.lint()
     return d.graph
 

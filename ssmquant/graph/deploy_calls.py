@@ -34,6 +34,8 @@ def linear_call(
     more = between.get("more", ())
     _check(x, *(residual or ())[:1], *more, coded=coded)
     _check_shapes((*x.shape[:-1], weight.shape[0]), residual, x, *more)
+    if between.get("blended") is not None:
+        _check_blend(x, *between["blended"][1:])
     return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual, **between)
 
 
@@ -88,10 +90,14 @@ def image_of(rows: Tensor, height: int, width: int) -> Tensor:
 
 def blend_call(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     """``deployed.blend`` in a graph: v and scale, (B, C, 1, 1), of an image with channels last."""
+    _check_blend(x, v, scale)
+    return deployed.blend(x, gain, v, scale)
+
+
+def _check_blend(x: Tensor, v: Tensor, scale: Tensor) -> None:
     _check(x, v, scale)
     if scale.shape != (*v.shape[:1], v.shape[-1], 1, 1) or x.shape != v.shape:
         raise Unfit
-    return deployed.blend(x, gain, v, scale)
 
 
 def excite_call(x: Tensor, *modules: Any, parts: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from ssmquant.graph.orders import PathsOf, shape_of
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
 
-__all__ = ["deploy_edges"]
+__all__ = ["deploy_edges", "is_plain_move", "occurrences", "part", "two_of"]
 
 _MOVES = {
     "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "unsqueeze", "squeeze", "swapaxes",
@@ -54,13 +54,11 @@ class _Edges:
         node: Any = reader.args[0] if reader.args else None
         while isinstance(node, fx.Node):
             last = moves[-1] if moves else reader
-            if self._readers(node) != [last] or _occurrences(last, node) != 1:
+            if self._readers(node) != [last] or occurrences(last, node) != 1:
                 return None
             if node.meta.get("storage") in self.written:
                 return None
-            if node.op not in ("call_method", "call_function"):
-                return None
-            if not _is_move(node):
+            if not is_plain_move(node):
                 return node, moves[::-1]
             moves.append(node)
             node = node.args[0]
@@ -147,19 +145,10 @@ class _Edges:
             return False
         with self.graph.inserting_before(made):
             also = self.graph.get_attr(str(modules[4].target))
-        second = self._two(made)
+        second = two_of(self.graph, made)
         made.kwargs = {**made.kwargs, "also": also}
         core.kwargs = {**core.kwargs, "u": second}
         return True
-
-    def _two(self, made: fx.Node) -> fx.Node:
-        """Has a call that gives two values read as such; the second one."""
-        with self.graph.inserting_after(made):
-            second = self.graph.call_function(_part, (made, 1))
-            first = self.graph.call_function(_part, (made, 0))
-        made.replace_all_uses_with(first, delete_user_cb=lambda n: n not in (first, second))
-        first.meta.update(made.meta)
-        return second
 
     def means(self, reader: fx.Node) -> None:
         """Has channel attention's means made of sums that the depthwise convolution in front of it gives."""
@@ -169,7 +158,7 @@ class _Edges:
         if made.meta.get("storage") in self.written:
             return
         if deployed.is_depthwise(self.model.get_submodule(str(made.args[2].target))):
-            second = self._two(made)
+            second = two_of(self.graph, made)
             made.kwargs = {**made.kwargs, "sums": True}
             reader.kwargs = {"parts": second}
 
@@ -223,7 +212,7 @@ class _Edges:
     def _alone(self, node: Any, reader: fx.Node) -> bool:
         """Whether a node is read by ``reader`` alone, and once."""
         known = isinstance(node, fx.Node) and list(node.users) == [reader] and not node.meta.get("mutates")
-        return known and _occurrences(reader, node) == 1
+        return known and occurrences(reader, node) == 1
 
     def _factor(self, node: fx.Node) -> float | None:
         """The number that a value is multiplied with; of divisions by powers of two, where that is the same."""
@@ -257,7 +246,7 @@ class _Edges:
         ends: list[Any] = []
         with self.graph.inserting_before(reader):
             for i in range(count):
-                end: Any = self.graph.call_function(_part, (core, i))
+                end: Any = self.graph.call_function(part, (core, i))
                 for node in moves:
                     known = {node.args[0]: end}
                     end = self.graph.node_copy(node, lambda n, known=known: known.get(n, n))  # type: ignore[misc]
@@ -268,17 +257,29 @@ class _Edges:
             self.graph.erase_node(node)
 
 
-def _part(parts: Any, i: int) -> Any:
+def part(parts: Any, i: int) -> Any:
+    """One of several values of a call."""
     return parts[i]
 
 
-def _is_move(node: fx.Node) -> bool:
+def two_of(graph: fx.Graph, made: fx.Node) -> fx.Node:
+    """Has a call that gives two values read as such; the second one."""
+    with graph.inserting_after(made):
+        second = graph.call_function(part, (made, 1))
+        first = graph.call_function(part, (made, 0))
+    made.replace_all_uses_with(first, delete_user_cb=lambda n: n not in (first, second))
+    first.meta.update(made.meta)
+    return second
+
+
+def is_plain_move(node: fx.Node) -> bool:
     """Whether a node only moves elements of its first argument, or casts them to float32."""
     retyped = any(isinstance(a, torch.dtype) for a in node.args)
-    return bool(node.args) and (is_cast(node) or (op_name(node) in _MOVES and not retyped))
+    called = node.op in ("call_method", "call_function") and bool(node.args)
+    return called and (is_cast(node) or (op_name(node) in _MOVES and not retyped))
 
 
-def _occurrences(user: fx.Node, node: fx.Node) -> int:
+def occurrences(user: fx.Node, node: fx.Node) -> int:
     """How often a node is among the arguments of another one."""
     found: list[fx.Node] = []
     fx.node.map_arg((user.args, user.kwargs), found.append)

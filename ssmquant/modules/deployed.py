@@ -93,6 +93,7 @@ def _project(
     residual: Residual = None,
     more: tuple[Tensor, ...] = (),
     codes: Between = None,
+    blended: Blended = None,
 ) -> Any:
     """``_product`` of a static quantizer, or one of rows, without the values and codes of all rows."""
     weights = matrix(weight, (weight.shape[0], x.shape[2]))
@@ -110,6 +111,8 @@ def _project(
         module, columns, factors = codes
         columns = weights.outputs if columns is None else columns
         options["codes"] = grid_of(module, no_moments, 0), columns, bias_of(factors)
+    if blended is not None:
+        options["blended"] = _blend_operands(*blended)
     return project(x, grid, weights, bias_of(bias), norm=norm, z=z, act=act, residual=residual, **options)
 
 
@@ -156,6 +159,8 @@ Residual = tuple[Tensor, Tensor | None] | None
 Between = tuple[nn.Module, int | None, Tensor | None] | None
 """The quantizer by whose codes results are written, of how many columns, the first ones (None: of all), and factors
 of these columns before (None: none)."""
+Blended = tuple[Tensor | None, Tensor, Tensor] | None
+"""Gain, v and scale of ``blend``."""
 Act = nn.Module | str | None
 """``"silu"`` or ``"gelu"``, or a module that was one of these when the graph was made."""
 LastNorm = tuple[Any, ...] | None
@@ -267,6 +272,11 @@ def _fused_norm(
     return _dense(x), _as_kernels_take(found, x.dtype), tuple(map(_dense, more))
 
 
+def _fuses(norm: LastNorm) -> bool:
+    """Whether kernels take a norm of float32, or there is none."""
+    return norm is None or isinstance(norm[0], (float, Tensor)) or _norm_of(norm, torch.float32) is not None
+
+
 def _own(act: Act) -> str | None:
     """The kernels' name of an activation; None where there is none, or its module has to be called."""
     if act is None or isinstance(act, str):
@@ -288,6 +298,7 @@ def linear(
     *,
     more: tuple[Tensor, ...] = (),
     codes: Between = None,
+    blended: Blended = None,
 ) -> Any:
     """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x.
 
@@ -296,25 +307,37 @@ def linear(
         act: of the result, before the residual is added.
         axis: where a module of that has the outputs, if it has to be called.
         more: what is added to x first.
-        codes: what is returned as codes. This and ``more``: for static quantizers, and engines that have it.
+        codes: what is returned as codes.
+        blended: x is (B, H, W, inputs), and its ``blend`` with these takes its place. This and the two before: for
+            static quantizers, and engines that have it.
 
     Returns:
-        (samples, .., outputs), float32, or codes, or a tuple of both.
+        (samples, .., outputs), float32, or codes, or a tuple of both; with ``blended`` a tuple of that and the blend.
     """
     own = _own(act)
-    if isinstance(act, nn.Module) and own is None:
+    called = isinstance(act, nn.Module) and own is None
+    if blended is not None:
+        if called or not _fuses(norm):
+            total = blend(x, *blended)
+            return linear(total, of_x, weight, bias, norm, act, axis, residual, codes=codes), total
+        x = _dense(x)
+    if called:
+        assert isinstance(act, nn.Module)
         y = linear(x, of_x, weight, bias, norm, more=more)
         return _written(_added(act(y.movedim(-1, axis)).movedim(axis, -1), residual), codes)
     x, fused, more = _fused_norm(norm, x, more)
     rows = _rows(x)
     q = inner(of_x)
-    together = not isinstance(q, DLS) or q.stats_axis is None  # samples do not matter
+    together = blended is None and (not isinstance(q, DLS) or q.stats_axis is None)  # samples do not matter
     if together:
         rows = rows.flatten(0, 1)[None]
     if static(of_x) or isinstance(q, Token):
         others = tuple(_rows(t).flatten(0, 1)[None] if together else _rows(t) for t in more)
-        made = _project(rows, of_x, weight, bias, fused, act=own, residual=residual, more=others, codes=codes)
-        return _shaped(made, x.shape, codes)
+        options: dict[str, Any] = {"act": own, "residual": residual, "more": others, "codes": codes}
+        if blended is None:
+            return _shaped(_project(rows, of_x, weight, bias, fused, **options), x.shape, codes)
+        made, total = _project(rows, of_x, weight, bias, fused, blended=blended, **options)
+        return _shaped(made, x.shape, codes), total.view(x.shape)
     return _added(_product(rows, of_x, weight, bias, fused, act=own).view(*x.shape[:-1], -1), residual)
 
 
@@ -342,10 +365,15 @@ def gated_linear(
 
 def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     """``x * gain + v * scale``: x and v (B, H, W, C), any strides, gain (C,) or None for 1, scale (B, C, 1, 1)."""
-    x3, v3 = (_dense(t).flatten(1, 2) for t in (x, v))
-    gain = None if gain is None else gain.contiguous()
-    made: Tensor = engine_of(x.device).blend(x3, gain, v3, scale.flatten(1).contiguous())
+    gain, v, scale = _blend_operands(gain, v, scale)
+    made: Tensor = engine_of(x.device).blend(_dense(x).flatten(1, 2), gain, v, scale)
     return made.view(x.shape)
+
+
+def _blend_operands(gain: Tensor | None, v: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """As kernels take them."""
+    gain = None if gain is None else gain.contiguous()
+    return gain, _dense(v).flatten(1, 2), scale.flatten(1).contiguous()
 
 
 def excite(x: Tensor, first: nn.Conv2d, second: nn.Conv2d, parts: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@
 // products of 8 outputs give it these. SPLIT warps share the outputs of the same rows, where there are few.
 //
 // After cuda_math.cu and definitions of: INPUTS, OUTPUTS; CODED: the input is codes, int8 from 0 and -1 for NaN; PARTS: tensors
-// whose sum it is; NORM: 1 layer norm, 2 RMS norm, 3 factors alone; HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL;
+// whose sum it is; BLEND: it is the sum of x, 2: with a gain, and v by a factor of each sample, and is written too; NORM: 1 layer norm, 2 RMS norm, 3 factors alone; HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL;
 // HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so many of the first outputs are written as codes, apart from the others; FACTORS:
 // of these before; CORE: 1 all outputs are, each by a quantizer of its own, and the input's codes and NaN too, 2: its codes are
 // those of a single quantizer, which are multiplied; VEC: inputs that are read at once; AT_ONCE: outputs; WARPS, SPLIT;
@@ -36,6 +36,8 @@ struct alignas(16) Words { unsigned x[4]; };
 
 struct Params {
     const void *x;
+    const float *v, *x_gain, *v_scale;                   // BLEND: rows; of each input; (samples, INPUTS)
+    float *blended;                                      // BLEND: (samples, rows, INPUTS)
     const float *z, *norm_weight, *norm_bias, *scale, *shift;
     const Words *tiles;                                  // weights: [GROUPS][KT][32], see cuda_thin.tiles
     const float *of_outputs;                             // scales, shifts and totals, (3, 16 * GROUPS)
@@ -45,7 +47,7 @@ struct Params {
     const float *next_scale, *next_shift, *next_factors; // of codes; CORE: of u
     const float *inverse, *moved, *least, *most;         // CORE: of each output
     unsigned char *u, *bad;                              // CORE: the input's codes, rows of u_row, and rows with a NaN
-    long long part, x_batch, x_row, z_batch, z_row, r_batch, r_row;
+    long long part, x_batch, x_row, v_batch, v_row, z_batch, z_row, r_batch, r_row;
     int rows, u_row, code_row, qmin, qmax, next_min, next_max;
     float eps;
 };
@@ -117,6 +119,18 @@ template <int STEP> __device__ __forceinline__ void read(const float *x, int t, 
         if (here && k < INPUTS) four = *reinterpret_cast<const Floats<STEP> *>(x + k);
 #pragma unroll
         for (int j = 0; j < STEP; ++j) v[i + j] = four.x[j];
+    }
+}
+
+// The reverse of ``read``.
+template <int STEP> __device__ __forceinline__ void write(float *x, int t, const float (&v)[8 * KT]) {
+#pragma unroll
+    for (int i = 0; i < 8 * KT; i += STEP) {
+        const int k = i / 4 * 16 + 4 * t + i % 4;
+        Floats<STEP> some;
+#pragma unroll
+        for (int j = 0; j < STEP; ++j) some.x[j] = v[i + j];
+        if (k < INPUTS) *reinterpret_cast<Floats<STEP> *>(x + k) = some;
     }
 }
 
@@ -254,6 +268,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) thin(const Param
 #pragma unroll
             for (int i = 0; i < 8 * KT; ++i) v[r][i] += more[i];
         }
+    }
+    if (BLEND) {
+#pragma unroll
+        for (int i = 0; i < 8 * KT; i += VEC) {
+            const int k = i / 4 * 16 + 4 * t + i % 4;
+            if (k >= INPUTS) continue;
+            Floats<VEC> gain{};
+            if (BLEND == 2) gain = *reinterpret_cast<const Floats<VEC> *>(p.x_gain + k);
+            const Floats<VEC> scale = *reinterpret_cast<const Floats<VEC> *>(p.v_scale + sample * INPUTS + k);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = first + g + 8 * r;
+                if (row >= p.rows) continue;
+                const Floats<VEC> more = *reinterpret_cast<const Floats<VEC> *>(p.v + sample * p.v_batch + row * p.v_row + k);
+#pragma unroll
+                for (int j = 0; j < VEC; ++j)
+                    v[r][i + j] = fmaf(more.x[j], scale.x[j], BLEND == 2 ? v[r][i + j] * gain.x[j] : v[r][i + j]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {  // when all has been read: no read waits for a write
+            const int row = first + g + 8 * r;
+            if (split == 0 && row < p.rows) write<VEC>(p.blended + (sample * p.rows + row) * INPUTS, t, v[r]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (CODED) break;
         float mean = 0.0f;
         if (NORM == 1) {
             float sum = 0.0f;

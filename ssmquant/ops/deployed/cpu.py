@@ -24,6 +24,7 @@ __all__ = [
     "ADDS",
     "BETWEEN",
     "BY_ROW",
+    "CHAINS",
     "DYNAMIC",
     "MOST_INPUTS",
     "MOST_RANK",
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 NAME = "cpu"
-ADDS = False
+ADDS = CHAINS = False
 BETWEEN = 0
 """No codes go from one call to the next: values are in the cache."""
 DYNAMIC = BY_ROW = True

@@ -25,6 +25,7 @@ __all__ = [
     "ADDS",
     "BETWEEN",
     "BY_ROW",
+    "CHAINS",
     "DYNAMIC",
     "MOST_COLUMNS",
     "MOST_INPUTS",
@@ -49,6 +50,8 @@ __all__ = [
 NAME = "cuda"
 ADDS = True
 """``convolve`` takes what is added to its result."""
+CHAINS = True
+"""``project`` takes an input that it blends itself."""
 DYNAMIC = BY_ROW = False
 BETWEEN = 128
 """Levels of codes that may go from one kernel to the next, as int8 from 0, and -1 for NaN."""
@@ -120,11 +123,14 @@ def _small_enough(*tensors: Tensor) -> None:
             raise InputError(f"deployed: {shape} is larger than what the kernels for GPUs count: use tiles")
 
 
-def _samples(*tensors: Tensor | None) -> tuple[int, int]:
-    """Samples and rows of each, (batch, rows, ..): all rows as one sample where their strides allow it."""
+def _samples(*tensors: Tensor | None, apart: bool = False) -> tuple[int, int]:
+    """Samples and rows of each, (batch, rows, ..): all rows as one sample where their strides allow it.
+
+    ``apart``: samples stay apart, for something is of each.
+    """
     there = [t for t in tensors if t is not None]
     batch, rows = there[0].shape[:2]
-    joined = all(batch == 1 or t.stride(0) == rows * t.stride(1) for t in there)
+    joined = batch == 1 or (not apart and all(t.stride(0) == rows * t.stride(1) for t in there))
     if joined and all(_extent(t) + (batch - 1) * rows * t.stride(1) < _MOST for t in there):
         return 1, batch * rows
     _small_enough(*there)
@@ -196,6 +202,7 @@ def project(
     act: str | None = None,
     more: tuple[Tensor, ...] = (),
     codes: tuple[Grid, int, Tensor | None] | None = None,
+    blended: tuple[Tensor | None, Tensor, Tensor] | None = None,
 ) -> Any:
     """See ``cpu.project``; ``act`` comes before the residual.
 
@@ -204,24 +211,33 @@ def project(
         more: tensors like x, which are added to it first.
         codes: a grid of at most ``BETWEEN`` levels, how many of the first outputs are returned as such codes, and
             factors of these before, or None.
+        blended: gain, v and scale as ``blend`` takes them, of whose result with x, float32, this is the projection.
 
     Returns:
-        (batch, rows, outputs), float32; with ``codes`` a tuple, codes and the other outputs.
+        (batch, rows, outputs), float32; with ``codes`` a tuple, codes and the other outputs. With ``blended`` a tuple
+        of that and what ``blend`` returns.
     """
     inputs, outputs = x.shape[2], weights.outputs
+    held, gain = residual if residual is not None else (None, None)
+    v = None if blended is None else blended[1]
+    if blended is not None and not cuda_thin.takes(weights, x, z, held, v):
+        total = blend(x, *blended)
+        given = project(total, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, codes=codes)
+        return given, total
     coded = x.dtype == torch.int8
     x, part, parts = _parts(x, more)
     following, columns, factors = codes if codes is not None else (grid, 0, None)
     y = torch.empty(*x.shape[:2], outputs - columns, dtype=torch.float32, device=x.device)
     made = torch.empty(*x.shape[:2], columns, dtype=torch.int8, device=x.device) if columns else None
-    held, gain = residual if residual is not None else (None, None)
-    samples, rows = _samples(x, z, held, y, made)
+    total = torch.empty(x.shape, dtype=torch.float32, device=x.device) if blended is not None else None
+    samples, rows = _samples(x, z, held, y, made, v, total, apart=blended is not None)
     if cuda_thin.takes(weights, x, z, held):
         cuda_thin.project(
             x, part, parts, (samples, rows), grid, weights, bias, norm, z, held, gain, act, y, made,
-            following, factors,
+            following, factors, blended, total,
         )  # fmt: skip
-        return y if codes is None else (made, y)
+        given = y if codes is None else (made, y)
+        return given if total is None else (given, total)
     if inputs <= _MOST_OF_ROW and max(inputs, outputs) > _FEW_COLUMNS:
         if coded:
             x = x.contiguous().view(samples, rows, inputs)

@@ -25,10 +25,11 @@ class _Params(ctypes.Structure):
     """``Params`` of the source."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in "x z norm_weight norm_bias scale shift tiles of_outputs".split()),
-        *((n, ctypes.c_void_p) for n in "bias residual gain y codes next_scale next_shift next_factors".split()),
+        *((n, ctypes.c_void_p) for n in "x v x_gain v_scale blended z norm_weight norm_bias scale shift".split()),
+        *((n, ctypes.c_void_p) for n in "tiles of_outputs bias residual gain y codes".split()),
+        *((n, ctypes.c_void_p) for n in "next_scale next_shift next_factors".split()),
         *((n, ctypes.c_void_p) for n in "inverse moved least most u bad".split()),
-        *((n, ctypes.c_longlong) for n in "part x_batch x_row z_batch z_row r_batch r_row".split()),
+        *((n, ctypes.c_longlong) for n in "part x_batch x_row v_batch v_row z_batch z_row r_batch r_row".split()),
         *((n, ctypes.c_int) for n in "rows u_row code_row qmin qmax next_min next_max".split()),
         ("eps", ctypes.c_float),
     )  # fmt: skip
@@ -106,8 +107,10 @@ def project(
     codes: Tensor | None,
     following: Grid,
     factors: Tensor | None,
+    blended: tuple[Tensor | None, Tensor, Tensor] | None,
+    total: Tensor | None,
 ) -> None:
-    """Writes ``y`` and ``codes``: see ``cuda.project``.
+    """Writes ``y`` and ``codes``, and ``total`` if x is ``blended``: see ``cuda.project``.
 
     Args:
         part, parts: what x is the sum of: elements between tensors, and their number.
@@ -115,17 +118,19 @@ def project(
     """
     inputs, outputs = x.shape[2], weights.outputs
     norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
-    of_inputs = x, z, norm_weight, norm_bias
+    x_gain, v, v_scale = blended if blended is not None else (None, None, None)
+    of_inputs = x, z, norm_weight, norm_bias, x_gain, v, v_scale, total
     vector = next(n for n in (4, 2, 1) if part % n == 0 and _fits(n, *of_inputs))
     at_once = next(n for n in (4, 2, 1) if _fits(n, bias, residual, gain))
     params = _Params(
         **_pointers(
-            x=x, z=z, norm_weight=norm_weight, norm_bias=norm_bias, scale=grid.scale, shift=grid.shift,
-            tiles=weights.tiles, of_outputs=weights.affine, bias=bias,
-            residual=residual, gain=gain, y=y, codes=codes, next_scale=following.scale, next_shift=following.shift,
-            next_factors=factors,
+            x=x, v=v, x_gain=x_gain, v_scale=v_scale, blended=total, z=z, norm_weight=norm_weight,
+            norm_bias=norm_bias, scale=grid.scale, shift=grid.shift, tiles=weights.tiles,
+            of_outputs=weights.affine, bias=bias, residual=residual, gain=gain, y=y, codes=codes,
+            next_scale=following.scale, next_shift=following.shift, next_factors=factors,
         ),
         part=part, x_batch=x.stride(0), x_row=x.stride(1), rows=samples[1],
+        v_batch=0 if v is None else v.stride(0), v_row=0 if v is None else v.stride(1),
         z_batch=0 if z is None else z.stride(0), z_row=0 if z is None else z.stride(1),
         r_batch=0 if residual is None else residual.stride(0), r_row=0 if residual is None else residual.stride(1),
         qmin=grid.qmin, qmax=grid.qmax, next_min=following.qmin, next_max=following.qmax,
@@ -133,7 +138,7 @@ def project(
     )  # fmt: skip
     _launch(
         x, samples, params, INPUTS=inputs, OUTPUTS=outputs,
-        CODED=int(x.dtype == torch.int8), PARTS=parts,
+        CODED=int(x.dtype == torch.int8), PARTS=parts, BLEND=0 if v is None else 1 if x_gain is None else 2,
         NORM=kind_of(norm), HAS_W=int(norm_weight is not None),
         HAS_B=int(norm_bias is not None), GATE=int(z is not None), HAS_BIAS=int(bias is not None),
         RESIDUAL=int(residual is not None), HAS_GAIN=int(gain is not None), ACT=ACTIVATIONS[act],
@@ -174,6 +179,7 @@ def codes_of_core(
     at_once = next(n for n in (4, 2, 1) if _fits(n, *made))
     _launch(
         x, samples, params, INPUTS=x.shape[2], OUTPUTS=outputs,
-        CODED=int(x.dtype == torch.int8), PARTS=1, NORM=0, HAS_W=0, HAS_B=0, GATE=0, HAS_BIAS=0, RESIDUAL=0,
-        HAS_GAIN=0, ACT=0, CODES=outputs, FACTORS=0, CORE=2 if of_u is of_x else 1, VEC=vector, AT_ONCE=at_once,
+        CODED=int(x.dtype == torch.int8), PARTS=1, BLEND=0, NORM=0, HAS_W=0, HAS_B=0, GATE=0, HAS_BIAS=0,
+        RESIDUAL=0, HAS_GAIN=0, ACT=0, CODES=outputs, FACTORS=0, CORE=2 if of_u is of_x else 1, VEC=vector,
+        AT_ONCE=at_once,
     )  # fmt: skip
