@@ -50,6 +50,8 @@ __device__ __forceinline__ unsigned joined(int a, int b, int c, int d) {
     return bytes_of(bytes_of(a, b, 0x0040), bytes_of(c, d, 0x0040), 0x5410);
 }
 
+template <int N> struct alignas(4 * N) Floats { float x[N]; };
+
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
 constexpr float LOG2E = 1.44269504088896341f;
 

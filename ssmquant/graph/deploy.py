@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ssmquant.graph.deploy_chains import deploy_chains
 from ssmquant.graph.deploy_edges import deploy_edges
+from ssmquant.graph.deploy_fronts import deploy_fronts
 from ssmquant.graph.deploy_layers import deploy_layers
 from ssmquant.graph.deploy_norms import deploy_norms
 from ssmquant.graph.deploy_scans import SCAN, Deployer, NoMatch
@@ -49,6 +50,7 @@ def deploy(graph: fx.Graph, model: nn.Module, engine: Engine) -> fx.Graph:
     deploy_norms(d.graph, model, engine)
     deploy_edges(d.graph, model, engine)
     deploy_chains(d.graph, model, engine)
+    deploy_fronts(d.graph, model, engine)
     d.graph.lint()
     return d.graph
 

@@ -24,7 +24,7 @@ from ssmquant.graph.orders import PathsOf, shape_of
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
 
-__all__ = ["deploy_edges", "is_plain_move", "occurrences", "part", "two_of"]
+__all__ = ["deploy_edges", "is_plain_move", "occurrences", "part", "reads_shape", "two_of"]
 
 _MOVES = {
     "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "unsqueeze", "squeeze", "swapaxes",
@@ -33,7 +33,7 @@ _MOVES = {
 _MOST_PARTS = 4
 
 
-def _reads_shape(node: fx.Node, source: fx.Node) -> bool:
+def reads_shape(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node wants nothing but the shape of ``source``."""
     if node.op == "call_method" and node.target == "size":
         return True
@@ -46,7 +46,7 @@ class _Edges:
         self.written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.users if not _reads_shape(n, node)]
+        return [n for n in node.users if not reads_shape(n, node)]
 
     def _way(self, reader: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
         """Where what ``reader`` reads first comes from, and the moves from there, which nothing else reads."""

@@ -125,8 +125,12 @@ class _Core:
         u: Tensor | None = None,
         coded: bool = False,
         other: Paths | None = None,
+        front: deployed.Front | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """``apart``, ``u``: see ``deployed.scan_core``; ``coded``: x is codes; ``other``: orders of the projection."""
+        """``apart``, ``u``: see ``deployed.scan_core``; ``coded``: x is codes; ``other``: orders of the projection.
+
+        ``front``: a depthwise convolution that makes codes of x first.
+        """
         key = (x.shape, sizes)
         if x.dtype != (torch.int8 if coded else torch.float32) or not x.numel():
             raise Unfit
@@ -138,8 +142,12 @@ class _Core:
             if len(self.known) >= _MOST_SHAPES:
                 self.known.clear()
             self.known[key] = paths
-        pixels = x.flatten(2).transpose(1, 2)
         options: Any = {"apart": apart} if apart else {}
+        if front is not None:
+            options["front"] = deployed.depthwise_of(x, front)
+            if options["front"] is None:
+                x, u = deployed.through(x, front)
+        pixels = x.flatten(2).transpose(1, 2)
         if u is not None:
             options["u"] = u.flatten(2).transpose(1, 2)
         made = deployed.scan_core(

@@ -38,17 +38,19 @@ from ssmquant.modules.deployed_values import (
     takes_weight,
 )
 from ssmquant.modules.packed import PackedTensor
-from ssmquant.ops.deployed import Norm, cpu, cuda
+from ssmquant.ops.deployed import Depthwise, Norm, cpu, cuda
 from ssmquant.quantizers import DLS, Token
 from ssmquant.quantizers.bank import hooks_of
 
 __all__ = [
     "Engine",
+    "Front",
     "Unchanged",
     "blend",
     "by_row",
     "coded",
     "conv2d",
+    "depthwise_of",
     "dynamic",
     "engine_of",
     "excite",
@@ -63,6 +65,7 @@ __all__ = [
     "sequence_core",
     "static",
     "takes_weight",
+    "through",
     "writes_codes",
 ]
 
@@ -388,6 +391,9 @@ def excite(x: Tensor, first: nn.Conv2d, second: nn.Conv2d, parts: Tensor | None 
 
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+Front = tuple[nn.Module, PackedTensor, Tensor | None, Window, Act, Between, nn.Module | None]
+"""What ``conv2d`` takes of a depthwise convolution whose codes one projection reads: the quantizer of its input, weight,
+bias, window, activation, and the codes that it makes."""
 
 
 def conv2d(
@@ -422,22 +428,15 @@ def conv2d(
     outputs, inputs, *kernel = weight.shape if len(weight.shape) > 2 else (*weight.shape, 1, 1)
     if inputs == 1 and outputs == x.shape[1]:
         assert residual is None
-        image = x.permute(0, 2, 3, 1)
-        batch = x.shape[0]
-        grid = grid_of(of_x, lambda: cpu.moments(image), x.numel() // batch)
-        taps = kept(weight, "taps", lambda: engine.by_lanes(weight().float().reshape(outputs, -1).T))
-        bias = bias_of(taps.new_zeros(outputs) if bias is None else bias)
         own = _own(act)
-        assert bias is not None
         called = isinstance(act, nn.Module) and own is None
-        options: dict[str, Any] = {}
-        if codes is not None and not called:
-            options = {"codes": grid_of(codes[0], no_moments, 0), "factors": bias_of(codes[2])}
-            if also is not None:
-                options["also"] = grid_of(also, no_moments, 0)
-        if sums and not called:
-            options = {"sums": True}
-        y = engine.depthwise(image, grid, taps, bias, (kernel[0], kernel[1]), dilation, own, **options)
+        d = _depthwise(x, of_x, weight, bias, window, own, *((None, None) if called else (codes, also)))
+        options: dict[str, Any] = {"sums": True} if sums and not called else {}
+        if d.codes is not None:
+            options = {"codes": d.codes, "factors": d.factors}
+            if d.also is not None:
+                options["also"] = d.also
+        y = engine.depthwise(d.x, d.grid, d.weights, d.bias, d.kernel, d.dilation, d.act, **options)
         if called:
             assert isinstance(act, nn.Module)
             floats = act(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -462,6 +461,45 @@ def conv2d(
     held = {} if residual is None else {"residual": residual[0].permute(0, 2, 3, 1).flatten(1, 2)}
     y = engine.convolve(image, grid, taps, bias_of(bias), *sizes, first, **held)
     return y.permute(0, 3, 1, 2)
+
+
+def _depthwise(
+    x: Tensor,
+    of_x: nn.Module,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    window: Window,
+    act: str | None,
+    codes: Between,
+    also: nn.Module | None,
+) -> Depthwise:
+    """What kernels want of ``conv2d`` of each channel."""
+    image, outputs = x.permute(0, 2, 3, 1), weight.shape[0]
+    kernel = weight.shape[2], weight.shape[3]
+    by_lanes = engine_of(x.device).by_lanes
+    taps = kept(weight, "taps", lambda: by_lanes(weight().float().reshape(outputs, -1).T))
+    bias = bias_of(taps.new_zeros(outputs) if bias is None else bias)
+    assert bias is not None
+    grid = grid_of(of_x, lambda: cpu.moments(image), x.numel() // x.shape[0])
+    made = None if codes is None else grid_of(codes[0], no_moments, 0)
+    factors = None if codes is None else bias_of(codes[2])
+    other = None if also is None else grid_of(also, no_moments, 0)
+    return Depthwise(image, grid, taps, bias, kernel, window[2], act, made, factors, other)
+
+
+def depthwise_of(x: Tensor, front: Front) -> Depthwise | None:
+    """A convolution in front of a projection as a kernel takes it; None if its activation has to be called."""
+    act = front[4]
+    if isinstance(act, nn.Module) and _own(act) is None:
+        return None
+    return _depthwise(x, *front[:4], _own(act), *front[5:])
+
+
+def through(x: Tensor, front: Front) -> tuple[Tensor, Tensor | None]:
+    """The codes that a convolution in front of a projection makes, by one quantizer and by another one, if any."""
+    *layer, codes, also = front
+    made = conv2d(x, *layer, codes=codes, also=also)
+    return made if also is not None else (made, None)
 
 
 def is_pointwise(kernel: Sequence[int], window: Window) -> bool:

@@ -22,7 +22,7 @@ from ssmquant.modules.deployed_values import (
     static,
 )
 from ssmquant.modules.packed import PackedTensor
-from ssmquant.ops.deployed import Grid, ScanOperands, Weights, cpu
+from ssmquant.ops.deployed import Depthwise, Grid, ScanOperands, Weights, cpu
 from ssmquant.quantizers.bank import hooks_of
 
 __all__ = ["scan_core", "sequence_core"]
@@ -48,6 +48,7 @@ def scan_core(
     softplus: bool,
     apart: int = 0,
     u: Tensor | None = None,
+    front: Depthwise | None = None,
 ) -> Any:
     """Projections of an image, selective scans in K orders of its pixels, and their sum: (B, L, D).
 
@@ -61,6 +62,7 @@ def scan_core(
         dt_weight: (K, D, R).
         a: (K * D, N); skip, bias: (K * D,) or None.
         apart: so many tensors are returned, whose sum is the result; 0: one, the result.
+        front: a depthwise convolution in front, of an image with the pixels x, which makes the codes.
     """
     batch, pixels, channels = x.shape
     directions, (rows, rank, states) = len(order), ranks
@@ -93,7 +95,7 @@ def scan_core(
         (quantizers, projection, dt_weight, facts, pointers), prepare
     )
     if core is not None:
-        made = core(x) if u is None else core(x, u)
+        made = core(x) if u is None and front is None else core(x, u, front)
         return _as_many(made, apart) if apart else made
     weights, steps = weights_of()
     image = x.unsqueeze(2)

@@ -70,7 +70,6 @@ constexpr int U_ROW = up(LANES * CT, 16), STEP_ROW = up(LANES * CT * OF_STEP, 16
 constexpr int OF_U = U_ROW / 16, COPIED = OF_U + STEP_ROW / 16;    // copies of 16 bytes
 // Threads that work for one step: a power of two, at least n if there are so many.
 __host__ __device__ constexpr int spanned(int n, int span = 1) { return span >= n || 2 * span > THREADS ? span : spanned(n, 2 * span); }
-template <int N> struct alignas(4 * N) Floats { float x[N]; };
 struct alignas(16) Place {
     float scale, offset;  // of codes of B
     int source, pixel;    // where it is copied from, and its result goes to, or -1

@@ -3,7 +3,6 @@
 // V neighbours in memory.
 template <class X> struct alignas(V * sizeof(X)) Pack { X x[V]; };
 template <class X> struct alignas(4 * sizeof(X)) Four { X x[4]; };
-template <int W> struct alignas(4 * W) Floats { float x[W]; };
 
 template <class X>
 __device__ __forceinline__ void move(X *to, const X *from, bool there) {

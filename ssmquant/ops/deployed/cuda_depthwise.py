@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,21 +13,23 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Depthwise, Grid
 
-__all__ = ["depthwise"]
+__all__ = ["Launch", "Params", "depthwise", "launch_of", "whole_rows"]
 
 _MOST_THREADS = 256
+_MOST_THREADS_OF_ALL = 512  # of a block that has all channels
 _MOST_SHARED = 48 * 1024  # bytes of a block, so that several fit
 _UNITS = 132  # multiprocessors of an H100
 _SHAPES = (16, 16), (8, 16), (8, 8), (4, 8), (4, 4), (256, 1), (128, 1), (64, 1), (32, 1), (1, 64)
+_SHAPES_OF_ALL = (8, 16), (8, 8), (4, 8), (4, 4)
 
 
 class _Divisor(ctypes.Structure):
     _fields_ = (("factor", ctypes.c_uint), ("shift", ctypes.c_int), ("count", ctypes.c_int))
 
 
-class _Params(ctypes.Structure):
+class Params(ctypes.Structure):
     """``Params`` of the source."""
 
     _fields_ = (
@@ -35,7 +39,7 @@ class _Params(ctypes.Structure):
         ),
         *((n, ctypes.c_void_p) for n in "y z sums".split()),
         ("x_batch", ctypes.c_longlong),
-        *((n, ctypes.c_int) for n in "x_down x_right x_channel z_row height width channels".split()),
+        *((n, ctypes.c_int) for n in "x_down x_right x_channel y_row z_row height width channels".split()),
         *((n, ctypes.c_int) for n in "qmin qmax next_min next_max also_min also_max".split()),
         *((n, _Divisor) for n in ("across", "blocks")),
     )
@@ -77,12 +81,15 @@ def _tile(
     coded: bool,
     read: int,
     stored: int,
+    row: int = 0,
 ) -> tuple[dict[str, int], int, int]:
     """What a block does, for the fewest instructions where there are most.
 
     Args:
         sizes: of x.
         read, stored: channels of x and of y that one instruction may take, as far as their places tell.
+        row: bytes of a pixel's codes that a projection in the same kernel reads: then a block has all channels, of
+            whole rows of 16 pixels. 0: there is none.
 
     Returns:
         Definitions of the source, threads and bytes of shared memory of a block.
@@ -92,31 +99,33 @@ def _tile(
     # A thread has a weight and a value for each tap and channel in registers.
     per = next(n for n in (4, 2, 1) if n == 1 or (stored % n == 0 and n * taps <= 40))
     reach_down, reach_right = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+    most_threads = _MOST_THREADS_OF_ALL if row else _MOST_THREADS
     best: tuple[tuple[bool, int, float], dict[str, int], int, int] | None = None
-    for shape in _SHAPES:
+    for shape in _SHAPES_OF_ALL if row else _SHAPES:
         wide, steps = shape[1], shape[0] // dilation[0]
         high = steps * dilation[0] if steps > 1 else shape[0]
         most = min(steps, shape[0] * wide // (8 * per))
-        run = next((n for n in range(most, 1, -1) if steps % n == 0), 1)
+        runs = [n for n in range(steps if row else most, 1, -1) if steps % n == 0] or [1]
         tiles = batch * -(-height // high) * -(-width // wide)
-        for lanes in range(min(32, channels) // per * per, 0, -per):
-            if lanes < 16 and best is not None and best[0][:2] == (False, _MOST_SHARED):
+        every = range(min(32, channels) // per * per, 0, -per)
+        for lanes, run in product((channels,) if row else every, (*runs, 1) if row else runs[:1]):
+            if lanes < 16 and best is not None and best[0][:2] == (False, _MOST_SHARED) and not row:
                 break
             threads = lanes // per * wide * (high // run)
             vec = next(n for n in (4, 2, 1) if read % n == 0 and lanes % n == 0)
             tall, items = high + reach_down, (wide + reach_right) * lanes // vec
             at_once = 6 if vec == 4 and not coded else 12
             rounds, lines, readers = _readers(threads, items, tall, at_once)
-            shared = 4 * (threads // readers["TEAM"]) * lines * items * vec
+            shared = 4 * (threads // readers["TEAM"]) * lines * items * vec + high * wide * row
             work = rounds * (10 + lines * ((5 if coded else 10) + 3 * vec))
             work += 150 + (run + kernel[0] - 1) * kernel[1] + run * (4 + per * (taps + 10))
             blocks = tiles * -(-channels // lanes)
             each = -(-blocks // _UNITS)
             # Few warps wait for themselves, few blocks all for memory; few lanes use parts of what it sends.
             cost = work * max(-(-threads // 32) * each, 8) * (1 + 0.5 / each) * (1 + 2 / lanes)
-            rank = threads > _MOST_THREADS, max(shared, _MOST_SHARED), cost
+            rank = threads > most_threads, max(shared, _MOST_SHARED), cost
             if best is None or rank < best[0]:
-                definitions = {"PER": per, "VEC": vec, "LANES": lanes, "HIGH": high, "WIDE": wide, "RUN": run}
+                definitions = {"PER": per, "X_VEC": vec, "LANES": lanes, "TILE_HIGH": high, "TILE_WIDE": wide, "RUN": run}
                 best = rank, {**definitions, **readers}, threads, shared
     assert best is not None
     return best[1:]
@@ -128,6 +137,75 @@ def _at_once(t: Tensor) -> int:
         return 1
     places = (t.data_ptr() // t.element_size(), *t.stride()[:-1], t.shape[-1])
     return next(n for n in (4, 2, 1) if all(p % n == 0 for p in places))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of ``depthwise.cu``, alone or in front of a projection."""
+
+    params: Params
+    definitions: dict[str, int]
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    x: Tensor
+    """What is read, which has to be there until the launch."""
+
+
+def launch_of(d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = False, row: int = 0) -> Launch:
+    """How results of a convolution are written, all (B, H, W, ..) with pixels next to each other.
+
+    Args:
+        y: for the result or its codes; None where nobody but a projection in the same kernel reads them.
+        z: for codes by ``d.also``.
+        sums: whether sums of tiles are; then ``params.sums`` has to be set.
+        row: see ``_tile``.
+
+    Raises:
+        InputError: an image has 2**31 elements or more, or there are too many.
+    """
+    x, kernel, dilation = d.x, d.kernel, d.dilation
+    if x.shape[1] == 1 and kernel[0] == 1:  # threads go along columns
+        x, kernel, dilation = x.transpose(1, 2), kernel[::-1], dilation[::-1]
+    if max(x.stride()[1:]) >= 2**31:
+        x = x.contiguous()  # the kernel has 32 bits for each
+    batch, height, width, channels = x.shape
+    coded = x.dtype == torch.int8
+    stored = min(_at_once(t) for t in (d.weights, d.bias, d.factors) if t is not None)
+    tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), stored, row)
+    across, blocks = -(-width // tile["TILE_WIDE"]), -(-channels // tile["LANES"])
+    grid = -(-height // tile["TILE_HIGH"]) * across, batch * blocks
+    y_row, z_row = (0 if t is None else t.stride(-2) for t in (y, z))
+    if height * width * max(y_row, z_row, channels) >= 2**31 or grid[1] >= 2**16:
+        raise InputError(
+            f"deployed: {tuple(x.shape)} is more than the kernels for GPUs count: use tiles, or fewer at once"
+        )
+    constants = {
+        "KH": kernel[0],
+        "KW": kernel[1],
+        "DOWN": dilation[0],
+        "RIGHT": dilation[1],
+        "Y_ACT": ACTIVATIONS[d.act],
+        "X_CODED": int(coded),
+        "Y_CODES": int(d.codes is not None),
+        "Y_FACTORS": int(d.factors is not None),
+        "ALSO": int(z is not None),
+        "SUMS": int(sums),
+        "ROW": row,
+        "WRITTEN": int(y is not None),
+    }
+    following = d.grid if d.codes is None else d.codes
+    other = d.grid if d.also is None else d.also
+    tensors = (
+        x, d.grid.scale, d.grid.shift, d.weights, d.bias, following.scale, following.shift, d.factors, other.scale,
+        other.shift, y, z, None,
+    )  # fmt: skip
+    params = Params(
+        *(None if t is None else t.data_ptr() for t in tensors), *x.stride(), y_row, z_row, height, width,
+        channels, d.grid.qmin, d.grid.qmax, following.qmin, following.qmax, other.qmin, other.qmax, _divisor(across),
+        _divisor(blocks),
+    )  # fmt: skip
+    return Launch(params, {**tile, **constants}, grid, threads, shared, x)
 
 
 def depthwise(
@@ -157,51 +235,24 @@ def depthwise(
         InputError: an image has 2**31 elements or more, or there are too many.
     """
     assert not sums or codes is None
+    d = Depthwise(x, grid, weights, bias, kernel, dilation, act, codes, factors, also)
     y = torch.empty(x.shape, dtype=torch.float32 if codes is None else torch.int8, device=x.device)
-    z_row = x.shape[3] if also is None else -(-x.shape[3] // 16) * 16
-    z = None if also is None else torch.empty(*x.shape[:3], z_row, dtype=y.dtype, device=x.device)
-    if x.shape[1] == 1 and kernel[0] == 1:  # threads go along columns
-        x, kernel, dilation = x.transpose(1, 2), kernel[::-1], dilation[::-1]
-    if max(x.stride()[1:]) >= 2**31:
-        x = x.contiguous()  # the kernel has 32 bits for each
-    batch, height, width, channels = x.shape
-    coded = x.dtype == torch.int8
-    stored = min(_at_once(t) for t in (weights, bias, factors) if t is not None)
-    tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), stored)
-    across, blocks = -(-width // tile["WIDE"]), -(-channels // tile["LANES"])
-    launched = -(-height // tile["HIGH"]) * across, batch * blocks
-    if height * width * z_row >= 2**31 or launched[1] >= 2**16:
-        raise InputError(
-            f"deployed: {tuple(x.shape)} is more than the kernels for GPUs count: use tiles, or fewer at once"
-        )
-    constants = {
-        "KH": kernel[0],
-        "KW": kernel[1],
-        "DOWN": dilation[0],
-        "RIGHT": dilation[1],
-        "ACT": ACTIVATIONS[act],
-        "CODED": int(coded),
-        "CODES": int(codes is not None),
-        "FACTORS": int(factors is not None),
-        "ALSO": int(also is not None),
-        "SUMS": int(sums),
-    }
-    source = nvrtc.specialised("deployed_cuda/depthwise", *tile.items(), *constants.items())
-    parts = torch.empty(batch, launched[0], channels, device=x.device) if sums else None
-    following = grid if codes is None else codes
-    other = grid if also is None else also
-    tensors = (
-        x, grid.scale, grid.shift, weights, bias, following.scale, following.shift, factors, other.scale, other.shift,
-        y, z, parts,
-    )  # fmt: skip
-    params = _Params(
-        *(None if t is None else t.data_ptr() for t in tensors), *x.stride(), z_row, height, width,
-        channels, grid.qmin, grid.qmax, following.qmin, following.qmax, other.qmin, other.qmax, _divisor(across),
-        _divisor(blocks),
-    )  # fmt: skip
+    z = None if also is None else whole_rows(x)
+    launch = launch_of(d, y, z, sums)
+    parts = torch.empty(len(x), launch.grid[0], x.shape[3], device=x.device) if sums else None
+    if parts is not None:
+        launch.params.sums = parts.data_ptr()
+    source = nvrtc.specialised("deployed_cuda/depthwise", *launch.definitions.items())
     with torch.cuda.device_of(y):
-        launch = nvrtc.load(source, x.device).launch
-        launch("depthwise", launched, threads, shared, params, x.device, early=True)
+        kernels = nvrtc.load(source, x.device)
+        kernels.launch(
+            "depthwise", launch.grid, launch.threads, launch.shared, launch.params, x.device, early=True
+        )
     if parts is not None:
         return y, parts
-    return y if z is None else (y, z[..., :channels])
+    return y if z is None else (y, z[..., : x.shape[3]])
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """Memory for codes of an image, (B, H, W, channels and more), whose pixels begin at multiples of 16 bytes."""
+    return torch.empty(*x.shape[:3], -(-x.shape[3] // 16) * 16, dtype=torch.int8, device=x.device)

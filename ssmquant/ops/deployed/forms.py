@@ -12,6 +12,7 @@ from ssmquant.errors import InputError
 __all__ = [
     "ACTIVATIONS",
     "Codes",
+    "Depthwise",
     "Grid",
     "Norm",
     "RowGrid",
@@ -74,6 +75,25 @@ class Norm:
     eps: float
     rms: bool = False
     factors: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Depthwise:
+    """A depthwise convolution of an image and what is written of it: see ``cuda_depthwise.depthwise``.
+
+    ``x``: (B, H, W, C).
+    """
+
+    x: Tensor
+    grid: Grid
+    weights: Tensor
+    bias: Tensor
+    kernel: tuple[int, int]
+    dilation: tuple[int, int]
+    act: str | None
+    codes: Grid | None
+    factors: Tensor | None
+    also: Grid | None
 
 
 def kind_of(norm: Norm | None) -> int:

@@ -3,6 +3,7 @@
 
 #include "kernel.cu"
 
+#define Params Image
 #include "launch.h"
 
 extern "C" int launch(const char *name, int x, int y, int threads, long bytes, const Params *p, bool late) {
