@@ -1,4 +1,4 @@
-"""Depthwise convolutions of a deployed graph whose codes one projection reads: both in one call, one kernel on a GPU."""
+"""Depthwise convolutions of a deployed graph whose codes one projection reads: both are one call."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class _Fronts:
         if node.target is not conv2d_call or (len(args) > 7 and args[7] is not None):
             return False
         packed: Any = self._packed(node)
-        return not deployed.is_depthwise(packed) and deployed.is_pointwise(packed.shape[2:] or (1, 1), args[4])
+        return not deployed.is_depthwise(packed) and deployed.is_pointwise(
+            packed.shape[2:] or (1, 1), args[4]
+        )
 
 
 def deploy_fronts(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> None:

@@ -16,7 +16,12 @@ from tests.ops.deployed_cpu import make_grid
 
 
 def emulated(source: str, late: bool = False) -> emulator.Emulated:
-    kinds = {"scan_ends": "deployed_scan", "depthwise(": "deployed_depthwise", "thin(": "deployed_thin"}
+    kinds = {
+        "scan_ends": "deployed_scan",
+        "fronted(": "deployed_fronted",
+        "depthwise(": "deployed_depthwise",
+        "thin(": "deployed_thin",
+    }
     return emulator.load(source, late, next(kind for name, kind in kinds.items() if name in source))
 
 

@@ -125,7 +125,14 @@ def _tile(
             cost = work * max(-(-threads // 32) * each, 8) * (1 + 0.5 / each) * (1 + 2 / lanes)
             rank = threads > most_threads, max(shared, _MOST_SHARED), cost
             if best is None or rank < best[0]:
-                definitions = {"PER": per, "X_VEC": vec, "LANES": lanes, "TILE_HIGH": high, "TILE_WIDE": wide, "RUN": run}
+                definitions = {
+                    "PER": per,
+                    "X_VEC": vec,
+                    "LANES": lanes,
+                    "TILE_HIGH": high,
+                    "TILE_WIDE": wide,
+                    "RUN": run,
+                }
                 best = rank, {**definitions, **readers}, threads, shared
     assert best is not None
     return best[1:]

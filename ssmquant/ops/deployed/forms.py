@@ -14,6 +14,7 @@ __all__ = [
     "Codes",
     "Depthwise",
     "Grid",
+    "Layer",
     "Norm",
     "RowGrid",
     "ScanOperands",
@@ -119,6 +120,18 @@ class Weights:
     narrow: int = 0
     tiles: Tensor | None = None
     affine: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer on codes of a static ``grid``: what ``cuda.project`` takes by these names."""
+
+    grid: Grid
+    weights: Weights
+    bias: Tensor | None
+    norm: Norm | None
+    act: str | None
+    codes: tuple[Grid, int, Tensor | None] | None
 
 
 @dataclass(frozen=True, eq=False)

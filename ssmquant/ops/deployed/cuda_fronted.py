@@ -1,0 +1,102 @@
+"""A depthwise convolution and the projection of its codes in one kernel: calls of ``csrc/deployed_cuda/fronted.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ssmquant.ops import nvrtc
+from ssmquant.ops.deployed import cuda_depthwise, cuda_thin
+from ssmquant.ops.deployed.forms import Depthwise, Grid, Layer, Weights
+
+__all__ = ["codes_of_core", "project", "takes"]
+
+_FILES = "deployed_cuda/thin_layer deployed_cuda/depthwise deployed_cuda/fronted"
+_MOST_CHANNELS = 96  # of which a block has all
+
+
+class _Both(ctypes.Structure):
+    """``Both`` of the source."""
+
+    _fields_ = (("image", cuda_depthwise.Params), ("layer", cuda_thin.Params))
+
+
+def takes(d: Depthwise, weights: Weights) -> bool:
+    """Whether there is a kernel for a convolution and a projection of its codes, by a weight."""
+    known = weights.tiles is not None and d.codes is not None and d.dilation == (1, 1)
+    return known and d.x.shape[1] > 1 and d.x.shape[3] <= _MOST_CHANNELS and len(d.x) < 2**16
+
+
+def project(d: Depthwise, layer: Layer, y: Tensor | None, codes: Tensor | None) -> None:
+    """Writes values or codes of a layer, (batch, pixels, outputs), and nothing of the convolution."""
+    cuda_thin.project(
+        d.x[:, 0], 0, 1, _samples(d), layer, None, None, None, (y, codes), None, None, None, (None, None),
+        launch=_Launch(d, None, None),
+    )  # fmt: skip
+
+
+def codes_of_core(
+    d: Depthwise,
+    of_x: Grid,
+    weights: Weights,
+    made: list[Tensor],
+    u: Tensor,
+    codes: Tensor,
+    width: int,
+    bad: Tensor,
+) -> None:
+    """``cuda_thin.codes_of_core``; ``u``: room for codes of the image, by ``d.also`` if that is another quantizer."""
+    written = (u, None) if d.also is None else (None, u)
+    cuda_thin.codes_of_core(
+        d.x[:, 0],
+        _samples(d),
+        of_x,
+        of_x,
+        weights,
+        made,
+        u,
+        0,
+        codes,
+        width,
+        bad,
+        launch=_Launch(d, *written),
+    )
+
+
+def _samples(d: Depthwise) -> tuple[int, int]:
+    batch, height, width, _ = d.x.shape
+    return batch, height * width
+
+
+class _Launch:
+    """What launches the kernel in the place of ``thin``; ``y``, ``z``: codes of the convolution that are written."""
+
+    def __init__(self, d: Depthwise, y: Tensor | None, z: Tensor | None) -> None:
+        self.d, self.written = d, (y, z)
+
+    def __call__(
+        self, x: Tensor, samples: tuple[int, int], params: cuda_thin.Params, **definitions: int
+    ) -> None:
+        channels = self.d.x.shape[3]
+        row = 32 * -(-channels // 32) + 16  # so that rows next to each other are in banks of their own
+        front = cuda_depthwise.launch_of(self.d, *self.written, row=row)
+        warps = front.threads // 32
+        tasks = front.definitions["TILE_HIGH"] * front.definitions["TILE_WIDE"] // 16
+        split = 1
+        while 2 * split * tasks <= warps and split < -(-definitions["OUTPUTS"] // 16):
+            split *= 2
+        definitions |= {
+            **front.definitions,
+            "CODED": 1,
+            "VEC": next(n for n in (4, 2, 1) if channels % n == 0),
+            "FRONTED": 1,
+            "WARPS": warps,
+            "SPLIT": split,
+        }
+        source = nvrtc.specialised(_FILES, *definitions.items())
+        both = _Both(front.params, params)
+        with torch.cuda.device_of(x):
+            kernels = nvrtc.load(source, x.device)
+            kernels.launch("fronted", front.grid, front.threads, front.shared, both, x.device, early=True)

@@ -1,0 +1,130 @@
+"""Depthwise convolutions of deployed models on a GPU and the projection of their codes, in one kernel.
+
+Run by a CPU (``emulator``), against the same calls one by one; and on a GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from ssmquant.ops.deployed import Depthwise, cpu, cuda, cuda_depthwise, cuda_fronted
+from tests.ops.deployed_cpu import close, make_grid
+from tests.ops.deployed_cuda import Operands, as_codes, same_codes, there_is
+
+_reason = cpu.unavailable(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # a failure is small, and each case is compiled
+CASES = st.fixed_dictionaries(
+    {
+        "size": st.tuples(
+            st.sampled_from([1, 3]), st.integers(2, 19), st.integers(1, 35), st.integers(3, 96)
+        ),
+        "kernel": st.sampled_from([(3, 3), (5, 3), (1, 5)]),
+        "act": st.sampled_from([None, "silu", "gelu"]),
+        "coded": st.booleans(),
+        "factors": st.booleans(),
+    }
+)
+
+
+def convolution(
+    device: str, size: Any, kernel: Any, act: str | None, coded: bool, factors: bool, also: bool = False
+) -> Depthwise:
+    grid, made, other = (there_is(make_grid(bits, 1), device) for bits in (4, 5, 3))
+    x = torch.randn(size)
+    x[-1, size[1] // 2, size[2] // 2, size[3] // 2] = math.nan
+    wide = torch.full((*size[:3], size[3] + 4), 99, dtype=torch.int8)
+    given = wide[..., : size[3]].copy_(as_codes(x, grid)) if coded else x
+    taps, bias, gain = (
+        torch.randn(kernel[0] * kernel[1], size[3]),
+        torch.randn(size[3]),
+        torch.rand(size[3]) + 0.5,
+    )
+    return Depthwise(
+        given.to(device), grid, taps.to(device), bias.to(device), kernel, (1, 1), act, made,
+        gain.to(device) if factors else None, other if also else None,
+    )  # fmt: skip
+
+
+def separately(d: Depthwise) -> Any:
+    return cuda_depthwise.depthwise(*vars(d).values())
+
+
+def check_projection(device: str, case: Any, outputs: int, act: str | None, columns: bool) -> None:
+    d = convolution(device, **case)
+    weights = cuda.pack(*(t.to(device) for t in Operands.weight((outputs, case["size"][3]), 4, 1.0)))
+    bias, following = torch.randn(outputs, device=device), there_is(make_grid(5, 1), device)
+    codes = (following, outputs, None) if columns else None
+    assert d.codes is not None
+    assert cuda_fronted.takes(d, weights)
+    got = cuda.fronted(d, d.codes, weights, bias, act, codes)
+    made = cuda.project(separately(d).flatten(1, 2), d.codes, weights, bias, act=act, codes=codes)
+    if columns:
+        same_codes(got, made[0].cpu())
+    else:
+        assert torch.equal(got.isnan(), made.isnan())
+        assert got.isnan().any()
+        close(got.nan_to_num(), made.nan_to_num().double())
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
+@given(case=CASES, outputs=st.integers(3, 96), act=st.sampled_from([None, "silu"]), columns=st.booleans())
+def test_projection(by_cpu: None, case: Any, outputs: int, act: str | None, columns: bool) -> None:
+    check_projection("cpu", case, outputs, act, columns)
+
+
+def check_core(device: str, size: Any, rank: int, states: int, also: bool, coded: bool) -> None:
+    batch, height, width, channels = size
+    operands = Operands(batch, height * width, channels, states, rank, device=device)
+    d = convolution(device, size, (3, 3), "silu", coded, False, also)
+    assert d.codes is not None
+    operands.of_x, operands.of_u = d.codes, d.also or d.codes
+    core = operands.core(cuda, one=not also)
+    assert cuda_fronted.takes(d, core.projection)
+    u, codes, bad = core.encode_behind(d)
+    made = separately(d)
+    x, of_u = made if also else (made, None)
+    want = core.encode(x.flatten(1, 2), None if of_u is None else of_u.flatten(1, 2))
+    there = core.projection.outputs
+    same_codes(u.view(torch.int8).cpu(), want[0].reshape(u.shape).view(torch.int8).cpu())
+    real = want[2].bool().logical_not()
+    same_codes(codes[real, :there].view(torch.int8), want[1][real, :there].view(torch.int8).cpu())
+    assert torch.equal(bad.bool(), want[2].bool())
+    assert bad.any()
+    scanned, alone = core(x.flatten(1, 2), front=d), core.scan(*want)
+    assert torch.equal(scanned.isnan(), alone.isnan())
+
+
+CORES = [((1, 9, 20, 72), 4, 10), ((2, 5, 7, 60), 3, 4), ((1, 12, 33, 96), 6, 1), ((3, 4, 4, 18), 2, 3)]
+
+
+@pytest.mark.parametrize("also", [False, True])
+@pytest.mark.parametrize(("size", "rank", "states"), CORES)
+def test_core(by_cpu: None, size: Any, rank: int, states: int, also: bool) -> None:
+    check_core("cpu", size, rank, states, also, coded=also)
+
+
+def test_what_no_kernel_does_together(by_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_fronted, "_MOST_CHANNELS", 8)
+    d = convolution("cpu", (1, 4, 6, 12), (3, 3), None, True, False)
+    weights = cuda.pack(*Operands.weight((7, 12), 4, 1.0))
+    assert not cuda_fronted.takes(d, weights)
+    assert d.codes is not None
+    want = cuda.project(separately(d).flatten(1, 2), d.codes, weights)
+    close(cuda.fronted(d, d.codes, weights, None, None, None).nan_to_num(), want.nan_to_num().double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(1, 64, 64, 30), (2, 33, 17, 72), (1, 180, 320, 60)])
+def test_on_a_gpu(size: Any) -> None:
+    case = {"size": size, "kernel": (3, 3), "act": "gelu", "coded": True, "factors": False}
+    for columns in (False, True):
+        check_projection("cuda", case, 60, None, columns)
+    for also in (False, True):
+        check_core("cuda", size, 4, 10, also, coded=True)
