@@ -1,6 +1,7 @@
 """What a linear layer of a deployed graph does of its neighbours' work, where kernels can do it in one launch.
 
 - Blends: a sum behind channel attention is made by the linear layer that reads it, which gives it to all others.
+- Layers behind layers: a linear layer that reads rows of another one is computed with that, from registers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.deploy_calls import blend_call, linear_call
+from ssmquant.graph.deploy_calls import blend_call, gated_linear_call, linear_call
 from ssmquant.graph.deploy_edges import is_plain_move, occurrences, two_of
 from ssmquant.graph.moves import is_cast
 from ssmquant.graph.orders import shape_of
@@ -45,6 +46,31 @@ class _Chains:
         if moved is not blend:
             self._as_rows_of(moved, made)
         self.graph.erase_node(blend)
+
+    def layers(self, reader: fx.Node) -> None:
+        """Leaves what ``reader`` does to the linear layer in front of it."""
+        source = self._source(reader)
+        if (
+            source is None
+            or source.target not in (linear_call, gated_linear_call)
+            or source.kwargs.keys() - {"coded", "more"}
+        ):
+            return
+        of_x: Any = source.args[1 if source.target is linear_call else 3]
+        if not deployed.static(self.model.get_submodule(str(of_x.target))):
+            return
+        moved: Any = reader.args[0]
+        kept = moved is not source or len(source.users) > 1
+        self._own_before(reader, source)
+        source.kwargs = {**source.kwargs, "then": (*reader.args[1:7], reader.kwargs.get("codes"), kept)}
+        last = two_of(self.graph, source) if kept else source
+        last.meta.update(
+            {**reader.meta, "kernels": {**source.meta.get("kernels", {}), **reader.meta.get("kernels", {})}}
+        )
+        reader.replace_all_uses_with(last)
+        self.graph.erase_node(reader)
+        if moved is not source:
+            self._as_rows_of(moved, last)
 
     def _source(self, reader: fx.Node) -> fx.Node | None:
         """What has the rows that ``reader``, a linear layer of nothing else, reads in another shape."""
@@ -106,3 +132,5 @@ def deploy_chains(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) ->
     chains = _Chains(graph, model)
     for node in list(graph.nodes):
         chains.blends(node)
+    for node in list(graph.nodes):
+        chains.layers(node)

@@ -38,7 +38,7 @@ from ssmquant.modules.deployed_values import (
     takes_weight,
 )
 from ssmquant.modules.packed import PackedTensor
-from ssmquant.ops.deployed import Norm, cpu, cuda
+from ssmquant.ops.deployed import Grid, Layer, Norm, cpu, cuda
 from ssmquant.quantizers import DLS, Token
 from ssmquant.quantizers.bank import hooks_of
 
@@ -94,6 +94,7 @@ def _project(
     more: tuple[Tensor, ...] = (),
     codes: Between = None,
     blended: Blended = None,
+    then: Then = None,
 ) -> Any:
     """``_product`` of a static quantizer, or one of rows, without the values and codes of all rows."""
     weights = matrix(weight, (weight.shape[0], x.shape[2]))
@@ -108,16 +109,46 @@ def _project(
     project = engine_of(x.device).project
     options: dict[str, Any] = {"more": more} if more else {}
     if codes is not None:
-        module, columns, factors = codes
-        columns = weights.outputs if columns is None else columns
-        options["codes"] = grid_of(module, no_moments, 0), columns, bias_of(factors)
+        options["codes"] = _codes_operands(codes, weights.outputs)
+    if then is not None:
+        options |= {"then": _layer(then, weights.outputs, x), "kept": then[7]}
     if blended is not None:
         options["blended"] = _blend_operands(*blended)
     return project(x, grid, weights, bias_of(bias), norm=norm, z=z, act=act, residual=residual, **options)
 
 
-def _shaped(made: Any, shape: torch.Size, codes: Between) -> Any:
+def _codes_operands(codes: Between, outputs: int) -> tuple[Grid, int, Tensor | None] | None:
+    """As kernels take them."""
+    if codes is None:
+        return None
+    module, columns, factors = codes
+    return grid_of(module, no_moments, 0), outputs if columns is None else columns, bias_of(factors)
+
+
+def _layer(then: Then, inputs: int, like: Tensor) -> Layer:
+    """The layer that reads a result of so many columns, which lies where ``like`` does."""
+    assert then is not None
+    of_x, weight, bias, norm, act, _, codes, _ = then
+    weights = matrix(weight, (weight.shape[0], inputs))
+    of_inputs = _operand(norm, inputs, like)
+    following = _codes_operands(codes, weights.outputs)
+    return Layer(grid_of(of_x, no_moments, 0), weights, bias_of(bias), of_inputs, _own(act), following)
+
+
+def _followed(y: Tensor, then: Then) -> Any:
+    """``y`` and what its reader makes of it, by a call of its own."""
+    assert then is not None
+    *args, codes, kept_too = then
+    last = linear(y, *args, codes=codes)
+    return (y, last) if kept_too else last
+
+
+def _shaped(made: Any, shape: torch.Size, codes: Between, then: Then = None) -> Any:
     """Rows of a product as rows of its input lie; of what is all codes these alone."""
+    if then is not None:
+        first, last = made if then[7] else (None, made)
+        last = _shaped(last, shape, then[6])
+        return last if first is None else (_shaped(first, shape, codes), last)
     if codes is None:
         return made.view(*shape[:-1], -1)
     both = tuple(t.view(*shape[:-1], t.shape[-1]) for t in made)
@@ -161,6 +192,9 @@ Between = tuple[nn.Module, int | None, Tensor | None] | None
 of these columns before (None: none)."""
 Blended = tuple[Tensor | None, Tensor, Tensor] | None
 """Gain, v and scale of ``blend``."""
+Then = tuple[Any, ...] | None
+"""Arguments of ``linear`` for what reads a result: those behind x up to ``axis``, and ``codes``; whether the result is
+wanted too."""
 Act = nn.Module | str | None
 """``"silu"`` or ``"gelu"``, or a module that was one of these when the graph was made."""
 LastNorm = tuple[Any, ...] | None
@@ -259,21 +293,30 @@ def _fused_norm(
     """
     if norm is None:
         return x, None, more
-    gain = norm[0]
+    operand = _operand(norm, x.shape[-1], x)
+    if operand is None:
+        return _plainly(norm, sum(more, x)), None, ()
+    return _dense(x), operand, tuple(map(_dense, more))
+
+
+def _operand(norm: LastNorm, size: int, like: Tensor) -> Norm | None:
+    """A norm of so many columns for a kernel; None for none, or if it has to be called."""
+    if norm is None:
+        return None
+    gain, dtype, device = norm[0], like.dtype, like.device
     if isinstance(gain, float):
-        size, device, number = x.shape[-1], x.device, gain
+        number = gain
         gain = in_a_call(("factor", number, size, device), lambda: torch.full((size,), number, device=device))
     if isinstance(gain, Tensor):
-        factors = Norm(gain.to(x.dtype).contiguous(), None, 0.0, factors=True)
-        return _dense(x), factors, tuple(map(_dense, more))
-    found = _norm_of(norm, x.dtype)
-    if found is None:
-        return _plainly(norm, sum(more, x)), None, ()
-    return _dense(x), _as_kernels_take(found, x.dtype), tuple(map(_dense, more))
+        return Norm(gain.to(dtype).contiguous(), None, 0.0, factors=True)
+    found = _norm_of(norm, dtype)
+    return None if found is None else _as_kernels_take(found, dtype)
 
 
-def _fuses(norm: LastNorm) -> bool:
-    """Whether kernels take a norm of float32, or there is none."""
+def _is_plain(norm: LastNorm, act: Act) -> bool:
+    """Whether kernels take a norm of float32 and an activation, or what there is of them."""
+    if isinstance(act, nn.Module) and _own(act) is None:
+        return False
     return norm is None or isinstance(norm[0], (float, Tensor)) or _norm_of(norm, torch.float32) is not None
 
 
@@ -299,6 +342,7 @@ def linear(
     more: tuple[Tensor, ...] = (),
     codes: Between = None,
     blended: Blended = None,
+    then: Then = None,
 ) -> Any:
     """``F.linear`` of the quantized x, whose first axis numbers the samples; with a ``norm`` that of x.
 
@@ -308,21 +352,23 @@ def linear(
         axis: where a module of that has the outputs, if it has to be called.
         more: what is added to x first.
         codes: what is returned as codes.
-        blended: x is (B, H, W, inputs), and its ``blend`` with these takes its place. This and the two before: for
-            static quantizers, and engines that have it.
+        blended: x is (B, H, W, inputs), and its ``blend`` with these takes its place.
+        then: a layer that reads the result, which has no ``codes`` then, and an x that is not ``blended``. This and
+            the three before: for static quantizers, and engines that have it.
 
     Returns:
-        (samples, .., outputs), float32, or codes, or a tuple of both; with ``blended`` a tuple of that and the blend.
+        (samples, .., outputs), float32, or codes, or a tuple of both; with ``blended`` a tuple of that and the blend,
+        with ``then`` one of that and the same of ``then``, or the latter alone.
     """
     own = _own(act)
-    called = isinstance(act, nn.Module) and own is None
     if blended is not None:
-        if called or not _fuses(norm):
+        if not _is_plain(norm, act):
             total = blend(x, *blended)
             return linear(total, of_x, weight, bias, norm, act, axis, residual, codes=codes), total
         x = _dense(x)
-    if called:
-        assert isinstance(act, nn.Module)
+    if then is not None and not (_is_plain(None, act) and _is_plain(*then[3:5])):
+        return _followed(linear(x, of_x, weight, bias, norm, act, axis, residual, more=more), then)
+    if isinstance(act, nn.Module) and own is None:
         y = linear(x, of_x, weight, bias, norm, more=more)
         return _written(_added(act(y.movedim(-1, axis)).movedim(axis, -1), residual), codes)
     x, fused, more = _fused_norm(norm, x, more)
@@ -335,7 +381,8 @@ def linear(
         others = tuple(_rows(t).flatten(0, 1)[None] if together else _rows(t) for t in more)
         options: dict[str, Any] = {"act": own, "residual": residual, "more": others, "codes": codes}
         if blended is None:
-            return _shaped(_project(rows, of_x, weight, bias, fused, **options), x.shape, codes)
+            made = _project(rows, of_x, weight, bias, fused, then=then, **options)
+            return _shaped(made, x.shape, codes, then)
         made, total = _project(rows, of_x, weight, bias, fused, blended=blended, **options)
         return _shaped(made, x.shape, codes), total.view(x.shape)
     return _added(_product(rows, of_x, weight, bias, fused, act=own).view(*x.shape[:-1], -1), residual)
@@ -352,13 +399,16 @@ def gated_linear(
     *,
     more: tuple[Tensor, ...] = (),
     codes: Between = None,
+    then: Then = None,
 ) -> Any:
     """``linear`` of ``norm(x) * silu(z)``, all (samples, .., columns)."""
+    if then is not None and not _is_plain(*then[3:5]):
+        return _followed(gated_linear(x, z, norm, of_x, weight, bias, residual, more=more), then)
     x, fused, more = _fused_norm(norm, x, more)
     x3, z3, *others = (_rows(_dense(t)) for t in (x, z, *more))
     if static(of_x) or isinstance(inner(of_x), Token):
-        made = _project(x3, of_x, weight, bias, fused, z3, residual=residual, more=tuple(others), codes=codes)
-        return _shaped(made, x.shape, codes)
+        options: dict[str, Any] = {"residual": residual, "more": tuple(others), "codes": codes, "then": then}
+        return _shaped(_project(x3, of_x, weight, bias, fused, z3, **options), x.shape, codes, then)
     y, moments = cpu.gate(x3.unsqueeze(2), z3.unsqueeze(2), fused, with_moments=True)
     return _added(_product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1), residual)
 

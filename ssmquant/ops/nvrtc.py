@@ -83,9 +83,9 @@ def cuda_text(*names: str) -> str:
 
 
 @functools.cache
-def specialised(name: str, *definitions: tuple[str, int]) -> str:
-    """A file of ``csrc``, without its ".cu", behind what CUDA kernels share and definitions of its constants."""
-    return "".join(f"#define {k} {v}\n" for k, v in definitions) + cuda_text("cuda_math", name)
+def specialised(names: str, *definitions: tuple[str, int]) -> str:
+    """Files of ``csrc``, as of ``cuda_text``, behind what CUDA kernels share and definitions of their constants."""
+    return "".join(f"#define {k} {v}\n" for k, v in definitions) + cuda_text("cuda_math", *names.split())
 
 
 def name_of(source: str, arch: int) -> str:

@@ -18,7 +18,7 @@ from ssmquant.errors import InputError
 from ssmquant.ops.deployed import cuda_scan, cuda_thin
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.cuda_depthwise import depthwise
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, ScanOperands, Weights, kind_of
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Layer, Norm, ScanOperands, Weights, kind_of
 from ssmquant.ops.selective_scan import cuda as float_scan
 
 __all__ = [
@@ -51,7 +51,7 @@ NAME = "cuda"
 ADDS = True
 """``convolve`` takes what is added to its result."""
 CHAINS = True
-"""``project`` takes an input that it blends itself."""
+"""``project`` takes an input that it blends itself, and a layer that reads its result."""
 DYNAMIC = BY_ROW = False
 BETWEEN = 128
 """Levels of codes that may go from one kernel to the next, as int8 from 0, and -1 for NaN."""
@@ -154,6 +154,12 @@ def _parts(x: Tensor, more: tuple[Tensor, ...]) -> tuple[Tensor, int, int]:
     return sum(more, x), 0, 1
 
 
+def _results(x: Tensor, outputs: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Where a layer writes what it makes of x: values, and codes of its first outputs, as many as columns."""
+    y = torch.empty(*x.shape[:2], outputs - columns, dtype=torch.float32, device=x.device)
+    return y, torch.empty(*x.shape[:2], columns, dtype=torch.int8, device=x.device) if columns else None
+
+
 def pack(codes: Tensor, scale: Tensor, shift: Tensor, *, steps: bool = False, **_options: bool) -> Weights:
     """Signed codes (..., outputs, inputs), int8, with scales and shifts (..., outputs); ``steps``: of step sizes."""
     total = scale.double() * codes.sum(-1, dtype=torch.int64) - codes.shape[-1] * shift.double()
@@ -203,6 +209,8 @@ def project(
     more: tuple[Tensor, ...] = (),
     codes: tuple[Grid, int, Tensor | None] | None = None,
     blended: tuple[Tensor | None, Tensor, Tensor] | None = None,
+    then: Layer | None = None,
+    kept: bool = True,
 ) -> Any:
     """See ``cpu.project``; ``act`` comes before the residual.
 
@@ -212,32 +220,48 @@ def project(
         codes: a grid of at most ``BETWEEN`` levels, how many of the first outputs are returned as such codes, and
             factors of these before, or None.
         blended: gain, v and scale as ``blend`` takes them, of whose result with x, float32, this is the projection.
+        then: a layer that reads the result, which has no ``codes`` then, and an x that is not ``blended``.
+        kept: whether the result is wanted too.
 
     Returns:
         (batch, rows, outputs), float32; with ``codes`` a tuple, codes and the other outputs. With ``blended`` a tuple
-        of that and what ``blend`` returns.
+        of that and what ``blend`` returns; with ``then`` one of that and the same of ``then``, or the latter alone.
     """
     inputs, outputs = x.shape[2], weights.outputs
     held, gain = residual if residual is not None else (None, None)
     v = None if blended is None else blended[1]
-    if blended is not None and not cuda_thin.takes(weights, x, z, held, v):
-        total = blend(x, *blended)
-        given = project(total, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, codes=codes)
-        return given, total
+    thin = cuda_thin.takes(weights, x, z, held, v)
+    if blended is not None and not thin:
+        whole = blend(x, *blended)
+        given = project(whole, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, codes=codes)
+        return given, whole
+    if then is not None and not (thin and cuda_thin.chains(weights, then)):
+        given = project(x, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, more=more)
+        last = project(
+            given, then.grid, then.weights, then.bias, norm=then.norm, act=then.act, codes=then.codes
+        )
+        return (given, last) if kept else last
     coded = x.dtype == torch.int8
     x, part, parts = _parts(x, more)
     following, columns, factors = codes if codes is not None else (grid, 0, None)
-    y = torch.empty(*x.shape[:2], outputs - columns, dtype=torch.float32, device=x.device)
-    made = torch.empty(*x.shape[:2], columns, dtype=torch.int8, device=x.device) if columns else None
-    total = torch.empty(x.shape, dtype=torch.float32, device=x.device) if blended is not None else None
-    samples, rows = _samples(x, z, held, y, made, v, total, apart=blended is not None)
-    if cuda_thin.takes(weights, x, z, held):
-        cuda_thin.project(
-            x, part, parts, (samples, rows), grid, weights, bias, norm, z, held, gain, act, y, made,
-            following, factors, blended, total,
-        )  # fmt: skip
+    y, made = _results(x, outputs, columns)
+    if thin:
+        total = None if blended is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        behind = (
+            (None, None)
+            if then is None
+            else _results(x, then.weights.outputs, then.codes[1] if then.codes else 0)
+        )
+        each = _samples(x, z, held, y, made, v, total, *behind, apart=blended is not None)
+        layer = Layer(grid, weights, bias, norm, act, codes)
+        given_to = (y if kept else None, made), blended, total, then, behind
+        cuda_thin.project(x, part, parts, each, layer, z, held, gain, *given_to)
         given = y if codes is None else (made, y)
-        return given if total is None else (given, total)
+        if then is None:
+            return given if total is None else (given, total)
+        last = behind[0] if then.codes is None else behind[::-1]
+        return (given, last) if kept else last
+    samples, rows = _samples(x, z, held, y, made)
     if inputs <= _MOST_OF_ROW and max(inputs, outputs) > _FEW_COLUMNS:
         if coded:
             x = x.contiguous().view(samples, rows, inputs)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Norm, Weights, kind_of
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Layer, Norm, Weights, kind_of
 
-__all__ = ["affine", "codes_of_core", "project", "takes", "tiles"]
+__all__ = ["affine", "chains", "codes_of_core", "project", "takes", "tiles"]
 
 _MOST_INPUTS = 192  # that a lane has its share of in registers, of two rows
 _MOST_WEIGHTS = 2**15  # bytes, which each multiprocessor should keep in its cache
@@ -19,19 +19,35 @@ _WARPS = 4  # of a block
 _FEW_WARPS = 132 * 6
 _RESIDENT = 7  # blocks of a multiprocessor: those of 57,600 rows at once on an H100
 _FEW_INPUTS = 96
+_FEW_BLOCKS = 132 * 2  # of two layers, which have as few warps as blocks of rows
+_RESIDENT_OF_TWO = 4, 2  # of few inputs, and of more: what they hold takes as many registers
+_MOST_BETWEEN = 96  # values of a row between two layers
+
+Made = tuple[Tensor | None, Tensor | None]
+"""Values and codes of outputs that a kernel writes; None for none, or for what is not wanted."""
+
+
+class _Layer(ctypes.Structure):
+    """``Layer`` of the source."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in "norm_weight norm_bias scale shift tiles of_outputs bias y codes".split()),
+        *((n, ctypes.c_void_p) for n in "next_scale next_shift next_factors".split()),
+        *((n, ctypes.c_int) for n in "qmin qmax next_min next_max".split()),
+        ("eps", ctypes.c_float),
+    )  # fmt: skip
 
 
 class _Params(ctypes.Structure):
     """``Params`` of the source."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in "x v x_gain v_scale blended z norm_weight norm_bias scale shift".split()),
-        *((n, ctypes.c_void_p) for n in "tiles of_outputs bias residual gain y codes".split()),
-        *((n, ctypes.c_void_p) for n in "next_scale next_shift next_factors".split()),
+        ("layer", _Layer),
+        ("then", _Layer),
+        *((n, ctypes.c_void_p) for n in "x v x_gain v_scale blended z residual gain".split()),
         *((n, ctypes.c_void_p) for n in "inverse moved least most u bad".split()),
         *((n, ctypes.c_longlong) for n in "part x_batch x_row v_batch v_row z_batch z_row r_batch r_row".split()),
-        *((n, ctypes.c_int) for n in "rows u_row code_row qmin qmax next_min next_max".split()),
-        ("eps", ctypes.c_float),
+        *((n, ctypes.c_int) for n in "rows u_row code_row".split()),
     )  # fmt: skip
 
 
@@ -60,6 +76,11 @@ def takes(weights: Weights, *tensors: Tensor | None) -> bool:
     return weights.tiles is not None and lines and tensors[0] is not None and tensors[0].shape[0] < 2**16
 
 
+def chains(weights: Weights, then: Layer) -> bool:
+    """Whether there is a kernel of a layer, which ``takes`` its tensors, and one that reads its result."""
+    return weights.outputs <= _MOST_BETWEEN and then.weights.tiles is not None
+
+
 def _fits(n: int, *tensors: Tensor | None) -> bool:
     """Whether ``n`` neighbours on the last axis of each tensor can be read at once."""
     for t in tensors:
@@ -75,19 +96,75 @@ def _pointers(**tensors: Tensor | None) -> dict[str, int]:
     return {n: t.data_ptr() for n, t in tensors.items() if t is not None}
 
 
+def _layer(layer: Layer, made: Made) -> _Layer:
+    grid = layer.grid
+    norm_weight, norm_bias = _of_inputs(layer.norm)
+    following, _, factors = layer.codes if layer.codes is not None else (grid, 0, None)
+    return _Layer(
+        **_pointers(
+            norm_weight=norm_weight, norm_bias=norm_bias, scale=grid.scale, shift=grid.shift,
+            tiles=layer.weights.tiles, of_outputs=layer.weights.affine, bias=layer.bias, y=made[0], codes=made[1],
+            next_scale=following.scale, next_shift=following.shift, next_factors=factors,
+        ),
+        qmin=grid.qmin, qmax=grid.qmax, next_min=following.qmin, next_max=following.qmax,
+        eps=0.0 if layer.norm is None else layer.norm.eps,
+    )  # fmt: skip
+
+
+def _definitions(layer: Layer | None, made: Made) -> dict[str, int]:
+    """What the source wants to know of a layer."""
+    codes, norm = made[1], None if layer is None else layer.norm
+    norm_weight, norm_bias = _of_inputs(norm)
+    return {
+        "NORM": kind_of(norm),
+        "HAS_W": int(norm_weight is not None),
+        "HAS_B": int(norm_bias is not None),
+        "HAS_BIAS": int(layer is not None and layer.bias is not None),
+        "ACT": 0 if layer is None else ACTIVATIONS[layer.act],
+        "CODES": 0 if codes is None else codes.shape[-1],
+        "FACTORS": int(layer is not None and layer.codes is not None and layer.codes[2] is not None),
+    }
+
+
+def _behind(then: Layer | None, made: Made = (None, None), kept: bool = True) -> dict[str, int]:
+    """What it wants to know of the one behind."""
+    at_once = 1 if then is None else next(n for n in (4, 2, 1) if _fits(n, then.bias))
+    return {
+        "THEN": 0 if then is None else then.weights.outputs,
+        "KEPT": int(kept),
+        **{f"THEN_{name}": value for name, value in _definitions(then, made).items()},
+        "THEN_AT_ONCE": at_once,
+    }
+
+
+def _of_inputs(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm.weight, norm.bias)
+
+
+def _strides(name: str, rows: Tensor | None) -> dict[str, int]:
+    return {} if rows is None else {f"{name}_batch": rows.stride(0), f"{name}_row": rows.stride(1)}
+
+
 def _launch(x: Tensor, samples: tuple[int, int], params: _Params, **definitions: int) -> None:
     """``x``: what is read; ``samples``: of how many rows each."""
     several, rows = samples
-    warps = -(-rows // 16) * several
-    split = 1
-    while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and warps * split < _FEW_WARPS:
-        split *= 2
-    resident = _RESIDENT if definitions["INPUTS"] <= _FEW_INPUTS else _RESIDENT // 2
-    definitions |= {"WARPS": _WARPS, "SPLIT": split, "RESIDENT": resident}
-    grid = -(-rows // (16 * (_WARPS // split))), several
+    tasks = -(-rows // 16) * several  # of a warp
+    warps, split = _WARPS, 1
+    few = definitions["INPUTS"] <= _FEW_INPUTS
+    resident = _RESIDENT if few else _RESIDENT // 2
+    if definitions["THEN"]:
+        while warps > 1 and tasks < _FEW_BLOCKS * warps:
+            warps //= 2
+        resident = _RESIDENT_OF_TWO[0 if few and warps == _WARPS else 1] * _WARPS // warps
+    else:
+        while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and tasks * split < _FEW_WARPS:
+            split *= 2
+    definitions |= {"WARPS": warps, "SPLIT": split, "RESIDENT": resident}
+    grid = -(-rows // (16 * (warps // split))), several
+    source = nvrtc.specialised("deployed_cuda/thin_layer deployed_cuda/thin", *definitions.items())
     with torch.cuda.device_of(x):
-        kernels = nvrtc.load(nvrtc.specialised("deployed_cuda/thin", *definitions.items()), x.device)
-        kernels.launch("thin", grid, 32 * _WARPS, 0, params, x.device, early=True)
+        kernels = nvrtc.load(source, x.device)
+        kernels.launch("thin", grid, 32 * warps, 0, params, x.device, early=True)
 
 
 def project(
@@ -95,55 +172,42 @@ def project(
     part: int,
     parts: int,
     samples: tuple[int, int],
-    grid: Grid,
-    weights: Weights,
-    bias: Tensor | None,
-    norm: Norm | None,
+    layer: Layer,
     z: Tensor | None,
     residual: Tensor | None,
     gain: Tensor | None,
-    act: str | None,
-    y: Tensor,
-    codes: Tensor | None,
-    following: Grid,
-    factors: Tensor | None,
+    made: Made,
     blended: tuple[Tensor | None, Tensor, Tensor] | None,
     total: Tensor | None,
+    then: Layer | None,
+    then_made: Made,
 ) -> None:
-    """Writes ``y`` and ``codes``, and ``total`` if x is ``blended``: see ``cuda.project``.
+    """Writes values and codes of a layer, ``made``, and of one that reads its values: see ``cuda.project``.
 
     Args:
         part, parts: what x is the sum of: elements between tensors, and their number.
         samples: (samples, rows), as which all tensors are read.
+        total: where x is written if it is ``blended``.
+        then: where ``made`` has no values, those of ``layer`` are not written.
     """
-    inputs, outputs = x.shape[2], weights.outputs
-    norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
     x_gain, v, v_scale = blended if blended is not None else (None, None, None)
-    of_inputs = x, z, norm_weight, norm_bias, x_gain, v, v_scale, total
+    of_inputs = x, z, x_gain, v, v_scale, total, *_of_inputs(layer.norm)
     vector = next(n for n in (4, 2, 1) if part % n == 0 and _fits(n, *of_inputs))
-    at_once = next(n for n in (4, 2, 1) if _fits(n, bias, residual, gain))
+    of_then = (None, None) if then is None else _of_inputs(then.norm)
+    at_once = next(n for n in (4, 2, 1) if _fits(n, layer.bias, residual, gain, *of_then))
     params = _Params(
-        **_pointers(
-            x=x, v=v, x_gain=x_gain, v_scale=v_scale, blended=total, z=z, norm_weight=norm_weight,
-            norm_bias=norm_bias, scale=grid.scale, shift=grid.shift, tiles=weights.tiles,
-            of_outputs=weights.affine, bias=bias, residual=residual, gain=gain, y=y, codes=codes,
-            next_scale=following.scale, next_shift=following.shift, next_factors=factors,
-        ),
-        part=part, x_batch=x.stride(0), x_row=x.stride(1), rows=samples[1],
-        v_batch=0 if v is None else v.stride(0), v_row=0 if v is None else v.stride(1),
-        z_batch=0 if z is None else z.stride(0), z_row=0 if z is None else z.stride(1),
-        r_batch=0 if residual is None else residual.stride(0), r_row=0 if residual is None else residual.stride(1),
-        qmin=grid.qmin, qmax=grid.qmax, next_min=following.qmin, next_max=following.qmax,
-        eps=0.0 if norm is None else norm.eps,
+        layer=_layer(layer, made),
+        **({} if then is None else {"then": _layer(then, then_made)}),
+        **_pointers(x=x, v=v, x_gain=x_gain, v_scale=v_scale, blended=total, z=z, residual=residual, gain=gain),
+        **_strides("x", x), **_strides("v", v), **_strides("z", z), **_strides("r", residual),
+        part=part, rows=samples[1],
     )  # fmt: skip
     _launch(
-        x, samples, params, INPUTS=inputs, OUTPUTS=outputs,
+        x, samples, params, INPUTS=x.shape[2], OUTPUTS=layer.weights.outputs,
         CODED=int(x.dtype == torch.int8), PARTS=parts, BLEND=0 if v is None else 1 if x_gain is None else 2,
-        NORM=kind_of(norm), HAS_W=int(norm_weight is not None),
-        HAS_B=int(norm_bias is not None), GATE=int(z is not None), HAS_BIAS=int(bias is not None),
-        RESIDUAL=int(residual is not None), HAS_GAIN=int(gain is not None), ACT=ACTIVATIONS[act],
-        CODES=0 if codes is None else codes.shape[2], FACTORS=int(factors is not None), CORE=0, VEC=vector,
-        AT_ONCE=at_once,
+        **_definitions(layer, made), GATE=int(z is not None), RESIDUAL=int(residual is not None),
+        HAS_GAIN=int(gain is not None), CORE=0, VEC=vector, AT_ONCE=at_once,
+        **_behind(then, then_made, made[0] is not None),
     )  # fmt: skip
 
 
@@ -166,20 +230,16 @@ def codes_of_core(
     """
     inverse, moved, least, most = made
     vector = next(n for n in (4, 2, 1) if _fits(n, x))
-    outputs = weights.outputs
-    params = _Params(
-        **_pointers(
-            x=x, scale=of_x.scale, shift=of_x.shift, tiles=weights.tiles, of_outputs=weights.affine,
-            codes=codes, next_scale=of_u.scale, next_shift=of_u.shift,
-            inverse=inverse, moved=moved, least=least, most=most, u=u, bad=bad,
-        ),
-        x_batch=x.stride(0), x_row=x.stride(1), rows=samples[1], u_row=columns, code_row=width, qmin=of_x.qmin,
-        qmax=of_x.qmax, next_min=of_u.qmin, next_max=of_u.qmax,
-    )  # fmt: skip
     at_once = next(n for n in (4, 2, 1) if _fits(n, *made))
+    outputs = weights.outputs
+    layer = Layer(of_x, weights, None, None, None, (of_u, outputs, None))
+    params = _Params(
+        layer=_layer(layer, (None, codes)),
+        **_pointers(x=x, inverse=inverse, moved=moved, least=least, most=most, u=u, bad=bad),
+        **_strides("x", x), rows=samples[1], u_row=columns, code_row=width,
+    )  # fmt: skip
     _launch(
         x, samples, params, INPUTS=x.shape[2], OUTPUTS=outputs,
-        CODED=int(x.dtype == torch.int8), PARTS=1, BLEND=0, NORM=0, HAS_W=0, HAS_B=0, GATE=0, HAS_BIAS=0,
-        RESIDUAL=0, HAS_GAIN=0, ACT=0, CODES=outputs, FACTORS=0, CORE=2 if of_u is of_x else 1, VEC=vector,
-        AT_ONCE=at_once,
+        CODED=int(x.dtype == torch.int8), PARTS=1, BLEND=0, **{**_definitions(layer, (None, None)), "CODES": outputs},
+        GATE=0, RESIDUAL=0, HAS_GAIN=0, CORE=2 if of_u is of_x else 1, VEC=vector, AT_ONCE=at_once, **_behind(None),
     )  # fmt: skip

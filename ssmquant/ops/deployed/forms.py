@@ -13,6 +13,7 @@ __all__ = [
     "ACTIVATIONS",
     "Codes",
     "Grid",
+    "Layer",
     "Norm",
     "RowGrid",
     "ScanOperands",
@@ -99,6 +100,18 @@ class Weights:
     narrow: int = 0
     tiles: Tensor | None = None
     affine: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer on codes of a static ``grid``: what ``cuda.project`` takes by these names."""
+
+    grid: Grid
+    weights: Weights
+    bias: Tensor | None
+    norm: Norm | None
+    act: str | None
+    codes: tuple[Grid, int, Tensor | None] | None
 
 
 @dataclass(frozen=True, eq=False)
