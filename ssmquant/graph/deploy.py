@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ssmquant.graph.deploy_convs import deploy_convs
 from ssmquant.graph.deploy_edges import deploy_edges
 from ssmquant.graph.deploy_layers import deploy_layers
 from ssmquant.graph.deploy_norms import deploy_norms
@@ -46,6 +47,7 @@ def deploy(graph: fx.Graph, model: nn.Module, engine: Engine) -> fx.Graph:
     if not deploy_layers(d.graph, model, engine) and not d.changed:
         return graph
     deploy_norms(d.graph, model, engine)
+    deploy_convs(d.graph, model, engine)
     deploy_edges(d.graph, model, engine)
     d.graph.lint()
     return d.graph

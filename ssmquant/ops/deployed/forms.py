@@ -11,12 +11,14 @@ from ssmquant.errors import InputError
 
 __all__ = [
     "ACTIVATIONS",
+    "MOST_ELEMENTS",
     "Codes",
     "Grid",
     "Norm",
     "RowGrid",
     "ScanOperands",
     "Weights",
+    "extent",
     "kind_of",
     "signed_codes",
 ]
@@ -24,6 +26,8 @@ __all__ = [
 
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 """Numbers that kernels have for what is applied to a result."""
+MOST_ELEMENTS = 2**31 - 2**16
+"""Of a sample, on a GPU: kernels there count them by 31 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +129,11 @@ class ScanOperands:
     softplus: bool
     order: Tensor
     ranks: int
+
+
+def extent(t: Tensor) -> int:
+    """How far from a sample's first element its last one is."""
+    return sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
 
 
 def signed_codes(
