@@ -276,7 +276,7 @@ def plain(value: Any) -> Any:
     return value.float().contiguous() if isinstance(value, Tensor) else value
 
 
-_made: MutableMapping[Tensor, dict[str, tuple[tuple[int, int], Tensor]]] = WeakTensorKeyDictionary()
+_made: MutableMapping[Tensor, dict[str, tuple[tuple[int, int], Tensor, Tensor]]] = WeakTensorKeyDictionary()
 
 
 def made_of(tensor: Tensor, form: str, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -285,8 +285,9 @@ def made_of(tensor: Tensor, form: str, make: Callable[[Tensor], Tensor]) -> Tens
         return make(tensor)
     stamp, forms = (tensor.data_ptr(), tensor._version), _made.setdefault(tensor, {})
     if form not in forms or forms[form][0] != stamp:
-        forms[form] = stamp, make(tensor.detach())
-    made = forms[form][1]
+        source = tensor.detach()  # is kept: nothing else comes to lie at its address, as after half().float()
+        forms[form] = stamp, source, make(source)
+    made = forms[form][2]
     values = getattr(_call, "values", None)
     if values is not None:  # captured graphs keep what their call has read
         values["made", id(tensor), form] = made

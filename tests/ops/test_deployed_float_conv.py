@@ -9,6 +9,7 @@ import copy
 import functools
 import importlib.util
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -22,11 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+import ssmquant
 from ssmquant import QConfig, zoo
 from ssmquant.graph import runtime
 from ssmquant.graph.deploy_calls import float_conv2d_call
 from ssmquant.modules import deployed, deployed_convs, deployed_values
-from ssmquant.ops.deployed import cpu, cuda_conv
+from ssmquant.ops import use_backend
+from ssmquant.ops.deployed import cpu, cuda, cuda_conv
 from ssmquant.ops.deployed.cuda_conv import Tile, convolve_floats, convolves_floats, taps_of
 from tests.graph.deployed import converted, record
 from tests.ops.deployed_cuda import poison
@@ -171,6 +174,32 @@ def check_nan(device: str) -> None:
         assert 0 < int(got[:, :5].isnan().sum()) < got[:, :5].numel()
 
 
+def check_norms(device: str) -> None:
+    """Of a convolution, whose bias the kernel adds; where it may not serve, the norm's kernel does."""
+    conv, layer = nn.Conv2d(5, 12, 3, stride=2, padding=1).to(device), nn.LayerNorm(12).to(device)
+    image = torch.randn(2, 5, 9, 7, device=device)
+    seen: list[bool] = []
+    plain = cuda.convolve_floats
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(cuda, "convolve_floats", lambda *operands: seen.append(True) or plain(*operands))
+        for module in (deployed, deployed_convs):
+            patch.setattr(module, "engine_of", lambda _: cuda)
+        got = deployed.normalize(image, (layer,), conv)
+        assert seen == [True]
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        exact = deployed.normalize(image, (layer,), conv)
+        assert seen == [True]
+        want = layer(conv(image).permute(0, 2, 3, 1))
+        handle = conv.register_forward_hook(lambda module, args, out: out * 2 + 1)
+        torch.testing.assert_close(
+            deployed.normalize(image, (layer,), conv), layer(conv(image).permute(0, 2, 3, 1))
+        )
+        handle.remove()
+    torch.testing.assert_close(exact, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
+    assert not torch.allclose(got, want, rtol=0, atol=1e-5)
+
+
 def check_anything() -> None:
     """Any sizes, by hypothesis."""
     pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -204,7 +233,12 @@ def interpret(*checks: str) -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "checks", [("check_cases", "check_special_numbers", "check_nan"), ("check_tiles",), ("check_anything",)]
+    "checks",
+    [
+        ("check_cases", "check_special_numbers", "check_nan", "check_norms"),
+        ("check_tiles",),
+        ("check_anything",),
+    ],
 )
 def test_interpreted(checks: tuple[str, ...]) -> None:
     in_process("test_deployed_float_conv", f"interpret(*{checks!r})", TRITON_INTERPRET="1")
@@ -395,11 +429,11 @@ def test_changed_weights_are_noticed(calls: Calls) -> None:
             with unchanged.in_use(store):
                 torch.testing.assert_close(deployed.float_conv2d(x, conv), conv(x))
     assert calls.made == 4
-    conv.to(torch.float64).to(torch.float32)  # other memory
-    torch.testing.assert_close(deployed.float_conv2d(x, conv), conv(x))
-    assert calls.made == 5
     held = [t for t in unchanged.values() if t.shape == (6, 36)]
     assert len(held) == 2  # what calls have read, as captured graphs keep it
+    conv.half().float()  # other values, by chance at the same address
+    torch.testing.assert_close(deployed.float_conv2d(x, conv), conv(x))
+    assert calls.made == 5
     with torch.inference_mode():
         other = nn.Conv2d(4, 6, 3)
         torch.testing.assert_close(deployed.float_conv2d(x, other), other(x))
@@ -537,6 +571,85 @@ def test_models_notice_what_changes(calls: Calls) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_cases, check_tiles, check_special_numbers, check_nan])
+@pytest.mark.parametrize("check", [check_cases, check_tiles, check_special_numbers, check_nan, check_norms])
 def test_on_a_gpu(check: Any) -> None:
     check("cuda")
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+def test_models_on_a_gpu() -> None:
+    """In captured graphs too, which notice weights that change; of no less precision where TF32 is not allowed."""
+    model, x = a_model("light")
+    model, x = model.cuda(), x.cuda()
+    seen: list[bool] = []
+    plain = cuda.convolve_floats
+
+    def error(got: Tensor, want: Tensor) -> float:
+        return float((got - want).norm() / want.norm())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "convolve_floats", lambda *operands: seen.append(True) or plain(*operands))
+        for scale in (1.0, 2.0):
+            model.upsample[0].weight.mul_(scale)
+            seen.clear()
+            got = model(x)
+            assert seen == [True] * 3
+            with precision("allow_tf32"):
+                want = model(x)
+                with use_backend("chunked", op="fuse"):
+                    assert error(want, model(x)) < 2e-2  # codes at ties
+            assert seen == [True] * 3
+            assert 0 < error(got, want) < 5e-2  # and those that TF32 moves
+    first = model(x)
+    ssmquant.cuda_graph(model)
+    for _ in range(4):
+        assert torch.equal(model(x), first)
+    model.upsample[0].weight.mul_(0.5)
+    time.sleep(0.2)  # until it looks again
+    changed = model(x)
+    assert not torch.equal(changed, first)
+    for _ in range(4):
+        assert torch.equal(model(x), changed)
+    ssmquant.cuda_graph(model, max_graphs=0)
+    assert torch.equal(model(x), changed)
+
+
+def compile_for_h100() -> None:
+    """Reads are of 16 bytes and ahead, products the tensor cores' of whole warp groups; needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ssmquant.ops.deployed import triton_conv
+
+    kernel = triton_conv.convolve_floats
+    made: list[Any] = []
+
+    def compiled(_: Any, tensors: Any, numbers: Any, constants: Any, warps: int) -> None:
+        names = [p.name for p in kernel.params]
+        values = dict(zip(names, (*tensors, *numbers, *constants, 1), strict=True))
+        fixed = {n: v for n, v in values.items() if n.isupper() or (isinstance(v, int) and v == 1)}
+        signature = {n: "constexpr" if n in fixed else "i32" for n in names}
+        signature |= {n: "*fp32" for n in names[: len(tensors)]}
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(tensors))}
+        options = {"num_warps": warps, "launch_pdl": True}
+        source = ASTSource(kernel, signature, fixed, aligned)
+        made.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm)
+
+    cuda_conv._kernel = lambda: compiled  # type: ignore[assignment]
+    window: Any = ((1, 1), (1, 1), (1, 1))
+    for inputs, outputs, size in ((60, 60, 180), (60, 12, 180), (3, 60, 180), (60, 60, 64), (48, 96, 180)):
+        x = laid(torch.empty(1, inputs, size, size), "last")
+        convolve_floats(x, torch.empty(outputs, 9 * inputs), torch.empty(outputs), (3, 3), *window)
+        assert made[-1]["cubin"]
+        assert "griddepcontrol.wait" in made[-1]["ptx"]
+        assert ("cp.async.cg" in made[-1]["ptx"]) == (inputs > 3)
+        assert ("wgmma" in made[-1]["ptx"]) == (size > 64)
+        assert "tf32" in made[-1]["ptx"]
+
+
+@pytest.mark.slow
+@needs_triton
+def test_compiles_for_an_h100() -> None:
+    in_process("test_deployed_float_conv", "compile_for_h100()", TRITON_INTERPRET="0")
