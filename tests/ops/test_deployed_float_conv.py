@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 import ssmquant
 from ssmquant import QConfig, zoo
 from ssmquant.graph import runtime
+from ssmquant.graph.deploy import deploy
 from ssmquant.graph.deploy_calls import float_conv2d_call
 from ssmquant.modules import deployed, deployed_convs, deployed_values
 from ssmquant.ops import use_backend
@@ -148,7 +149,7 @@ def check_special_numbers(device: str) -> None:
     got = got.cpu().flatten()
     assert torch.equal(got[: len(numbers)], want)
     assert got[len(numbers) :].isnan().all()
-    taps = taps_of(given_x[:, None, None, None]).flatten()  # and so are weights
+    taps = taps_of(given_x[:, None, None, None])[:, 0]  # and so are weights
     assert torch.equal(taps[: len(numbers)], want)
     assert taps[len(numbers) :].isnan().all()
     many = taps_of(given_x[:, None, None, None].to(device))
@@ -492,6 +493,10 @@ BUILDS: dict[str, tuple[Any, tuple[int, ...], list[bool]]] = {
     "light": (lambda: mambair("pixelshuffledirect"), (2, 3, 9, 12), [False, False, False, True, False]),
     "classic": (lambda: mambair("pixelshuffle"), (1, 3, 8, 8), [False, False, False, True, False, False, False]),
     "vmamba": (lambda: zoo.vmamba_nano(num_classes=5), (2, 3, 32, 32), [False, False]),
+    "vmunet": (
+        lambda: zoo.VMUNet(depths=(1, 1), depths_decoder=(1, 1), dims=8, num_classes=3, d_state=2), (2, 3, 64, 64),
+        [False, False],
+    ),
     "functions": (Functions, (2, 3, 6, 5), [False, True, False, False]),
     **{f"written {k}": (functools.partial(Written, k), (1, 3, 6, 5), [False]) for k in ("input", "other", "result")},
 }  # fmt: skip
@@ -537,6 +542,28 @@ def test_graphs(name: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
     if name in ("classic", "functions"):  # a kernel's own result goes out
         assert got.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "in_norms"),
+    [
+        ("light", [False, True, False], 0),
+        ("vmamba", [], 2),
+        ("vmunet", [False, False], 0),
+        ("functions", [False, True, False, False], 0),
+    ],
+)
+@needs_kernels
+def test_graphs_of_a_gpu(name: str, calls: list[bool], in_norms: int) -> None:
+    """Channel attention and norms have taken theirs before."""
+    model, _ = a_model(name)
+    graph = deploy(record(model).graph, model, cuda)
+    assert [len(n.args) == 4 for n in float_convs(graph)] == calls
+    norms = [n for n in graph.nodes if n.target is deployed.normalize]
+    assert sum(len(n.args) > 2 for n in norms) == in_norms
+    left = [n.target for n in graph.nodes if n.op == "call_module"]
+    left = [name for name in left if type(model.get_submodule(str(name))) is nn.Conv2d]
+    assert left == (["grouped", "wide"] if name == "functions" else [])
 
 
 @torch.no_grad()
@@ -641,7 +668,7 @@ def compile_for_h100() -> None:
     window: Any = ((1, 1), (1, 1), (1, 1))
     for inputs, outputs, size in ((60, 60, 180), (60, 12, 180), (3, 60, 180), (60, 60, 64), (48, 96, 180)):
         x = laid(torch.empty(1, inputs, size, size), "last")
-        convolve_floats(x, torch.empty(outputs, 9 * inputs), torch.empty(outputs), (3, 3), *window)
+        convolve_floats(x, taps_of(torch.empty(outputs, inputs, 3, 3)), torch.empty(outputs), (3, 3), *window)
         assert made[-1]["cubin"]
         assert "griddepcontrol.wait" in made[-1]["ptx"]
         assert ("cp.async.cg" in made[-1]["ptx"]) == (inputs > 3)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.ops.deployed.cpu import conv_size
@@ -61,8 +62,12 @@ def _kernel() -> Any:
 
 
 def taps_of(weight: Tensor) -> Tensor:
-    """A weight (outputs, inputs, height, width), float32, as the kernel takes it: (outputs, taps * inputs), rounded."""
-    taps = weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()
+    """A weight (outputs, inputs, height, width), float32, as the kernel takes it: (outputs, taps * inputs), rounded.
+
+    With zeros up to a multiple of 4 behind each row, which make reads of 16 bytes.
+    """
+    taps = weight.detach().permute(0, 2, 3, 1).flatten(1)
+    taps = F.pad(taps, (0, -taps.shape[1] % 4)).contiguous()
     near = ((taps.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     return torch.where(taps.isnan(), taps, near)
 

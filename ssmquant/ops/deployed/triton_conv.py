@@ -37,7 +37,7 @@ def convolve_floats(
 
     ``y``: (samples, pixels, OUTPUTS) if channels are LAST, else (samples, OUTPUTS, pixels).
 
-    ``weights``: (OUTPUTS, taps * INPUTS), rounded. DENSE: x is contiguous with channels last, which
+    ``weights``: (OUTPUTS, taps * INPUTS), rounded, with zeros up to a multiple of 4 behind each row. DENSE: x is contiguous with channels last, which
     shows how reads are aligned. FLAT: blocks of inputs go across taps. RESIDUAL: 2 for one
     that lies in memory as the result does.
     """
@@ -54,6 +54,7 @@ def convolve_floats(
     next_channel = 1 if DENSE else x_channel
     x_at = x + sample * (x_height * along if DENSE else x_batch)
     TAPS: tl.constexpr = KH * KW
+    ROW: tl.constexpr = (TAPS * INPUTS + 3) // 4 * 4
     BLOCKS: tl.constexpr = (INPUTS + BK - 1) // BK
     STEPS: tl.constexpr = (TAPS * INPUTS + BK - 1) // BK if FLAT else TAPS * BLOCKS
     acc = tl.zeros([BM, BN], tl.float32)
@@ -67,6 +68,7 @@ def convolve_floats(
             inside = here[:, None] & (i >= 0) & (i < x_height) & (j >= 0) & (j < x_width)
             at = i * along + j * across + (channel * next_channel)[None, :]
             mask = inside & real[None, :]
+            real = k < ROW
         else:
             tap = step // BLOCKS
             channel = step % BLOCKS * BK + tl.arange(0, BK)
@@ -77,7 +79,7 @@ def convolve_floats(
             mask = inside[:, None] & real[None, :]
             k = tap * INPUTS + channel
         v = _tf32(tl.load(x_at + at, mask=mask, other=0.0))
-        w_at = weights + n[None, :] * (TAPS * INPUTS) + k[:, None]
+        w_at = weights + n[None, :] * ROW + k[:, None]
         w = tl.load(w_at, mask=out[None, :] & real[:, None], other=0.0)
         acc = tl.dot(v, w, acc, input_precision="tf32")
     mask = here[:, None] & out[None, :]
