@@ -16,6 +16,7 @@ from ssmquant.ops.deployed import cpu
 from ssmquant.quantizers.bank import hooks_of
 
 __all__ = [
+    "FLOAT_CONV",
     "blend_call",
     "conv2d_call",
     "excite_call",
@@ -24,6 +25,9 @@ __all__ = [
     "image_of",
     "linear_call",
 ]
+
+FLOAT_CONV = "TF32 products where allowed"
+"""What a float convolution is by a kernel."""
 
 
 def linear_call(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.deploy_calls import float_conv2d_call
+from ssmquant.graph.deploy_calls import FLOAT_CONV, float_conv2d_call
 from ssmquant.graph.deploy_layers import conv_options
 from ssmquant.graph.deploy_strides import any_strides
 from ssmquant.graph.orders import shape_of
@@ -61,6 +61,8 @@ def _replace(node: fx.Node, model: nn.Module) -> None:
             return
         new = node.graph.call_function(float_conv2d_call, (*found, any_strides(node, model)))
     new.meta.update(node.meta)
+    if "site" in node.meta:
+        new.meta["kernels"] = {node.meta["site"]: FLOAT_CONV}
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
@@ -84,6 +86,7 @@ def _sum(node: fx.Node, model: nn.Module, written: set[Any]) -> None:
             args = *value.args[:2], any_strides(node, model), other
             new = node.graph.call_function(float_conv2d_call, args)
         new.meta.update(node.meta)
+        new.meta["kernels"] = value.meta.get("kernels", {})
         node.replace_all_uses_with(new)
         node.graph.erase_node(node)
         node.graph.erase_node(value)

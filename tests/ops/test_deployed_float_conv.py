@@ -26,8 +26,8 @@ from torch import Tensor, fx, nn
 import ssmquant
 from ssmquant import QConfig, zoo
 from ssmquant.graph import runtime
-from ssmquant.graph.deploy import deploy
-from ssmquant.graph.deploy_calls import float_conv2d_call
+from ssmquant.graph.deploy import deploy, kernels
+from ssmquant.graph.deploy_calls import FLOAT_CONV, float_conv2d_call
 from ssmquant.modules import deployed, deployed_convs, deployed_values
 from ssmquant.ops import use_backend
 from ssmquant.ops.deployed import cpu, cuda, cuda_conv
@@ -507,14 +507,14 @@ def _deployed(name: str) -> Any:
     build, shape, _ = BUILDS[name]
     torch.manual_seed(1)
     model, x = build().eval(), torch.rand(shape)
-    config = QConfig.recommended(4, 4)
+    config = QConfig.recommended(7, 7)
     if isinstance(model, (Functions, Written)):
         sites = (
             ("conv",)
             if isinstance(model, Written)
             else ("first", "weight*", "grouped", "doubled", "wide", "last")
         )
-        config = QConfig.recommended(4, 4, keep_float=sites, keep_first_last=False)
+        config = QConfig.recommended(7, 7, keep_float=sites, keep_first_last=False)
     return converted(model, config, x), x
 
 
@@ -561,6 +561,8 @@ def test_graphs_of_a_gpu(name: str, calls: list[bool], in_norms: int) -> None:
     assert [len(n.args) == 4 for n in float_convs(graph)] == calls
     norms = [n for n in graph.nodes if n.target is deployed.normalize]
     assert sum(len(n.args) > 2 for n in norms) == in_norms
+    named = [k for k, v in kernels(graph).items() if v == FLOAT_CONV]
+    assert len(named) == len(calls) + in_norms
     left = [n.target for n in graph.nodes if n.op == "call_module"]
     left = [name for name in left if type(model.get_submodule(str(name))) is nn.Conv2d]
     assert left == (["grouped", "wide"] if name == "functions" else [])
