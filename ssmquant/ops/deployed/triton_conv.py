@@ -37,9 +37,9 @@ def convolve_floats(
 
     ``y``: (samples, pixels, OUTPUTS) if channels are LAST, else (samples, OUTPUTS, pixels).
 
-    ``weights``: (OUTPUTS, taps * INPUTS), rounded, with zeros up to a multiple of 4 behind each row. DENSE: x is contiguous with channels last, which
-    shows how reads are aligned. FLAT: blocks of inputs go across taps. RESIDUAL: 2 for one
-    that lies in memory as the result does.
+    ``weights``: (OUTPUTS, taps * INPUTS), rounded, with zeros up to a multiple of 4 behind each row. DENSE: x is
+    contiguous with channels last, which shows how reads are aligned. FLAT: blocks of inputs go across taps.
+    RESIDUAL: 2 for one that lies in memory as the result does.
     """
     if EARLY:
         gdc_wait()
