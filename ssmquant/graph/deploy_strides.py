@@ -24,7 +24,10 @@ _MOVERS = {
     "contiguous", "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "size", "mean",
     "sum", "getitem", "conv2d", "linear", "adaptive_avg_pool2d", "pixel_shuffle", "layer_norm", "rms_norm",
 }  # fmt: skip
+# Their results lie in memory as what they read does.
 _VIEWS = {"permute", "transpose", "flatten", "movedim", "moveaxis", "swapaxes", "getitem"}
+_SAME_LAYOUT = {"conv2d", "pixel_shuffle"}
+_SAME_LAYOUT_LAYERS = (nn.Conv2d, nn.PixelShuffle)
 _ELEMENTWISE = {
     "add", "sub", "mul", "div", "truediv", "iadd", "imul", "silu", "gelu", "relu", "sigmoid", "leaky_relu", "float",
     "to", "neg", "clamp", "tanh", "softplus",
@@ -57,16 +60,17 @@ def _takes_any_strides(user: fx.Node, model: nn.Module) -> bool:
         if called(model, user, ACTIVATIONS) is not None:
             return any_strides(user, model)
         kind = type(model.get_submodule(str(user.target)))
-        return kind in _LAYERS or (kind in _ACTIVATION_LAYERS and any_strides(user, model))
+        if kind in _LAYERS:
+            return kind not in _SAME_LAYOUT_LAYERS or not _viewed(user)
+        return kind in _ACTIVATION_LAYERS and any_strides(user, model)
     if user.op not in ("call_function", "call_method"):
         return False
     name = op_name(user)
-    elementwise = name in _ELEMENTWISE or user.target is times
-    return (name in _MOVERS and not _viewed(user)) or (elementwise and any_strides(user, model))
+    if name in _MOVERS:
+        return name not in (_VIEWS | _SAME_LAYOUT) or not _viewed(user)
+    return (name in _ELEMENTWISE or user.target is times) and any_strides(user, model)
 
 
 def _viewed(node: fx.Node) -> bool:
-    """Whether the code asks for another shape of a view, which some layouts do not allow."""
-    if op_name(node) not in _VIEWS:
-        return False
-    return any(op_name(user) == "view" or _viewed(user) for user in node.users)
+    """Whether the code asks for ``node`` in another shape by ``view``, which some layouts do not allow."""
+    return any(op_name(user) == "view" or (op_name(user) in _VIEWS and _viewed(user)) for user in node.users)

@@ -28,12 +28,12 @@ from ssmquant import QConfig, zoo
 from ssmquant.graph import runtime
 from ssmquant.graph.deploy import deploy, kernels
 from ssmquant.graph.deploy_calls import FLOAT_CONV, float_conv2d_call
-from ssmquant.modules import deployed, deployed_convs, deployed_values
-from ssmquant.ops import use_backend
+from ssmquant.modules import deployed, deployed_convs, deployed_scans, deployed_values
+from ssmquant.ops import nvrtc, use_backend
 from ssmquant.ops.deployed import cpu, cuda, cuda_conv
 from ssmquant.ops.deployed.cuda_conv import Tile, convolve_floats, convolves_floats, taps_of
 from tests.graph.deployed import converted, record
-from tests.ops.deployed_cuda import poison
+from tests.ops.deployed_cuda import emulated, poison
 from tests.ops.interpreted import in_process, make_interpreter_work
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -232,6 +232,34 @@ def interpret(*checks: str) -> None:
         globals()[check](*(() if check == "check_anything" else ("cpu",)))
 
 
+def interpret_model() -> None:
+    """A whole model by the kernels of a GPU, with and without this one."""
+    cuda.unavailable = lambda _: None  # type: ignore[assignment]
+    for module in (runtime, deployed, deployed_convs, deployed_scans, deployed_values):
+        module.engine_of = lambda _: cuda  # type: ignore[attr-defined]
+    nvrtc.load = lambda source, _: emulated(source)  # type: ignore[assignment]
+    interpret()
+    model, x = a_model("light")
+    seen: list[bool] = []
+    plain = cuda.convolve_floats
+    cuda.convolve_floats = lambda *operands: seen.append(True) or plain(*operands)
+    with torch.no_grad():
+        got = model(x)
+        assert seen == [True] * 3
+        with precision("allow_tf32"):
+            want = model(x)
+        assert seen == [True] * 3
+    error = float((got - want).norm() / want.norm())
+    assert 0 < error < 2e-2
+
+
+@pytest.mark.slow
+@needs_triton
+@needs_kernels
+def test_interpreted_model() -> None:
+    in_process("test_deployed_float_conv", "interpret_model()", TRITON_INTERPRET="1")
+
+
 @needs_triton
 @pytest.mark.parametrize(
     "checks",
@@ -377,10 +405,9 @@ def test_gradients_are_pytorchs(calls: Calls) -> None:
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """As set by ``allow_tf32`` (an older name) or ``fp32_precision``, of convolutions, cuDNN or all that there is."""
+    """TF32 forbidden by ``allow_tf32`` (an older name) or ``fp32_precision``, or no cuDNN; undone by the same name."""
     cudnn: Any = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.fp32_precision
-    everywhere, enabled = torch.backends.fp32_precision, cudnn.enabled
+    assert cudnn.conv.fp32_precision == "tf32"
     try:
         if name == "allow_tf32":
             cudnn.allow_tf32 = False
@@ -388,12 +415,16 @@ def precision(name: str) -> Iterator[None]:
             cudnn.conv.fp32_precision = "ieee"
         elif name == "cudnn":
             cudnn.conv.fp32_precision, cudnn.fp32_precision = "none", "ieee"
-        elif name == "enabled":
+        else:
             cudnn.enabled = False
         yield
     finally:
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.fp32_precision = before
-        torch.backends.fp32_precision, cudnn.enabled = everywhere, enabled
+        if name == "allow_tf32":
+            cudnn.allow_tf32 = True
+        elif name != "enabled":
+            cudnn.fp32_precision, cudnn.conv.fp32_precision = "none", "tf32"
+        cudnn.enabled = True
+        assert cudnn.allow_tf32
 
 
 @torch.no_grad()
@@ -484,6 +515,18 @@ class Written(nn.Module):
         return y + other
 
 
+class Viewed(nn.Module):
+    """The code asks for a shape that channels last in memory do not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+        return self.conv(x).flatten(2).view(x.shape[0], -1)
+
+
 def mambair(upsampler: str) -> nn.Module:
     return zoo.MambaIR(embed_dim=12, depths=(1,), d_state=3, mlp_ratio=1.2, upsampler=upsampler)
 
@@ -498,6 +541,7 @@ BUILDS: dict[str, tuple[Any, tuple[int, ...], list[bool]]] = {
         [False, False],
     ),
     "functions": (Functions, (2, 3, 6, 5), [False, True, False, False]),
+    "viewed": (Viewed, (2, 3, 6, 5), [False]),
     **{f"written {k}": (functools.partial(Written, k), (1, 3, 6, 5), [False]) for k in ("input", "other", "result")},
 }  # fmt: skip
 
@@ -508,12 +552,9 @@ def _deployed(name: str) -> Any:
     torch.manual_seed(1)
     model, x = build().eval(), torch.rand(shape)
     config = QConfig.recommended(7, 7)
-    if isinstance(model, (Functions, Written)):
-        sites = (
-            ("conv",)
-            if isinstance(model, Written)
-            else ("first", "weight*", "grouped", "doubled", "wide", "last")
-        )
+    kept = {Functions: ("first", "weight*", "grouped", "doubled", "wide", "last")}
+    if type(model) in (Functions, Viewed, Written):
+        sites = kept.get(type(model), ("conv",))
         config = QConfig.recommended(7, 7, keep_float=sites, keep_first_last=False)
     return converted(model, config, x), x
 
@@ -542,6 +583,16 @@ def test_graphs(name: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
     if name in ("classic", "functions"):  # a kernel's own result goes out
         assert got.is_contiguous()
+
+
+@torch.no_grad()
+@needs_kernels
+def test_views_of_convolutions() -> None:
+    """By the CPU's kernels, where PyTorch's convolution would hand on that channels are last in memory."""
+    model, x = a_model("viewed")
+    got = model(x)
+    with use_backend("chunked", op="fuse"):
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
