@@ -253,7 +253,7 @@ def summary(model: nn.Module) -> Summary:
         rows.append(
             SummaryRow(
                 site.name, site.kind, scheme if points else "float", methods, size,
-                bit_operations(model, record, site, w, a), kernel if points else "torch", note,
+                bit_operations(model, record, site, w, a), kernel if points else fused.get(site.name, "torch"), note,
                 looked.dead_levels if looked else None, looked.zero_ratio if looked else None,
                 bit_operations(model, record, site, 32, 32),
             )

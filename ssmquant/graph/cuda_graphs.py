@@ -330,6 +330,7 @@ def _choices(kind: str) -> tuple[Any, ...]:
         torch.get_autocast_dtype(kind),
         torch.backends.cuda.matmul.fp32_precision,
         torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cudnn.enabled,
         torch.backends.cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
         tuple(selected(op) for op in OPERATORS),

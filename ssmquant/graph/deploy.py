@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from ssmquant.graph.deploy_chains import deploy_chains
+from ssmquant.graph.deploy_convs import deploy_convs
 from ssmquant.graph.deploy_edges import deploy_edges
 from ssmquant.graph.deploy_fronts import deploy_fronts
 from ssmquant.graph.deploy_layers import deploy_layers
@@ -48,6 +49,7 @@ def deploy(graph: fx.Graph, model: nn.Module, engine: Engine) -> fx.Graph:
     if not deploy_layers(d.graph, model, engine) and not d.changed:
         return graph
     deploy_norms(d.graph, model, engine)
+    deploy_convs(d.graph, model, engine)
     deploy_edges(d.graph, model, engine)
     deploy_chains(d.graph, model, engine)
     deploy_fronts(d.graph, model, engine)

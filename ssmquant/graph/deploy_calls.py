@@ -15,7 +15,19 @@ from ssmquant.modules import PackedTensor, deployed
 from ssmquant.ops.deployed import cpu
 from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["blend_call", "conv2d_call", "excite_call", "gated_linear_call", "image_of", "linear_call"]
+__all__ = [
+    "FLOAT_CONV",
+    "blend_call",
+    "conv2d_call",
+    "excite_call",
+    "float_conv2d_call",
+    "gated_linear_call",
+    "image_of",
+    "linear_call",
+]
+
+FLOAT_CONV = "TF32 products where allowed"
+"""What a float convolution is by a kernel."""
 
 
 def linear_call(
@@ -78,6 +90,14 @@ def conv2d_call(
         raise Unfit
     _check_shapes((len(x), weight.shape[0], *size), residual)
     y = deployed.conv2d(x, of_x, weight, bias, window, act, gain, residual, **between)
+    return y if last else y.contiguous()
+
+
+def float_conv2d_call(
+    x: Tensor, layer: deployed.FloatConv, last: bool, residual: Tensor | None = None
+) -> Tensor:
+    """``deployed.float_conv2d`` in a graph; ``last``: channels may come last in memory."""
+    y = deployed.float_conv2d(x, layer, residual, last)
     return y if last else y.contiguous()
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ssmquant.graph.deploy_calls import conv2d_call, excite_call, gated_linear_call, linear_call
-from ssmquant.graph.deploy_layers import is_core
 from ssmquant.graph.deploy_scans import order_at_trace
+from ssmquant.graph.deploy_strides import is_core
 from ssmquant.graph.gains import axes_of
 from ssmquant.graph.moves import is_cast
 from ssmquant.graph.orders import PathsOf, shape_of

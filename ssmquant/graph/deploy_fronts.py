@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from ssmquant.graph.deploy_calls import conv2d_call
 from ssmquant.graph.deploy_edges import occurrences, part, reads_shape
-from ssmquant.graph.deploy_layers import is_core
+from ssmquant.graph.deploy_strides import is_core
 from ssmquant.modules import deployed
 
 __all__ = ["deploy_fronts"]
@@ -47,7 +47,7 @@ class _Fronts:
         kept = {k: v for k, v in reader.kwargs.items() if k not in ("u", "coded")}
         reader.args = (image, *reader.args[1:])
         reader.kwargs = {**kept, "coded": made.kwargs.get("coded", False), "front": front}
-        for node in (second, first, made):
+        for node in dict.fromkeys((second, first, made)):
             if isinstance(node, fx.Node) and not node.users:
                 self.graph.erase_node(node)
 

@@ -22,6 +22,7 @@ from ssmquant.graph.deploy_calls import (
     linear_call,
 )
 from ssmquant.graph.deploy_norms import activation_of, is_norm, norm_of
+from ssmquant.graph.deploy_strides import OURS, any_strides, called, is_core
 from ssmquant.graph.gains import times
 from ssmquant.graph.moves import is_cast, is_move, is_number
 from ssmquant.graph.orders import shape_of
@@ -30,37 +31,11 @@ from ssmquant.graph.sites import op_name
 from ssmquant.modules import PackedTensor, deployed
 from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["called", "deploy_layers", "is_core"]
+__all__ = ["conv_options", "deploy_layers"]
 
-# What does not care for strides: all, or all but those of its own readers.
-_MOVERS = {
-    "contiguous", "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "size", "mean",
-    "sum", "getitem", "conv2d", "linear", "adaptive_avg_pool2d", "pixel_shuffle", "layer_norm", "rms_norm",
-}  # fmt: skip
-_ELEMENTWISE = {
-    "add", "sub", "mul", "div", "truediv", "iadd", "imul", "silu", "gelu", "relu", "sigmoid", "leaky_relu", "float",
-    "to", "neg", "clamp", "tanh", "softplus",
-}  # fmt: skip
 _MOST_OF_ATTENTION = 2**14  # elements of a weight that one block holds
-_LAYERS = (nn.Conv2d, nn.Linear, *deployed.NORMS, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
-_ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)
-
-
-_OURS = (linear_call, gated_linear_call, blend_call, conv2d_call)
 _LENGTHS = {linear_call: 7, gated_linear_call: 6, conv2d_call: 8}
 """Of the arguments of layers that no residual has been added to yet."""
-
-
-def is_core(node: fx.Node) -> bool:
-    """Whether a node is a scan with all around it, see ``deploy_scans``."""
-    return getattr(node.target, "__name__", "") == "scan_core"
-
-
-def called(model: nn.Module, node: Any, prefix: str) -> nn.Module | None:
-    """The quantizer or packed tensor that a node calls; ``prefix``: which of them."""
-    if isinstance(node, fx.Node) and node.op == "call_module" and str(node.target).startswith(f"{prefix}."):
-        return model.get_submodule(str(node.target))
-    return None
 
 
 class _Layers:
@@ -90,7 +65,7 @@ class _Layers:
         if node.target is F.linear:
             new = self._linear(node, x, of_x, weight, packed, bias)
         else:
-            options = _conv_options(node)
+            options = conv_options(node)
             if not self._takes_conv(of_x, packed, *options):
                 return False
             stride, padding, dilation, _ = options
@@ -194,10 +169,10 @@ class _Layers:
                 args: tuple[Any, ...] = (before, *owners, bias, fused, act, 1)
                 rows = self.graph.call_function(linear_call, args)
                 new = self.graph.call_method("permute", (rows, 0, 3, 1, 2))
-                if not self._any_strides(last):
+                if not any_strides(last, self.model):
                     new = self.graph.call_method("contiguous", (new,))
             else:
-                args = (value, *owners, bias, window, act, self._any_strides(last), gain)
+                args = (value, *owners, bias, window, act, any_strides(last, self.model), gain)
                 new = self.graph.call_function(conv2d_call, args)
         self._replace(node, last, new)
         return new
@@ -385,7 +360,7 @@ class _Layers:
             if image is not None and not _keeps_size(kernel, args[4]):
                 return False
             if image is None:
-                args[6] = self._any_strides(node)
+                args[6] = any_strides(node, self.model)
         elif image is not None:
             return False
         x, gain = (other, None) if turned or layer.target is conv2d_call else self._scaled(other, node)
@@ -403,7 +378,7 @@ class _Layers:
                 new = self.graph.call_method("transpose", (new, 1, 2))
             if turned:
                 new = self.graph.call_method("permute", (made, 0, 3, 1, 2))
-                new = new if self._any_strides(node) else self.graph.call_method("contiguous", (new,))
+                new = new if any_strides(node, self.model) else self.graph.call_method("contiguous", (new,))
         shape = shape_of(layer)
         new.meta.update(node.meta)
         made.meta.update(layer.meta)
@@ -504,32 +479,19 @@ class _Layers:
             is_cast(source) or op_name(source) in ("permute", "transpose")
         ):
             source = source.args[0]
-        ours = isinstance(source, fx.Node) and (source.target in _OURS or is_core(source))
+        ours = isinstance(source, fx.Node) and (source.target in OURS or is_core(source))
         before = node.args[0]
-        if ours and isinstance(before, fx.Node) and self.is_fixed(node, before) and self._any_strides(node):
+        if (
+            ours
+            and isinstance(before, fx.Node)
+            and self.is_fixed(node, before)
+            and any_strides(node, self.model)
+        ):
             node.replace_all_uses_with(before)
             self.graph.erase_node(node)
 
-    def _any_strides(self, node: fx.Node) -> bool:
-        """Whether all that reads ``node`` takes it in any layout."""
-        return all(self._takes_any_strides(user) for user in node.users)
 
-    def _takes_any_strides(self, user: fx.Node) -> bool:
-        if user.target in _OURS or is_core(user) or getattr(user.target, "__name__", "") == "paths_of":
-            return True
-        if user.op == "call_module":
-            if self.called(user, ACTIVATIONS) is not None:
-                return self._any_strides(user)
-            module = self.model.get_submodule(str(user.target))
-            return type(module) in _LAYERS or (type(module) in _ACTIVATION_LAYERS and self._any_strides(user))
-        if user.op not in ("call_function", "call_method"):
-            return False
-        name = op_name(user)
-        elementwise = name in _ELEMENTWISE or user.target is times
-        return name in _MOVERS or (elementwise and self._any_strides(user))
-
-
-def _conv_options(node: fx.Node) -> tuple[Any, Any, Any, Any]:
+def conv_options(node: fx.Node) -> tuple[Any, Any, Any, Any]:
     """Stride, padding and dilation, a pair each or None for what is none, and groups."""
     names = ("stride", "padding", "dilation", "groups")
     given: dict[str, Any] = dict(zip(names, (1, 0, 1, 1), strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ssmquant.graph.deploy_calls import FLOAT_CONV
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
 
@@ -64,6 +65,8 @@ def deploy_norms(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> 
             graph.erase_node(last)
         graph.erase_node(node)
         if convolution is not None:
+            if "site" in convolution.meta:
+                new.meta["kernels"] = {convolution.meta["site"]: FLOAT_CONV}
             (turned,) = convolution.users
             graph.erase_node(turned)
             graph.erase_node(convolution)

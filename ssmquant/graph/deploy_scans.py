@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.deploy_layers import called
+from ssmquant.graph.deploy_strides import called
 from ssmquant.graph.fuse import between, flat_sequences, is_quantizer, projected, projection
 from ssmquant.graph.moves import evaluate, is_move, is_number, once, signature, sizes_of, traced_size
 from ssmquant.graph.orders import Merges, PathsOf, Unfit, count, shape_of

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmquant.modules.deployed_convs import FloatConv, convolved, float_conv2d
 from ssmquant.modules.deployed_scans import scan_core, sequence_core
 from ssmquant.modules.deployed_values import (
     Engine,
@@ -44,6 +45,7 @@ from ssmquant.quantizers.bank import hooks_of
 
 __all__ = [
     "Engine",
+    "FloatConv",
     "Front",
     "Unchanged",
     "blend",
@@ -54,6 +56,7 @@ __all__ = [
     "dynamic",
     "engine_of",
     "excite",
+    "float_conv2d",
     "gated_linear",
     "goes_between",
     "is_depthwise",
@@ -250,14 +253,13 @@ def normalize(
 
     What is watched by hooks, or not what kernels take, is called as ever.
     """
-    bias = None if convolution is None or hooks_of(convolution) else convolution.bias
+    bias = None
     if convolution is not None:
-        if bias is None:
-            x = convolution(x)
-        else:  # PyTorch adds a bias in a pass of its own
-            c = convolution
-            x = F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups)
-        x = x.permute(0, 2, 3, 1)
+        c, image = convolution, convolved(x, convolution)
+        if image is None and not hooks_of(c):  # PyTorch adds a bias in a pass of its own
+            bias = c.bias
+            image = F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups)
+        x = (c(x) if image is None else image).permute(0, 2, 3, 1)
     own = _own(act)
     y = _by_kernel(x, norm, bias, own)
     if y is None:

@@ -37,6 +37,7 @@ __all__ = [
     "in_a_call",
     "inner",
     "kept",
+    "made_of",
     "matrix",
     "no_moments",
     "packed_for",
@@ -275,21 +276,27 @@ def plain(value: Any) -> Any:
     return value.float().contiguous() if isinstance(value, Tensor) else value
 
 
-_padded: MutableMapping[Tensor, tuple[tuple[int, int], Tensor]] = WeakTensorKeyDictionary()
+_made: MutableMapping[Tensor, dict[str, tuple[tuple[int, int], Tensor, Tensor]]] = WeakTensorKeyDictionary()
+
+
+def made_of(tensor: Tensor, form: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """``make(tensor)``, which ``form`` names; what was made of the same tensor before, if it has not changed."""
+    if tensor.is_inference():
+        return make(tensor)
+    stamp, forms = (tensor.data_ptr(), tensor._version), _made.setdefault(tensor, {})
+    if form not in forms or forms[form][0] != stamp:
+        source = tensor.detach()  # is kept: nothing else comes to lie at its address, as after half().float()
+        forms[form] = stamp, source, make(source)
+    made = forms[form][2]
+    values = getattr(_call, "values", None)
+    if values is not None:  # captured graphs keep what their call has read
+        values["made", id(tensor), form] = made
+    return made
 
 
 def bias_of(bias: Tensor | None) -> Tensor | None:
-    """As kernels want it; what was made of the same tensor before, if it has not changed."""
-    if bias is None:
-        return None
-    by_lanes = engine_of(bias.device).by_lanes
-    if bias.is_inference():
-        wide: Tensor = by_lanes(bias)
-        return wide
-    stamp, known = (bias.data_ptr(), bias._version), _padded.get(bias)
-    if known is None or known[0] != stamp:
-        known = _padded[bias] = stamp, by_lanes(bias.detach())
-    return known[1]
+    """As kernels want it."""
+    return None if bias is None else made_of(bias, "bias", engine_of(bias.device).by_lanes)
 
 
 def no_moments() -> Tensor:

@@ -17,15 +17,18 @@ from torch import Tensor
 from ssmquant.errors import InputError
 from ssmquant.ops.deployed import cuda_fronted, cuda_scan, cuda_thin
 from ssmquant.ops.deployed.cpu import conv_size
+from ssmquant.ops.deployed.cuda_conv import convolve_floats, convolves_floats, taps_of
 from ssmquant.ops.deployed.cuda_depthwise import depthwise, whole_rows
 from ssmquant.ops.deployed.forms import (
     ACTIVATIONS,
+    MOST_ELEMENTS,
     Depthwise,
     Grid,
     Layer,
     Norm,
     ScanOperands,
     Weights,
+    extent,
     kind_of,
 )
 from ssmquant.ops.selective_scan import cuda as float_scan
@@ -46,6 +49,8 @@ __all__ = [
     "blend",
     "by_lanes",
     "convolve",
+    "convolve_floats",
+    "convolves_floats",
     "depthwise",
     "excite",
     "fronted",
@@ -54,6 +59,7 @@ __all__ = [
     "pack",
     "paths",
     "project",
+    "taps_of",
     "unavailable",
 ]
 
@@ -72,7 +78,6 @@ MOST_INPUTS = 2**16
 MOST_SPAN = 64
 MOST_COLUMNS = 1024
 """Of a norm: a block has them all."""
-_MOST = 2**31 - 2**16  # elements of a sample
 _VECTOR = 16  # codes that are read at once
 _FEW_COLUMNS = 256  # inputs and outputs of a linear layer that encodes its input itself
 _MOST_OF_ROW = 8192  # inputs that a block encodes at once
@@ -114,11 +119,6 @@ def _launch(
     _kernel(name)((*grid, 1, 1)[:3], whole, tuple(numbers), tuple(map(int, constants)), warps)
 
 
-def _extent(t: Tensor) -> int:
-    """How far from a sample's first element its last one is."""
-    return sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-
-
 def _small_enough(*tensors: Tensor) -> None:
     """Kernels count the elements of a sample by 31 bits, samples by 16.
 
@@ -128,7 +128,7 @@ def _small_enough(*tensors: Tensor) -> None:
     if tensors[0].shape[0] >= 2**16:
         raise InputError(f"deployed: {tensors[0].shape[0]} samples are more than the kernels for GPUs count")
     for t in tensors:
-        if _extent(t) >= _MOST:
+        if extent(t) >= MOST_ELEMENTS:
             shape = tuple(t.shape[1:])
             raise InputError(f"deployed: {shape} is larger than what the kernels for GPUs count: use tiles")
 
@@ -141,7 +141,7 @@ def _samples(*tensors: Tensor | None, apart: bool = False) -> tuple[int, int]:
     there = [t for t in tensors if t is not None]
     batch, rows = there[0].shape[:2]
     joined = batch == 1 or (not apart and all(t.stride(0) == rows * t.stride(1) for t in there))
-    if joined and all(_extent(t) + (batch - 1) * rows * t.stride(1) < _MOST for t in there):
+    if joined and all(extent(t) + (batch - 1) * rows * t.stride(1) < MOST_ELEMENTS for t in there):
         return 1, batch * rows
     _small_enough(*there)
     return batch, rows
@@ -513,7 +513,7 @@ def normalizes(x: Tensor) -> bool:
     """Whether ``normalize`` takes x, (batch, rows, columns)."""
     batch, rows, columns = x.shape
     plain = x.dtype == torch.float32 and x.numel() > 0 and columns <= MOST_COLUMNS
-    return plain and batch < 2**16 and max(_extent(x), rows * columns) < _MOST
+    return plain and batch < 2**16 and max(extent(x), rows * columns) < MOST_ELEMENTS
 
 
 def normalize(x: Tensor, norm: Norm, before: Tensor | None = None, act: str | None = None) -> Tensor:
@@ -602,7 +602,7 @@ class Core:
             return self.encode(x.flatten(1, 2), None if u is None else u.flatten(1, 2))
         u = whole_rows(front.x)
         rows, width = u[..., 0].numel(), -(-self.projection.outputs // 16) * 16
-        if rows * width >= _MOST:
+        if rows * width >= MOST_ELEMENTS:
             _small_enough(u.flatten(1, 2))
         memory = torch.empty(rows * (width + 1), dtype=torch.uint8, device=u.device)
         codes, bad = memory[: rows * width].view(rows, width), memory[rows * width :]
@@ -622,7 +622,7 @@ class Core:
         u, codes = memory[: rows * columns], memory[rows * columns : rows * (columns + width)]
         bad = memory[rows * (columns + width) :]
         p, of_x, of_u = self.projection, self.of_x, self.of_u
-        if samples == 1 and rows * max(columns, width) >= _MOST:  # which are counted by 31 bits
+        if samples == 1 and rows * max(columns, width) >= MOST_ELEMENTS:  # which are counted by 31 bits
             samples, each = batch, pixels
         if cuda_thin.takes(p, x):
             cuda_thin.codes_of_core(

@@ -11,6 +11,7 @@ from ssmquant.errors import InputError
 
 __all__ = [
     "ACTIVATIONS",
+    "MOST_ELEMENTS",
     "Codes",
     "Depthwise",
     "Grid",
@@ -19,6 +20,7 @@ __all__ = [
     "RowGrid",
     "ScanOperands",
     "Weights",
+    "extent",
     "kind_of",
     "signed_codes",
 ]
@@ -26,6 +28,8 @@ __all__ = [
 
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 """Numbers that kernels have for what is applied to a result."""
+MOST_ELEMENTS = 2**31 - 2**16
+"""Of a sample, on a GPU: kernels there count them by 31 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +162,11 @@ class ScanOperands:
     softplus: bool
     order: Tensor
     ranks: int
+
+
+def extent(t: Tensor) -> int:
+    """How far from a sample's first element its last one is."""
+    return sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
 
 
 def signed_codes(
