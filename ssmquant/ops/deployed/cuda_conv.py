@@ -7,6 +7,7 @@ what PyTorch does too where ``torch.backends.cudnn`` allows TF32, which is for c
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +49,9 @@ def _tile(pixels: int, inputs: int, outputs: int, taps: int) -> Tile:
 
     flat = inputs <= _FEW_INPUTS
     each = min(max(power(taps * inputs if flat else inputs), 16), 32)
-    at_once = next((n for n in (128, 64) if pixels >= 2 * n * _UNITS), 32)
+    at_once = next((n for n in (64 if flat else 128, 64) if pixels >= 2 * n * _UNITS), 32)
     across = min(max(power(outputs), 16), 128)
-    return Tile(at_once, across, each, 8 if at_once * across >= 2**13 else 4, 3, flat)
+    return Tile(at_once, across, each, 8 if at_once == 128 else 4, 3, flat)
 
 
 @functools.cache
@@ -69,7 +70,7 @@ def taps_of(weight: Tensor) -> Tensor:
     taps = weight.detach().permute(0, 2, 3, 1).flatten(1)
     taps = F.pad(taps, (0, -taps.shape[1] % 4)).contiguous()
     near = ((taps.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return torch.where(taps.isnan(), taps, near)
+    return torch.where(taps.isnan(), math.nan, near)  # of other bits it might be infinite when it is cut
 
 
 def convolves_floats(

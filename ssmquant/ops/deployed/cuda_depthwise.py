@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from ssmquant.ops.deployed.forms import ACTIVATIONS, Depthwise, Grid
 __all__ = ["Launch", "Params", "depthwise", "launch_of", "whole_rows"]
 
 _MOST_THREADS = 256
-_MOST_THREADS_OF_ALL = 512  # of a block that has all channels
+_MOST_THREADS_OF_ALL, _FEW_THREADS_OF_ALL = 512, 64  # of a block that has all channels
 _MOST_SHARED = 48 * 1024  # bytes of a block, so that several fit
 _UNITS = 132  # multiprocessors of an H100
 _SHAPES = (16, 16), (8, 16), (8, 8), (4, 8), (4, 4), (256, 1), (128, 1), (64, 1), (32, 1), (1, 64)
-_SHAPES_OF_ALL = (8, 16), (8, 8), (4, 8), (4, 4)
+_SHAPES_OF_ALL = (16, 8), (8, 8), (4, 8), (4, 4)
 
 
 class _Divisor(ctypes.Structure):
@@ -81,61 +80,88 @@ def _tile(
     coded: bool,
     read: int,
     stored: int,
-    row: int = 0,
 ) -> tuple[dict[str, int], int, int]:
     """What a block does, for the fewest instructions where there are most.
 
     Args:
         sizes: of x.
         read, stored: channels of x and of y that one instruction may take, as far as their places tell.
-        row: bytes of a pixel's codes that a projection in the same kernel reads: then a block has all channels, of
-            whole rows of 16 pixels. 0: there is none.
 
     Returns:
         Definitions of the source, threads and bytes of shared memory of a block.
     """
     batch, height, width, channels = sizes
     taps = kernel[0] * kernel[1]
-    # A thread has a weight and a value for each tap and channel in registers.
-    per = next(n for n in (4, 2, 1) if n == 1 or (stored % n == 0 and n * taps <= 40))
+    per = _per(taps, stored)
     reach_down, reach_right = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
-    most_threads = _MOST_THREADS_OF_ALL if row else _MOST_THREADS
     best: tuple[tuple[bool, int, float], dict[str, int], int, int] | None = None
-    for shape in _SHAPES_OF_ALL if row else _SHAPES:
+    for shape in _SHAPES:
         wide, steps = shape[1], shape[0] // dilation[0]
         high = steps * dilation[0] if steps > 1 else shape[0]
         most = min(steps, shape[0] * wide // (8 * per))
-        runs = [n for n in range(steps if row else most, 1, -1) if steps % n == 0] or [1]
+        run = next((n for n in range(most, 1, -1) if steps % n == 0), 1)
         tiles = batch * -(-height // high) * -(-width // wide)
-        every = range(min(32, channels) // per * per, 0, -per)
-        for lanes, run in product((channels,) if row else every, (*runs, 1) if row else runs[:1]):
-            if lanes < 16 and best is not None and best[0][:2] == (False, _MOST_SHARED) and not row:
+        for lanes in range(min(32, channels) // per * per, 0, -per):
+            if lanes < 16 and best is not None and best[0][:2] == (False, _MOST_SHARED):
                 break
             threads = lanes // per * wide * (high // run)
-            vec = next(n for n in (4, 2, 1) if read % n == 0 and lanes % n == 0)
-            tall, items = high + reach_down, (wide + reach_right) * lanes // vec
-            at_once = 6 if vec == 4 and not coded else 12
-            rounds, lines, readers = _readers(threads, items, tall, at_once)
-            shared = 4 * (threads // readers["TEAM"]) * lines * items * vec + high * wide * row
+            tall, broad = high + reach_down, wide + reach_right
+            rounds, lines, vec, readers, shared = _reading(threads, tall, broad, lanes, coded, read)
             work = rounds * (10 + lines * ((5 if coded else 10) + 3 * vec))
             work += 150 + (run + kernel[0] - 1) * kernel[1] + run * (4 + per * (taps + 10))
             blocks = tiles * -(-channels // lanes)
             each = -(-blocks // _UNITS)
             # Few warps wait for themselves, few blocks all for memory; few lanes use parts of what it sends.
             cost = work * max(-(-threads // 32) * each, 8) * (1 + 0.5 / each) * (1 + 2 / lanes)
-            rank = threads > most_threads, max(shared, _MOST_SHARED), cost
+            rank = threads > _MOST_THREADS, max(shared, _MOST_SHARED), cost
             if best is None or rank < best[0]:
-                definitions = {
-                    "PER": per,
-                    "X_VEC": vec,
-                    "LANES": lanes,
-                    "TILE_HIGH": high,
-                    "TILE_WIDE": wide,
-                    "RUN": run,
-                }
-                best = rank, {**definitions, **readers}, threads, shared
+                tile = {"PER": per, "LANES": lanes, "TILE_HIGH": high, "TILE_WIDE": wide, "RUN": run}
+                best = rank, {**tile, **readers}, threads, shared
     assert best is not None
     return best[1:]
+
+
+def _per(taps: int, stored: int) -> int:
+    """Channels of a thread: it has a weight and a value for each tap and channel in registers."""
+    return next(n for n in (4, 2, 1) if n == 1 or (stored % n == 0 and n * taps <= 40))
+
+
+def _reading(
+    threads: int, tall: int, broad: int, lanes: int, coded: bool, read: int
+) -> tuple[int, int, int, dict[str, int], int]:
+    """Rounds and lines of a thread, channels at once, what the source calls these, and bytes of shared memory."""
+    vec = next(n for n in (4, 2, 1) if read % n == 0 and lanes % n == 0)
+    items = broad * lanes // vec
+    rounds, lines, readers = _readers(threads, items, tall, 6 if vec == 4 and not coded else 12)
+    shared = 4 * (threads // readers["TEAM"]) * lines * items * vec
+    return rounds, lines, vec, {**readers, "X_VEC": vec}, shared
+
+
+def _tile_of_all(
+    sizes: tuple[int, ...], kernel: tuple[int, int], coded: bool, read: int, stored: int, row: int
+) -> tuple[dict[str, int], int, int]:
+    """``_tile`` of a block that has all channels, where a projection in the same kernel reads its codes.
+
+    Measured on an H200: long runs of many threads are best, in small images short ones of as many blocks as can be.
+    ``row``: bytes of a pixel's codes in shared memory.
+    """
+    batch, height, width, channels = sizes
+    per = _per(kernel[0] * kernel[1], stored)
+    for high, wide in _SHAPES_OF_ALL:
+        by_line = channels // per * wide * high  # threads of runs of one line
+        if high < 8:
+            run = next(n for n in (1, 2, 4) if by_line // n <= _MOST_THREADS_OF_ALL)
+        else:
+            run = next((n for n in (8, 4, 2) if by_line // n >= _FEW_THREADS_OF_ALL), 1)
+        threads = by_line // run
+        tall, broad = high + kernel[0] - 1, wide + kernel[1] - 1
+        *_, readers, shared = _reading(threads, tall, broad, channels, coded, read)
+        shared += high * wide * row
+        tiles = batch * -(-height // high) * -(-width // wide)
+        if tiles >= 3 * _UNITS and threads <= _MOST_THREADS_OF_ALL and shared <= 2 * _MOST_SHARED:
+            break
+    tile = {"PER": per, "LANES": channels, "TILE_HIGH": high, "TILE_WIDE": wide, "RUN": run}
+    return {**tile, **readers}, threads, shared
 
 
 def _at_once(t: Tensor) -> int:
@@ -166,7 +192,7 @@ def launch_of(d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = Fal
         y: for the result or its codes; None where nobody but a projection in the same kernel reads them.
         z: for codes by ``d.also``.
         sums: whether sums of tiles are; then ``params.sums`` has to be set.
-        row: see ``_tile``.
+        row: see ``_tile_of_all``; 0 where there is no projection.
 
     Raises:
         InputError: an image has 2**31 elements or more, or there are too many.
@@ -179,7 +205,10 @@ def launch_of(d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = Fal
     batch, height, width, channels = x.shape
     coded = x.dtype == torch.int8
     stored = min(_at_once(t) for t in (d.weights, d.bias, d.factors) if t is not None)
-    tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), stored, row)
+    if row:
+        tile, threads, shared = _tile_of_all(tuple(x.shape), kernel, coded, _at_once(x), stored, row)
+    else:
+        tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), stored)
     across, blocks = -(-width // tile["TILE_WIDE"]), -(-channels // tile["LANES"])
     grid = -(-height // tile["TILE_HIGH"]) * across, batch * blocks
     y_row, z_row = (0 if t is None else t.stride(-2) for t in (y, z))

@@ -14,7 +14,7 @@ from ssmquant.ops.deployed.forms import Depthwise, Grid, Layer, Weights
 __all__ = ["codes_of_core", "project", "takes"]
 
 _FILES = "deployed_cuda/thin_layer deployed_cuda/depthwise deployed_cuda/fronted"
-_MOST_CHANNELS = 96  # of which a block has all
+_FEW_CHANNELS, _MOST_CHANNELS = 8, 96  # of which a block has all, and at least a warp for them
 
 
 class _Both(ctypes.Structure):
@@ -26,7 +26,7 @@ class _Both(ctypes.Structure):
 def takes(d: Depthwise, weights: Weights) -> bool:
     """Whether there is a kernel for a convolution and a projection of its codes, by a weight."""
     known = weights.tiles is not None and d.codes is not None and d.dilation == (1, 1)
-    return known and d.x.shape[1] > 1 and d.x.shape[3] <= _MOST_CHANNELS and len(d.x) < 2**16
+    return known and d.x.shape[1] > 1 and _FEW_CHANNELS <= d.x.shape[3] <= _MOST_CHANNELS and len(d.x) < 2**16
 
 
 def project(d: Depthwise, layer: Layer, y: Tensor | None, codes: Tensor | None) -> None:
