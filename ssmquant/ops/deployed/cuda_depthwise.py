@@ -150,7 +150,7 @@ def _tile_of_all(
     for high, wide in _SHAPES_OF_ALL:
         by_line = channels // per * wide * high  # threads of runs of one line
         if high < 8:
-            run = next(n for n in (1, 2, 4) if by_line // n <= _MOST_THREADS_OF_ALL)
+            run = next((n for n in (1, 2) if by_line // n <= _MOST_THREADS_OF_ALL), 4)
         else:
             run = next((n for n in (8, 4, 2) if by_line // n >= _FEW_THREADS_OF_ALL), 1)
         threads = by_line // run
