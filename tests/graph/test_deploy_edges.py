@@ -342,7 +342,9 @@ def test_codes_go_from_call_to_call_on_a_gpu() -> None:
         assert not any(
             n.kwargs for n in deploy(record(model).graph, model, cpu).nodes if "call" in str(n.target)
         )
-        written = [n for n in graph.nodes if "codes" in n.kwargs]
+        of_then: Any = {n: n.kwargs["then"][6] for n in graph.nodes if "then" in n.kwargs}
+        given = {n: n.kwargs.get("codes", of_then.get(n)) for n in graph.nodes}
+        written = [n for n in graph.nodes if given[n] is not None]
         cores = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "scan_core"]
         assert [n.kwargs["apart"] for n in cores] == [2] * 2
         assert [("u" in n.kwargs) for n in cores] == [bits == 7] * 2
@@ -351,14 +353,14 @@ def test_codes_go_from_call_to_call_on_a_gpu() -> None:
         if bits == 8:
             assert not written
             continue
-        calls = ["linear_call", "conv2d_call", "linear_call", "conv2d_call", "conv2d_call"]
+        calls = ["linear_call", "conv2d_call", "gated_linear_call", "conv2d_call", "conv2d_call"]
         assert [n.target.__name__ for n in written] == calls * 2
-        columns, factors = ([n.kwargs["codes"][i] for n in written] for i in (1, 2))
+        columns, factors = ([given[n][i] for n in written] for i in (1, 2))
         inner = model.layers[0].residual_group.blocks[0].self_attention.d_inner
         assert columns == [inner, *[None] * 4] * 2
         assert [f is not None for f in factors] == [False, False, False, True, False] * 2
         assert [("also" in n.kwargs) for n in written] == [False, True, False, False, False] * 2
-        readers = {str(n.kwargs["codes"][0].target) for n in written}
+        readers = {str(given[n][0].target) for n in written}
         assert all(deployed.static(model.get_submodule(name)) for name in readers)
 
 
@@ -377,7 +379,9 @@ def test_what_is_read_twice_is_no_code() -> None:
         x = torch.randn(2, 3, 6)
         model = converted(Twice(twice), QConfig.recommended(4, 4, keep_first_last=False), x)
         graph = deploy(record(model).graph, model, cuda)
-        assert [("codes" in n.kwargs) for n in graph.nodes if n.target is linear_call] == [not twice, False]
+        calls = [n for n in graph.nodes if n.target is linear_call]
+        assert [("codes" in n.kwargs) for n in calls] == ([False] if twice else [True, False])
+        assert [("then" in n.kwargs) for n in calls] == ([True] if twice else [False, False])
 
 
 class Edge(nn.Module):

@@ -244,23 +244,21 @@ def project(
     coded = x.dtype == torch.int8
     x, part, parts = _parts(x, more)
     following, columns, factors = codes if codes is not None else (grid, 0, None)
-    y, made = _results(x, outputs, columns)
     if thin:
+        own = _results(x, outputs, columns) if kept else (None, None)
         total = None if blended is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        behind = (
-            (None, None)
-            if then is None
-            else _results(x, then.weights.outputs, then.codes[1] if then.codes else 0)
-        )
-        each = _samples(x, z, held, y, made, v, total, *behind, apart=blended is not None)
+        behind: cuda_thin.Made = (None, None)
+        if then is not None:
+            behind = _results(x, then.weights.outputs, then.codes[1] if then.codes is not None else 0)
+        each = _samples(x, z, held, *own, v, total, *behind, apart=blended is not None)
         layer = Layer(grid, weights, bias, norm, act, codes)
-        given_to = (y if kept else None, made), blended, total, then, behind
-        cuda_thin.project(x, part, parts, each, layer, z, held, gain, *given_to)
-        given = y if codes is None else (made, y)
+        cuda_thin.project(x, part, parts, each, layer, z, held, gain, own, blended, total, then, behind)
+        result = own[0] if codes is None else own[::-1]
         if then is None:
-            return given if total is None else (given, total)
+            return result if total is None else (result, total)
         last = behind[0] if then.codes is None else behind[::-1]
-        return (given, last) if kept else last
+        return (result, last) if kept else last
+    y, made = _results(x, outputs, columns)
     samples, rows = _samples(x, z, held, y, made)
     if inputs <= _MOST_OF_ROW and max(inputs, outputs) > _FEW_COLUMNS:
         if coded:
