@@ -206,6 +206,33 @@ def test_layers_that_no_kernel_does_together(
     assert behind.shape == (1, 20, last)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(nvrtc.describe() is None, reason="needs NVRTC or nvcc")
+def test_compiles_for_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in MambaIR, at the sizes of small images and of large ones."""
+    sources: set[str] = set()
+
+    class Compiled:
+        def launch(self, *_: Any, **__: Any) -> None:
+            pass
+
+    monkeypatch.setattr(nvrtc, "load", lambda source, _: sources.add(source) or Compiled())
+    ones, grid = torch.ones, make_grid(4, 1)
+    norms = [Norm(ones(n), ones(n), 1e-5) for n in (60, 72)]
+    for rows in (4096, 57600):
+        x, z = (ones(1, rows, n) for n in (60, 72))
+        then = Layer(grid, weights_of(30, 60, "cpu"), ones(30), norms[0], None, (grid, 30, None))
+        residual = x, ones(60)
+        weights = weights_of(60, 72, "cpu")
+        cuda.project(z, grid, weights, norm=norms[1], z=z, residual=residual, more=(z.clone(),), then=then)
+        blended = ones(60), x, ones(1, 60)
+        cuda.project(
+            x, grid, weights_of(144, 60, "cpu"), norm=norms[0], codes=(grid, 72, None), blended=blended
+        )
+    assert len(sources) == 4
+    assert all(nvrtc.compile_source(source, 90) for source in sources)
+
+
 def interpret(check: str) -> None:
     make_interpreter_work()
     nvrtc.load = lambda source, _: emulated(source)  # type: ignore[assignment]
@@ -247,13 +274,15 @@ class Attended(nn.Module):
 class Behind(nn.Module):
     """Two layers, one behind the other, and what may be between."""
 
-    def __init__(self, between: str = "") -> None:
+    def __init__(self, between: str) -> None:
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(12, 20), nn.LayerNorm(20), nn.Linear(20, 9)
         self.act, self.between = nn.GELU(), between
 
     def forward(self, x: Tensor) -> Any:
         y = self.first(x)
+        if self.between == "act":
+            y = self.act(y)
         if self.between == "views":
             rows = y.view(y.size(0), -1, 20).contiguous()
             return self.last(F.layer_norm(rows.view(-1, 20), (20,))), y * 2
@@ -331,7 +360,14 @@ def test_blends_of_mambair() -> None:
 
 @pytest.mark.parametrize(
     ("between", "fused"),
-    [("", True), ("views", True), ("alone", True), ("turned", False), ("windows", False), ("written", False)],
+    [
+        ("act", True),
+        ("views", True),
+        ("alone", True),
+        ("turned", False),
+        ("windows", False),
+        ("written", False),
+    ],
 )
 def test_a_layer_does_what_the_one_that_reads_it_does(
     by_cpu: None, monkeypatch: pytest.MonkeyPatch, between: str, fused: bool
@@ -350,14 +386,14 @@ def test_a_layer_does_what_the_one_that_reads_it_does(
     engines(monkeypatch)
     for shape in ((2, 5, 8, 12), (1, 3, 4, 12), (3, 16, 16, 12)):
         agree(model, graph, torch.randn(shape))
-    if between in ("", "alone"):
+    if between in ("act", "alone"):
         for module in (model.norm, model.act):
             shapes: list[Any] = []
             module.register_forward_hook(
                 lambda module, args, out, shapes=shapes: shapes.append(out.shape) or out * 2
             )
             agree(model, graph, torch.randn(2, 5, 8, 12))
-            assert len(set(shapes)) == (1 if between == "alone" or module is model.norm else 0)
+            assert len(set(shapes)) == 1
 
 
 def test_two_layers_of_mambair() -> None:
@@ -424,7 +460,7 @@ def test_two_layers_on_a_gpu(
 def test_graphs_on_a_gpu() -> None:
     """As their nodes compute them, with hooks."""
     x = torch.randn(2, 5, 8, 12)
-    for module in (Attended(), Behind("views"), Behind("alone"), Behind()):
+    for module in (Attended(), Behind("views"), Behind("alone"), Behind("act")):
         torch.manual_seed(0)
         model = converted(module, QConfig.recommended(6, 6, keep_first_last=False), x).cuda()
         graph = graph_of(model)
