@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from operator import attrgetter
 from typing import Any
 
@@ -105,8 +106,9 @@ class _Chains:
         return isinstance(attrgetter(str(node.target))(self.model), Tensor)
 
     def _own_before(self, call: fx.Node, place: fx.Node) -> None:
-        """What a call needs of the model, in front of ``place``."""
-        for node in call.all_input_nodes:
+        """What a call needs of the model in front of ``place``, if it is behind that."""
+        behind = list(itertools.dropwhile(lambda n: n is not place, self.graph.nodes))
+        for node in set(call.all_input_nodes) & set(behind):
             if node.op == "get_attr":
                 place.prepend(node)
 
