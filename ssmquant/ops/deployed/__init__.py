@@ -11,6 +11,6 @@ zero points are taken out afterwards:
 """
 
 from ssmquant.ops.deployed import cpu
-from ssmquant.ops.deployed.forms import Codes, Grid, Layer, Norm, RowGrid, ScanOperands, Weights
+from ssmquant.ops.deployed.forms import Attention, Codes, Grid, Layer, Norm, RowGrid, ScanOperands, Weights
 
-__all__ = ["Codes", "Grid", "Layer", "Norm", "RowGrid", "ScanOperands", "Weights", "cpu"]
+__all__ = ["Attention", "Codes", "Grid", "Layer", "Norm", "RowGrid", "ScanOperands", "Weights", "cpu"]

@@ -18,7 +18,16 @@ from ssmquant.errors import InputError
 from ssmquant.ops.deployed import cuda_scan, cuda_thin
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.cuda_depthwise import depthwise
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Layer, Norm, ScanOperands, Weights, kind_of
+from ssmquant.ops.deployed.forms import (
+    ACTIVATIONS,
+    Attention,
+    Grid,
+    Layer,
+    Norm,
+    ScanOperands,
+    Weights,
+    kind_of,
+)
 from ssmquant.ops.selective_scan import cuda as float_scan
 
 __all__ = [
@@ -208,7 +217,7 @@ def project(
     act: str | None = None,
     more: tuple[Tensor, ...] = (),
     codes: tuple[Grid, int, Tensor | None] | None = None,
-    blended: tuple[Tensor | None, Tensor, Tensor] | None = None,
+    blended: tuple[Tensor | None, Tensor, Tensor | Attention] | None = None,
     then: Layer | None = None,
     kept: bool = True,
 ) -> Any:
@@ -220,6 +229,7 @@ def project(
         codes: a grid of at most ``BETWEEN`` levels, how many of the first outputs are returned as such codes, and
             factors of these before, or None.
         blended: gain, v and scale as ``blend`` takes them, of whose result with x, float32, this is the projection.
+            Instead of scale there may be the attention of v that it is.
         then: a layer that reads the result, which has no ``codes`` then, and an x that is not ``blended``.
         kept: whether the result is wanted too.
 
@@ -231,10 +241,18 @@ def project(
     held, gain = residual if residual is not None else (None, None)
     v = None if blended is None else blended[1]
     thin = cuda_thin.takes(weights, x, z, held, v)
-    if blended is not None and not thin:
-        whole = blend(x, *blended)
-        given = project(whole, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, codes=codes)
-        return given, whole
+    if blended is not None and not (thin and cuda_thin.blends(blended[2])):
+        x_gain, v, scale = blended
+        if isinstance(scale, Attention):
+            scale = excite(v, scale.first, scale.first_bias, scale.second, scale.second_bias, scale.tiles)
+        if thin:
+            blended = x_gain, v, scale
+        else:
+            whole = blend(x, x_gain, v, scale)
+            given = project(
+                whole, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, codes=codes
+            )
+            return given, whole
     if then is not None and not (thin and cuda_thin.chains(weights, then)):
         given = project(x, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, more=more)
         last = project(

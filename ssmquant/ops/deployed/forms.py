@@ -11,6 +11,7 @@ from ssmquant.errors import InputError
 
 __all__ = [
     "ACTIVATIONS",
+    "Attention",
     "Codes",
     "Grid",
     "Layer",
@@ -100,6 +101,21 @@ class Weights:
     narrow: int = 0
     tiles: Tensor | None = None
     affine: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Channel attention of images: ``sigmoid(second @ relu(first @ mean + first_bias) + second_bias)``.
+
+    ``tiles``: (batch, some, channels), sums of some pixels each that add up to those of all; first and second: (hidden,
+    channels) and (channels, hidden). All contiguous.
+    """
+
+    tiles: Tensor
+    first: Tensor
+    first_bias: Tensor
+    second: Tensor
+    second_bias: Tensor
 
 
 @dataclass(frozen=True, eq=False)
