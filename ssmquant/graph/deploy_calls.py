@@ -47,7 +47,7 @@ def linear_call(
     _check(x, *(residual or ())[:1], *more, coded=coded)
     _check_shapes((*x.shape[:-1], weight.shape[0]), residual, x, *more)
     if between.get("blended") is not None:
-        _check_blend(x, *between["blended"][1:])
+        between["blended"] = _blended(x, *between["blended"])
     return deployed.linear(x, of_x, weight, bias, norm, act, axis, residual, **between)
 
 
@@ -114,6 +114,21 @@ def blend_call(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tens
     return deployed.blend(x, gain, v, scale)
 
 
+def _blended(x: Tensor, gain: Tensor | None, v: Tensor, scale: Any) -> deployed.Blended:
+    """For ``deployed.linear``; instead of the scale there may be what ``excite_call`` makes it of, v first."""
+    if isinstance(scale, tuple):
+        image, *modules, parts = scale
+        _check_attention(image, modules)
+        if parts is not None and not any(map(hooks_of, modules)):
+            _check(x, v, parts)
+            if x.shape != v.shape:
+                raise Unfit
+            return gain, v, (modules[1], modules[3], parts)
+        scale = excite_call(image, *modules, parts=parts)
+    _check_blend(x, v, scale)
+    return gain, v, scale
+
+
 def _check_blend(x: Tensor, v: Tensor, scale: Tensor) -> None:
     _check(x, v, scale)
     if scale.shape != (*v.shape[:1], v.shape[-1], 1, 1) or x.shape != v.shape:
@@ -126,11 +141,14 @@ def excite_call(x: Tensor, *modules: Any, parts: Tensor | None = None) -> Tensor
         for module in modules:
             x = module(x)
         return x
-    _, first, _, second, _ = modules
-    if x.dim() != 4 or first.weight.dtype != torch.float32 or second.weight.dtype != torch.float32:
+    _check_attention(x, modules)
+    return deployed.excite(x, modules[1], modules[3], parts)
+
+
+def _check_attention(x: Tensor, modules: Any) -> None:
+    if x.dim() != 4 or any(modules[i].weight.dtype != torch.float32 for i in (1, 3)):
         raise Unfit
     _check(x)
-    return deployed.excite(x, first, second, parts)
 
 
 def _check(first: Tensor, *tensors: Any, coded: bool = False) -> None:

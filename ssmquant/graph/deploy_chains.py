@@ -1,17 +1,19 @@
 """What a linear layer of a deployed graph does of its neighbours' work, where kernels can do it in one launch.
 
-- Blends: a sum behind channel attention is made by the linear layer that reads it, which gives it to all others.
+- Blends: a sum behind channel attention is made by the linear layer that reads it, which gives it to all others; so is
+  the attention, if nothing else reads that.
 - Layers behind layers: a linear layer that reads rows of another one is computed with that, from registers.
 """
 
 from __future__ import annotations
 
+import itertools
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ssmquant.graph.deploy_calls import blend_call, gated_linear_call, linear_call
+from ssmquant.graph.deploy_calls import blend_call, excite_call, gated_linear_call, linear_call
 from ssmquant.graph.deploy_edges import is_plain_move, occurrences, two_of
 from ssmquant.graph.moves import is_cast
 from ssmquant.graph.orders import shape_of
@@ -35,8 +37,9 @@ class _Chains:
         if blend is None or blend.target is not blend_call:
             return
         moved: Any = reader.args[0]
+        scale: Any = blend.args[3]
         reader.args = (blend.args[0], *reader.args[1:])
-        reader.kwargs = {**reader.kwargs, "blended": blend.args[1:]}
+        reader.kwargs = {**reader.kwargs, "blended": (*blend.args[1:3], self._attention(blend))}
         self._own_before(reader, blend)
         blend.prepend(reader)  # what comes behind the blend, as questions for its size, still does
         total = two_of(self.graph, reader)
@@ -46,6 +49,17 @@ class _Chains:
         if moved is not blend:
             self._as_rows_of(moved, made)
         self.graph.erase_node(blend)
+        if not scale.users:
+            self.graph.erase_node(scale)
+
+    def _attention(self, blend: fx.Node) -> Any:
+        """The scale of a blend; if it is channel attention of what it scales, and nothing else, what makes it."""
+        image: Any = blend.args[2]
+        scale: Any = blend.args[3]
+        own = scale.target is excite_call and list(scale.users) == [blend] and "parts" in scale.kwargs
+        if not own or op_name(image) != "permute" or image.args != (scale.args[0], 0, 2, 3, 1):
+            return scale
+        return (*scale.args, scale.kwargs["parts"])
 
     def layers(self, reader: fx.Node) -> None:
         """Leaves what ``reader`` does to the linear layer in front of it."""
@@ -105,9 +119,11 @@ class _Chains:
         return isinstance(attrgetter(str(node.target))(self.model), Tensor)
 
     def _own_before(self, call: fx.Node, place: fx.Node) -> None:
-        """What a call needs of the model, in front of ``place``."""
-        for node in call.all_input_nodes:
-            if node.op == "get_attr":
+        """What a call needs of the model in front of ``place``, if it is behind that."""
+        own = [n for n in call.all_input_nodes if n.op == "get_attr"]
+        behind = set(itertools.dropwhile(lambda n: n is not place, self.graph.nodes))
+        for node in own:
+            if node in behind:
                 place.prepend(node)
 
     def _as_rows_of(self, moved: fx.Node, made: fx.Node) -> None:

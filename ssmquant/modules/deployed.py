@@ -39,7 +39,7 @@ from ssmquant.modules.deployed_values import (
     takes_weight,
 )
 from ssmquant.modules.packed import PackedTensor
-from ssmquant.ops.deployed import Depthwise, Grid, Layer, Norm, cpu, cuda
+from ssmquant.ops.deployed import Attention, Depthwise, Grid, Layer, Norm, cpu, cuda
 from ssmquant.quantizers import DLS, Token
 from ssmquant.quantizers.bank import hooks_of
 
@@ -196,8 +196,8 @@ Residual = tuple[Tensor, Tensor | None] | None
 Between = tuple[nn.Module, int | None, Tensor | None] | None
 """The quantizer by whose codes results are written, of how many columns, the first ones (None: of all), and factors
 of these columns before (None: none)."""
-Blended = tuple[Tensor | None, Tensor, Tensor] | None
-"""Gain, v and scale of ``blend``."""
+Blended = tuple[Tensor | None, Tensor, Any] | None
+"""Gain, v and scale of ``blend``; or instead of scale the convolutions and parts of ``excite`` of v, which gives it."""
 Then = tuple[Any, ...] | None
 """Arguments of ``linear`` for what reads a result: those behind x up to ``axis``, and ``codes``; whether the result is
 wanted too."""
@@ -418,17 +418,33 @@ def gated_linear(
     return _added(_product(y, of_x, weight, bias, moments=moments).view(*x.shape[:-1], -1), residual)
 
 
-def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
-    """``x * gain + v * scale``: x and v (B, H, W, C), any strides, gain (C,) or None for 1, scale (B, C, 1, 1)."""
+def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Any) -> Tensor:
+    """``x * gain + v * scale``: x and v (B, H, W, C), any strides, gain (C,) or None for 1, scale (B, C, 1, 1).
+
+    Or see ``Blended``.
+    """
+    if isinstance(scale, tuple):
+        scale = excite(v.permute(0, 3, 1, 2), *scale)
     gain, v, scale = _blend_operands(gain, v, scale)
     made: Tensor = engine_of(x.device).blend(_dense(x).flatten(1, 2), gain, v, scale)
     return made.view(x.shape)
 
 
-def _blend_operands(gain: Tensor | None, v: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+def _blend_operands(gain: Tensor | None, v: Tensor, scale: Any) -> tuple[Tensor | None, Tensor, Any]:
     """As kernels take them."""
     gain = None if gain is None else gain.contiguous()
-    return gain, _dense(v).flatten(1, 2), scale.flatten(1).contiguous()
+    if isinstance(scale, tuple):
+        first, second, parts = scale
+        scale = Attention(parts, *_matrix(first), *_matrix(second))
+    else:
+        scale = scale.flatten(1).contiguous()
+    return gain, _dense(v).flatten(1, 2), scale
+
+
+def _matrix(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Of a 1x1 convolution, and its bias."""
+    assert layer.bias is not None
+    return layer.weight.detach().flatten(1).contiguous(), layer.bias.detach().contiguous()
 
 
 def excite(x: Tensor, first: nn.Conv2d, second: nn.Conv2d, parts: Tensor | None = None) -> Tensor:
@@ -436,10 +452,8 @@ def excite(x: Tensor, first: nn.Conv2d, second: nn.Conv2d, parts: Tensor | None 
 
     ``parts``: sums of x that ``conv2d`` has given with it.
     """
-    weights = [t.detach().flatten(1).contiguous() for t in (first.weight, second.weight)]
-    biases = [t.detach().contiguous() for t in (first.bias, second.bias) if t is not None]
     rows = x.permute(0, 2, 3, 1).flatten(1, 2)
-    return cuda.excite(rows, weights[0], biases[0], weights[1], biases[1], parts)[:, :, None, None]
+    return cuda.excite(rows, *_matrix(first), *_matrix(second), parts)[:, :, None, None]
 
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]

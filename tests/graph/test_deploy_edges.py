@@ -26,11 +26,11 @@ from tests.graph.test_fuse import ByConvolution, Scan2d, SquareOrders
 
 
 def test_channel_attention_on_a_gpu() -> None:
-    """Is one call, which hooks of its modules turn into calls of these."""
+    """Is one call, which hooks of its modules turn into calls of these, where no layer makes it with its blend."""
     model, _ = make("mambair", QConfig.recommended(4, 4))
     graph = deploy(record(model).graph, model, cuda)
     calls = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "excite_call"]
-    assert len(calls) == 2
+    assert len(calls) == 1
     modules = [model.get_submodule(str(n.target)) for n in calls[0].args[1:]]
     x = torch.randn(2, modules[1].in_channels, 4, 5)
     plain = nn.Sequential(*modules)
@@ -46,10 +46,12 @@ def test_attention_is_given_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = make("mambair", QConfig.recommended(4, 4))
     graph = deploy(record(model).graph, model, cuda)
     calls = [n for n in graph.nodes if n.target is excite_call]
-    assert len(calls) == 2
-    for call in calls:
-        result: Any = call.args[0]
-        parts: Any = call.kwargs["parts"]
+    blended: Any = [n.kwargs["blended"] for n in graph.nodes if "blended" in n.kwargs]
+    given = [(n.args[0], n.kwargs["parts"]) for n in calls] + [(scale[0], scale[-1]) for *_, scale in blended]
+    assert len(given) == 2
+    result: Any
+    parts: Any
+    for result, parts in given:
         assert result.args[0] is parts.args[0]
         assert [result.args[1], parts.args[1]] == [0, 1]
         convolution: Any = result.args[0]
@@ -342,7 +344,9 @@ def test_codes_go_from_call_to_call_on_a_gpu() -> None:
         assert not any(
             n.kwargs for n in deploy(record(model).graph, model, cpu).nodes if "call" in str(n.target)
         )
-        written = [n for n in graph.nodes if "codes" in n.kwargs]
+        of_then: Any = {n: n.kwargs["then"][6] for n in graph.nodes if "then" in n.kwargs}
+        given = {n: n.kwargs.get("codes", of_then.get(n)) for n in graph.nodes}
+        written = [n for n in graph.nodes if given[n] is not None]
         cores = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "scan_core"]
         assert [n.kwargs["apart"] for n in cores] == [2] * 2
         assert [("u" in n.kwargs) for n in cores] == [bits == 7] * 2
@@ -351,14 +355,14 @@ def test_codes_go_from_call_to_call_on_a_gpu() -> None:
         if bits == 8:
             assert not written
             continue
-        calls = ["linear_call", "conv2d_call", "linear_call", "conv2d_call", "conv2d_call"]
+        calls = ["linear_call", "conv2d_call", "gated_linear_call", "conv2d_call", "conv2d_call"]
         assert [n.target.__name__ for n in written] == calls * 2
-        columns, factors = ([n.kwargs["codes"][i] for n in written] for i in (1, 2))
+        columns, factors = ([given[n][i] for n in written] for i in (1, 2))
         inner = model.layers[0].residual_group.blocks[0].self_attention.d_inner
         assert columns == [inner, *[None] * 4] * 2
         assert [f is not None for f in factors] == [False, False, False, True, False] * 2
         assert [("also" in n.kwargs) for n in written] == [False, True, False, False, False] * 2
-        readers = {str(n.kwargs["codes"][0].target) for n in written}
+        readers = {str(given[n][0].target) for n in written}
         assert all(deployed.static(model.get_submodule(name)) for name in readers)
 
 
@@ -377,7 +381,9 @@ def test_what_is_read_twice_is_no_code() -> None:
         x = torch.randn(2, 3, 6)
         model = converted(Twice(twice), QConfig.recommended(4, 4, keep_first_last=False), x)
         graph = deploy(record(model).graph, model, cuda)
-        assert [("codes" in n.kwargs) for n in graph.nodes if n.target is linear_call] == [not twice, False]
+        calls = [n for n in graph.nodes if n.target is linear_call]
+        assert [("codes" in n.kwargs) for n in calls] == ([False] if twice else [True, False])
+        assert [("then" in n.kwargs) for n in calls] == ([True] if twice else [False, False])
 
 
 class Edge(nn.Module):

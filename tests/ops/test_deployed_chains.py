@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 
 from ssmquant import QConfig
 from ssmquant.graph.deploy import deploy
-from ssmquant.graph.deploy_calls import blend_call, gated_linear_call, linear_call
+from ssmquant.graph.deploy_calls import blend_call, excite_call, gated_linear_call, linear_call
 from ssmquant.modules import deployed, deployed_values
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed import Layer, Norm, cpu, cuda, cuda_thin
+from ssmquant.ops.deployed import Attention, Layer, Norm, cpu, cuda, cuda_thin
 from tests.graph.deployed import converted, make, record, unfused
 from tests.ops.deployed_cpu import close, make_grid
 from tests.ops.deployed_cuda import Operands, emulated, same_codes, there_is
@@ -87,13 +87,27 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Tensor) -> Tensor:
     return (x if gain is None else x * gain) + v * scale[:, None]
 
 
-def check_blended(device: str, case: Any, gained: bool, columns: int | None, ends: bool) -> None:
-    """A projection of a blend, and the blend; with codes, or with a bias, an activation and a residual."""
+def check_blended(
+    device: str, case: Any, gained: bool, columns: int | None, ends: bool, tiles: int = 0
+) -> None:
+    """A projection of a blend, and the blend; with codes, or with a bias, an activation and a residual.
+
+    ``tiles``: of so many the blend's factors are channel attention.
+    """
     torch.manual_seed(case["seed"])
     sizes, outputs = (case["samples"], case["rows"], case["inputs"]), case["outputs"]
     x, v, held = (wide(*sizes[:2], n, odd=case["odd"], device=device) for n in (sizes[2], sizes[2], outputs))
     gain = torch.randn(sizes[2], device=device) if gained else None
-    scale = torch.rand(sizes[0], sizes[2], device=device)
+    scale: Any = torch.rand(sizes[0], sizes[2], device=device)
+    factors = scale
+    if tiles:
+        hidden = 1 + case["seed"] % 7
+        of_tiles = torch.randn(sizes[0], tiles, sizes[2]) * sizes[1] / tiles
+        shapes = (hidden, sizes[2]), (hidden,), (sizes[2], hidden), (sizes[2],)
+        scale = Attention(*(t.to(device) for t in (of_tiles, *(torch.randn(s) for s in shapes))))
+        inside = (of_tiles.double().sum(1) / sizes[1]) @ scale.first.cpu().double().T
+        inside = (inside + scale.first_bias.cpu()).relu() @ scale.second.cpu().double().T
+        factors = torch.sigmoid(inside + scale.second_bias.cpu()).float().to(device)
     x[-1, -1, 2] = v[0, 0, -1] = math.nan
     grid, following = (there_is(make_grid(4, 1), device) for _ in range(2))
     options: Any = {"norm": norm_of(case["norm"], sizes[2], device)}
@@ -105,22 +119,26 @@ def check_blended(device: str, case: Any, gained: bool, columns: int | None, end
     bias = torch.randn(outputs, device=device) if ends else None
     weights = weights_of(outputs, sizes[2], device)
     got, total = cuda.project(x, grid, weights, bias, blended=(gain, v, scale), **options)
-    want = blend(x, gain, v, scale)
-    torch.testing.assert_close(total, want, rtol=1e-6, atol=1e-6, equal_nan=True)
+    want, tolerance = blend(x, gain, v, factors), 1e-4 if tiles else 1e-6
+    torch.testing.assert_close(total, want, rtol=tolerance, atol=tolerance, equal_nan=True)
     assert total.is_contiguous()
     alike(got, cuda.project(total, grid, weights, bias, **options))
 
 
 @FEW
-@given(CASES, st.booleans(), st.one_of(st.none(), WIDTHS), st.booleans())
-def test_blended(by_cpu: None, case: Any, gained: bool, columns: int | None, ends: bool) -> None:
-    check_blended("cpu", case, gained, columns, ends)
+@given(CASES, st.booleans(), st.one_of(st.none(), WIDTHS), st.booleans(), st.sampled_from([0, 0, 1, 7, 64]))
+def test_blended(by_cpu: None, case: Any, gained: bool, columns: int | None, ends: bool, tiles: int) -> None:
+    check_blended("cpu", case, gained, columns, ends, tiles)
 
 
 def check_blended_by_triton(device: str) -> None:
     """Where there is no kernel that does both."""
     case: Any = {"samples": 2, "rows": 20, "inputs": 300, "outputs": 120, "norm": {}, "odd": True, "seed": 0}
     check_blended(device, case, True, 40, True)
+    check_blended(device, case, False, None, True, 5)
+    check_blended(
+        device, {**case, "inputs": 40}, True, None, False, 65
+    )  # more tiles than a block should add up
 
 
 def check_two_layers(device: str, case: Any, last: int, ends: Any, columns: int | None, kept: bool) -> None:
@@ -206,6 +224,33 @@ def test_layers_that_no_kernel_does_together(
     assert behind.shape == (1, 20, last)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(nvrtc.describe() is None, reason="needs NVRTC or nvcc")
+def test_compiles_for_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in MambaIR, at the sizes of small images and of large ones."""
+    sources: set[str] = set()
+
+    class Compiled:
+        def launch(self, *_: Any, **__: Any) -> None:
+            pass
+
+    monkeypatch.setattr(nvrtc, "load", lambda source, _: sources.add(source) or Compiled())
+    ones, grid = torch.ones, make_grid(4, 1)
+    norms = [Norm(ones(n), ones(n), 1e-5) for n in (60, 72)]
+    for rows in (4096, 57600):
+        x, z = (ones(1, rows, n) for n in (60, 72))
+        then = Layer(grid, weights_of(30, 60, "cpu"), ones(30), norms[0], None, (grid, 30, None))
+        residual = x, ones(60)
+        weights = weights_of(60, 72, "cpu")
+        cuda.project(z, grid, weights, norm=norms[1], z=z, residual=residual, more=(z.clone(),), then=then)
+        blended = ones(60), x, ones(1, 60)
+        cuda.project(
+            x, grid, weights_of(144, 60, "cpu"), norm=norms[0], codes=(grid, 72, None), blended=blended
+        )
+    assert len(sources) == 4
+    assert all(nvrtc.compile_source(source, 90) for source in sources)
+
+
 def interpret(check: str) -> None:
     make_interpreter_work()
     nvrtc.load = lambda source, _: emulated(source)  # type: ignore[assignment]
@@ -244,16 +289,34 @@ class Attended(nn.Module):
         return out, z * 2
 
 
+class Attending(nn.Module):
+    """Channel attention, of a depthwise convolution's result, and the layer that reads the blend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.depthwise = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.act, self.norm, self.last = nn.GELU(), nn.LayerNorm(12), nn.Linear(12, 20)
+        layers = nn.Conv2d(12, 3, 1), nn.ReLU(), nn.Conv2d(3, 12, 1), nn.Sigmoid()
+        self.attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), *layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.act(self.depthwise(self.inner(x.permute(0, 3, 1, 2))))
+        z = x + (y * self.attention(y)).permute(0, 2, 3, 1)
+        return self.last(self.norm(z)), z * 2
+
+
 class Behind(nn.Module):
     """Two layers, one behind the other, and what may be between."""
 
-    def __init__(self, between: str = "") -> None:
+    def __init__(self, between: str) -> None:
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(12, 20), nn.LayerNorm(20), nn.Linear(20, 9)
         self.act, self.between = nn.GELU(), between
 
     def forward(self, x: Tensor) -> Any:
         y = self.first(x)
+        if self.between == "act":
+            y = self.act(y)
         if self.between == "views":
             rows = y.view(y.size(0), -1, 20).contiguous()
             return self.last(F.layer_norm(rows.view(-1, 20), (20,))), y * 2
@@ -278,6 +341,12 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "engine_of", lambda _: cuda)
     monkeypatch.setattr(cuda, "blend", blend)
     monkeypatch.setattr(cuda, "normalizes", lambda _: False)
+
+
+def excite(
+    x: Tensor, first: Tensor, a: Tensor, second: Tensor, b: Tensor, parts: Tensor | None = None
+) -> Tensor:
+    return torch.sigmoid(F.relu(x.mean(1) @ first.T + a) @ second.T + b)
 
 
 def agree(model: nn.Module, graph: fx.Graph, x: Tensor) -> None:
@@ -310,6 +379,34 @@ def test_a_layer_takes_in_the_blend_that_it_reads(
     assert len(set(shapes)) == 1
 
 
+def test_a_layer_makes_the_attention_of_the_blend_that_it_reads(
+    by_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hooks, of the convolution whose sums it would read too, have it made by calls as ever."""
+    torch.manual_seed(0)
+    config = QConfig.recommended(6, 6, keep_first_last=False)
+    model = converted(Attending(), config, torch.randn(2, 5, 8, 12))
+    graph = graph_of(model)
+    (call,) = [n for n in graph.nodes if n.target is linear_call]
+    assert len(call.kwargs["blended"][2]) == 7
+    assert not any(n.target in (blend_call, excite_call) for n in graph.nodes)
+    engines(monkeypatch)
+    seen: list[int] = []
+    monkeypatch.setattr(cuda, "excite", lambda *a: seen.append(len(a)) or excite(*a))
+    for shape in ((2, 5, 8, 12), (1, 3, 4, 12), (3, 16, 16, 12)):
+        agree(model, graph, torch.randn(shape))
+    assert not seen
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_thin, "_FEW_TILES", 0)
+        agree(model, graph, torch.randn(1, 9, 40, 12))
+    assert len(seen) == 1
+    for module in (model.act, model.norm, model.attention[1]):
+        handle = module.register_forward_hook(lambda module, args, out: out * 2)
+        agree(model, graph, torch.randn(2, 5, 8, 12))
+        handle.remove()
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("written", ["before", "after"])
 def test_blends_that_are_written_to_stay(written: str) -> None:
     torch.manual_seed(0)
@@ -325,13 +422,22 @@ def test_blends_of_mambair() -> None:
     graph = graph_of(model)
     calls = [n for n in graph.nodes if "blended" in n.kwargs]
     assert [n.target for n in calls] == [linear_call]
+    assert len(calls[0].kwargs["blended"][2]) == 7  # with its attention
     assert len([n for n in graph.nodes if n.target is blend_call]) == 1
+    assert len([n for n in graph.nodes if n.target is excite_call]) == 1
     assert not any("blended" in n.kwargs for n in deploy(record(model).graph, model, cpu).nodes)
 
 
 @pytest.mark.parametrize(
     ("between", "fused"),
-    [("", True), ("views", True), ("alone", True), ("turned", False), ("windows", False), ("written", False)],
+    [
+        ("act", True),
+        ("views", True),
+        ("alone", True),
+        ("turned", False),
+        ("windows", False),
+        ("written", False),
+    ],
 )
 def test_a_layer_does_what_the_one_that_reads_it_does(
     by_cpu: None, monkeypatch: pytest.MonkeyPatch, between: str, fused: bool
@@ -350,14 +456,14 @@ def test_a_layer_does_what_the_one_that_reads_it_does(
     engines(monkeypatch)
     for shape in ((2, 5, 8, 12), (1, 3, 4, 12), (3, 16, 16, 12)):
         agree(model, graph, torch.randn(shape))
-    if between in ("", "alone"):
+    if between in ("act", "alone"):
         for module in (model.norm, model.act):
             shapes: list[Any] = []
             module.register_forward_hook(
                 lambda module, args, out, shapes=shapes: shapes.append(out.shape) or out * 2
             )
             agree(model, graph, torch.randn(2, 5, 8, 12))
-            assert len(set(shapes)) == (1 if between == "alone" or module is model.norm else 0)
+            assert len(set(shapes)) == 1
 
 
 def test_two_layers_of_mambair() -> None:
@@ -394,6 +500,9 @@ def test_blended_on_a_gpu(gained: bool, samples: int, rows: int, inputs: int, ou
             "odd": i == 1,
         }
         check_blended("cuda", {**case, "seed": i}, gained, (None, outputs // 2, outputs)[i % 3], i % 2 == 0)
+        check_blended(
+            "cuda", {**case, "seed": i}, gained, (None, outputs)[i % 2], i % 2 == 0, (64, 3, 1, 33, 65)[i]
+        )
     check_blended_by_triton("cuda")
 
 
@@ -424,7 +533,7 @@ def test_two_layers_on_a_gpu(
 def test_graphs_on_a_gpu() -> None:
     """As their nodes compute them, with hooks."""
     x = torch.randn(2, 5, 8, 12)
-    for module in (Attended(), Behind("views"), Behind("alone"), Behind()):
+    for module in (Attended(), Attending(), Behind("views"), Behind("alone"), Behind("act")):
         torch.manual_seed(0)
         model = converted(module, QConfig.recommended(6, 6, keep_first_last=False), x).cuda()
         graph = graph_of(model)

@@ -3,16 +3,56 @@
 //
 // After cuda_math.cu, thin_layer.cu and definitions of: INPUTS, OUTPUTS; CODED: the input is codes, int8 from 0 and -1 for
 // NaN; PARTS: tensors whose sum it is; BLEND: it is the sum of x, 2: with a gain, and v by a factor of each sample, and is
-// written too; NORM: 1 layer norm, 2 RMS norm, 3 factors alone; HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL;
-// HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so many of the first outputs are written as codes, apart from the others; FACTORS:
-// of these before; CORE: 1 all outputs are, each by a quantizer of its own, and the input's codes and NaN too, 2: its codes
-// are those of a single quantizer, which are multiplied; VEC: inputs that are read at once; AT_ONCE: outputs. THEN: outputs
-// of a layer that reads these, 0 for none, with THEN_NORM, THEN_HAS_W, THEN_HAS_B, THEN_HAS_BIAS, THEN_ACT, THEN_CODES,
-// THEN_FACTORS, THEN_AT_ONCE; KEPT: this one's are written too. WARPS, SPLIT (1 of two layers); RESIDENT: blocks of a
-// multiprocessor, what registers are limited for.
+// written too; EXCITE: these are channel attention's, of sums of tiles, with so many hidden values; NORM: 1 layer norm, 2 RMS
+// norm, 3 factors alone; HAS_W, HAS_B: of the norm; GATE; HAS_BIAS; RESIDUAL; HAS_GAIN; ACT (1: SiLU, 2: GELU); CODES: so
+// many of the first outputs are written as codes, apart from the others; FACTORS: of these before; CORE: 1 all outputs are,
+// each by a quantizer of its own, and the input's codes and NaN too, 2: its codes are those of a single quantizer, which are
+// multiplied; VEC: inputs that are read at once; AT_ONCE: outputs. THEN: outputs of a layer that reads these, 0 for none,
+// with THEN_NORM, THEN_HAS_W, THEN_HAS_B, THEN_HAS_BIAS, THEN_ACT, THEN_CODES, THEN_FACTORS, THEN_AT_ONCE; KEPT: this one's
+// are written too. WARPS, SPLIT (1 of two layers); RESIDENT: blocks of a multiprocessor, what registers are limited for.
+
+extern __shared__ char shared[];
+constexpr int SHARED = EXCITE ? 4 * ((WARPS + 1) * INPUTS + EXCITE) : 0;
+
+// Channel attention of a sample, by all threads of a block: sigmoid(second @ relu(first @ mean + ..) + ..).
+__device__ __forceinline__ const float *attend(const Params &p, const Place &at) {
+    float *parts = reinterpret_cast<float *>(shared), *factors = parts + WARPS * INPUTS, *hidden = factors + INPUTS;
+    const float *tiles = p.tiles + at.sample * p.count * INPUTS;
+    const int warp = threadIdx.x / 32;
+    ask<4 * INPUTS * EXCITE>(p.first);
+    ask<4 * INPUTS * EXCITE>(p.second);
+    for (int k = at.lane; k < INPUTS; k += 32) {
+        float sum = 0.0f;
+#pragma unroll 16
+        for (int i = warp; i < p.count; i += WARPS) sum += tiles[i * INPUTS + k];
+        parts[warp * INPUTS + k] = sum;
+    }
+    __syncthreads();
+    for (int i = warp; i < EXCITE; i += WARPS) {
+        float sum = 0.0f;
+        for (int k = at.lane; k < INPUTS; k += 32) {
+            float total = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) total += parts[w * INPUTS + k];
+            sum = fmaf(p.first[i * INPUTS + k], total / float(p.rows), sum);
+        }
+#pragma unroll
+        for (int by = 16; by > 0; by /= 2) sum += __shfl_xor_sync(ALL, sum, by);
+        sum += p.first_bias[i];
+        if (at.lane == 0) hidden[i] = sum < 0.0f ? 0.0f : sum;  // NaN stays one
+    }
+    __syncthreads();
+    for (int k = threadIdx.x; k < INPUTS; k += 32 * WARPS) {
+        float sum = p.second_bias[k];
+        for (int i = 0; i < EXCITE; ++i) sum = fmaf(p.second[k * EXCITE + i], hidden[i], sum);
+        factors[k] = recip(1.0f + exp2_(-sum * LOG2E));
+    }
+    __syncthreads();
+    return factors;
+}
 
 // The input's values: x, or the sum of its parts, or of x and v.
-__device__ __forceinline__ void gather(const Params &p, const Place &at, float (&v)[2][8 * First::kt]) {
+__device__ __forceinline__ void gather(const Params &p, const Place &at, const float *v_scale, float (&v)[2][8 * First::kt]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float *x = static_cast<const float *>(p.x) + at.sample * p.x_batch + at.row(r) * p.x_row;
@@ -31,7 +71,7 @@ __device__ __forceinline__ void gather(const Params &p, const Place &at, float (
         if (k >= INPUTS) continue;
         Floats<VEC> gain{};
         if (BLEND == 2) gain = *reinterpret_cast<const Floats<VEC> *>(p.x_gain + k);
-        const Floats<VEC> scale = *reinterpret_cast<const Floats<VEC> *>(p.v_scale + at.sample * INPUTS + k);
+        const Floats<VEC> scale = *reinterpret_cast<const Floats<VEC> *>(v_scale + k);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             if (!at.has(r)) continue;
@@ -93,6 +133,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) thin(const Pa
         ask<12 * 16 * Second::groups>(p.then.of_outputs);
     }
     kernel_before<true>();
+    const float *v_scale = p.v_scale + at.sample * INPUTS;
+    if constexpr (EXCITE > 0) v_scale = attend(p, at);
     if (first >= p.rows) return;
     Encoded<First> x;
     if (CODED) {
@@ -100,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) thin(const Pa
         take(p.layer, at, x, [&](int r) { return codes + at.row(r) * p.x_row; });
     } else {
         float v[2][8 * First::kt];
-        gather(p, at, v);
+        gather(p, at, v_scale, v);
         normalize<First>(p.layer, at, v);
         encode<First>(p, p.layer, at, v, x);
     }

@@ -51,12 +51,14 @@ struct Params {
     Layer layer, then;
     const void *x;
     const float *v, *x_gain, *v_scale;                   // BLEND: rows; of each input; (samples, INPUTS)
+    const float *tiles;                                  // EXCITE: (samples, count, INPUTS)
+    const float *first, *first_bias, *second, *second_bias;
     float *blended;                                      // BLEND: (samples, rows, INPUTS)
     const float *z, *residual, *gain;
     const float *inverse, *moved, *least, *most;         // CORE: of each output
     unsigned char *u, *bad;                              // CORE: the input's codes, rows of u_row, and rows with a NaN
     long long part, x_batch, x_row, v_batch, v_row, z_batch, z_row, r_batch, r_row;
-    int rows, u_row, code_row;
+    int rows, u_row, code_row, count;
 };
 
 __device__ __forceinline__ float of_four(float x) {

@@ -11,6 +11,27 @@ zero points are taken out afterwards:
 """
 
 from ssmquant.ops.deployed import cpu
-from ssmquant.ops.deployed.forms import Codes, Depthwise, Grid, Layer, Norm, RowGrid, ScanOperands, Weights
+from ssmquant.ops.deployed.forms import (
+    Attention,
+    Codes,
+    Depthwise,
+    Grid,
+    Layer,
+    Norm,
+    RowGrid,
+    ScanOperands,
+    Weights,
+)
 
-__all__ = ["Codes", "Depthwise", "Grid", "Layer", "Norm", "RowGrid", "ScanOperands", "Weights", "cpu"]
+__all__ = [
+    "Attention",
+    "Codes",
+    "Depthwise",
+    "Grid",
+    "Layer",
+    "Norm",
+    "RowGrid",
+    "ScanOperands",
+    "Weights",
+    "cpu",
+]

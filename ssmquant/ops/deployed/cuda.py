@@ -22,6 +22,7 @@ from ssmquant.ops.deployed.cuda_depthwise import depthwise, whole_rows
 from ssmquant.ops.deployed.forms import (
     ACTIVATIONS,
     MOST_ELEMENTS,
+    Attention,
     Depthwise,
     Grid,
     Layer,
@@ -218,7 +219,7 @@ def project(
     act: str | None = None,
     more: tuple[Tensor, ...] = (),
     codes: tuple[Grid, int, Tensor | None] | None = None,
-    blended: tuple[Tensor | None, Tensor, Tensor] | None = None,
+    blended: tuple[Tensor | None, Tensor, Tensor | Attention] | None = None,
     then: Layer | None = None,
     kept: bool = True,
 ) -> Any:
@@ -230,6 +231,7 @@ def project(
         codes: a grid of at most ``BETWEEN`` levels, how many of the first outputs are returned as such codes, and
             factors of these before, or None.
         blended: gain, v and scale as ``blend`` takes them, of whose result with x, float32, this is the projection.
+            Instead of scale there may be the attention of v that it is.
         then: a layer that reads the result, which has no ``codes`` then, and an x that is not ``blended``.
         kept: whether the result is wanted too.
 
@@ -241,10 +243,18 @@ def project(
     held, gain = residual if residual is not None else (None, None)
     v = None if blended is None else blended[1]
     thin = cuda_thin.takes(weights, x, z, held, v)
-    if blended is not None and not thin:
-        whole = blend(x, *blended)
-        given = project(whole, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, codes=codes)
-        return given, whole
+    if blended is not None and not (thin and cuda_thin.blends(blended[2])):
+        x_gain, v, scale = blended
+        if isinstance(scale, Attention):
+            scale = excite(v, scale.first, scale.first_bias, scale.second, scale.second_bias, scale.tiles)
+        if thin:
+            blended = x_gain, v, scale
+        else:
+            whole = blend(x, x_gain, v, scale)
+            given = project(
+                whole, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, codes=codes
+            )
+            return given, whole
     if then is not None and not (thin and cuda_thin.chains(weights, then)):
         given = project(x, grid, weights, bias, norm=norm, z=z, residual=residual, act=act, more=more)
         last = project(
@@ -254,23 +264,21 @@ def project(
     coded = x.dtype == torch.int8
     x, part, parts = _parts(x, more)
     following, columns, factors = codes if codes is not None else (grid, 0, None)
-    y, made = _results(x, outputs, columns)
     if thin:
+        own = _results(x, outputs, columns) if kept else (None, None)
         total = None if blended is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        behind = (
-            (None, None)
-            if then is None
-            else _results(x, then.weights.outputs, then.codes[1] if then.codes else 0)
-        )
-        each = _samples(x, z, held, y, made, v, total, *behind, apart=blended is not None)
+        behind: cuda_thin.Made = (None, None)
+        if then is not None:
+            behind = _results(x, then.weights.outputs, then.codes[1] if then.codes is not None else 0)
+        each = _samples(x, z, held, *own, v, total, *behind, apart=blended is not None)
         layer = Layer(grid, weights, bias, norm, act, codes)
-        given_to = (y if kept else None, made), blended, total, then, behind
-        cuda_thin.project(x, part, parts, each, layer, z, held, gain, *given_to)
-        given = y if codes is None else (made, y)
+        cuda_thin.project(x, part, parts, each, layer, z, held, gain, own, blended, total, then, behind)
+        result = own[0] if codes is None else own[::-1]
         if then is None:
-            return given if total is None else (given, total)
+            return result if total is None else (result, total)
         last = behind[0] if then.codes is None else behind[::-1]
-        return (given, last) if kept else last
+        return (result, last) if kept else last
+    y, made = _results(x, outputs, columns)
     samples, rows = _samples(x, z, held, y, made)
     if inputs <= _MOST_OF_ROW and max(inputs, outputs) > _FEW_COLUMNS:
         if coded:

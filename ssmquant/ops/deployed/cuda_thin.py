@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Grid, Layer, Norm, Weights, kind_of
+from ssmquant.ops.deployed.forms import ACTIVATIONS, Attention, Grid, Layer, Norm, Weights, kind_of
 
-__all__ = ["Params", "affine", "chains", "codes_of_core", "project", "takes", "tiles"]
+__all__ = ["Params", "affine", "blends", "chains", "codes_of_core", "project", "takes", "tiles"]
 
 _MOST_INPUTS = 192  # that a lane has its share of in registers, of two rows
 _MOST_WEIGHTS = 2**15  # bytes, which each multiprocessor should keep in its cache
@@ -22,6 +22,7 @@ _RESIDENT = 7  # blocks of a multiprocessor: those of 57,600 rows at once on an 
 _FEW_INPUTS = 96
 _FEW_BLOCKS = 132 * 2  # of two layers, which have as few warps as blocks of rows
 _RESIDENT_OF_TWO = 4, 2  # of few inputs, and of more: what they hold takes as many registers
+_FEW_TILES = 64  # that each block adds up itself
 _MOST_BETWEEN = 96  # values of a row between two layers
 
 Made = tuple[Tensor | None, Tensor | None]
@@ -49,10 +50,11 @@ class Params(ctypes.Structure):
     _fields_ = (
         ("layer", _Layer),
         ("then", _Layer),
-        *((n, ctypes.c_void_p) for n in "x v x_gain v_scale blended z residual gain".split()),
+        *((n, ctypes.c_void_p) for n in "x v x_gain v_scale tiles first first_bias second second_bias".split()),
+        *((n, ctypes.c_void_p) for n in "blended z residual gain".split()),
         *((n, ctypes.c_void_p) for n in "inverse moved least most u bad".split()),
         *((n, ctypes.c_longlong) for n in "part x_batch x_row v_batch v_row z_batch z_row r_batch r_row".split()),
-        *((n, ctypes.c_int) for n in "rows u_row code_row".split()),
+        *((n, ctypes.c_int) for n in "rows u_row code_row count".split()),
     )  # fmt: skip
 
 
@@ -84,6 +86,11 @@ def takes(weights: Weights, *tensors: Tensor | None) -> bool:
 def chains(weights: Weights, then: Layer) -> bool:
     """Whether there is a kernel of a layer, which ``takes`` its tensors, and one that reads its result."""
     return weights.outputs <= _MOST_BETWEEN and then.weights.tiles is not None
+
+
+def blends(scale: Tensor | Attention) -> bool:
+    """Whether the kernel that blends can have channel attention's factors made by each block, or has them."""
+    return not isinstance(scale, Attention) or scale.tiles.shape[1] <= _FEW_TILES
 
 
 def _fits(n: int, *tensors: Tensor | None) -> bool:
@@ -166,10 +173,12 @@ def _launch(x: Tensor, samples: tuple[int, int], params: Params, **definitions: 
             split *= 2
     definitions |= {"WARPS": warps, "SPLIT": split, "RESIDENT": resident}
     grid = -(-rows // (16 * (warps // split))), several
+    hidden = definitions["EXCITE"]
+    shared = 4 * ((warps + 1) * definitions["INPUTS"] + hidden) if hidden else 0
     source = nvrtc.specialised("deployed_cuda/thin_layer deployed_cuda/thin", *definitions.items())
     with torch.cuda.device_of(x):
         kernels = nvrtc.load(source, x.device)
-        kernels.launch("thin", grid, 32 * warps, 0, params, x.device, early=True)
+        kernels.launch("thin", grid, 32 * warps, shared, params, x.device, early=True)
 
 
 def project(
@@ -182,7 +191,7 @@ def project(
     residual: Tensor | None,
     gain: Tensor | None,
     made: Made,
-    blended: tuple[Tensor | None, Tensor, Tensor] | None,
+    blended: tuple[Tensor | None, Tensor, Tensor | Attention] | None,
     total: Tensor | None,
     then: Layer | None,
     then_made: Made,
@@ -196,7 +205,9 @@ def project(
         total: where x is written if it is ``blended``.
         then: where ``made`` has no values, those of ``layer`` are not written.
     """
-    x_gain, v, v_scale = blended if blended is not None else (None, None, None)
+    x_gain, v, scale = blended if blended is not None else (None, None, None)
+    attention = scale if isinstance(scale, Attention) else None
+    v_scale = None if isinstance(scale, Attention) else scale
     of_inputs = x, z, x_gain, v, v_scale, total, *_of_inputs(layer.norm)
     vector = next(n for n in (4, 2, 1) if part % n == 0 and _fits(n, *of_inputs))
     of_then = (None, None) if then is None else _of_inputs(then.norm)
@@ -205,12 +216,14 @@ def project(
         layer=_layer(layer, made),
         **({} if then is None else {"then": _layer(then, then_made)}),
         **_pointers(x=x, v=v, x_gain=x_gain, v_scale=v_scale, blended=total, z=z, residual=residual, gain=gain),
+        **({} if attention is None else _pointers(**vars(attention))),
         **_strides("x", x), **_strides("v", v), **_strides("z", z), **_strides("r", residual),
-        part=part, rows=samples[1],
+        part=part, rows=samples[1], count=0 if attention is None else attention.tiles.shape[1],
     )  # fmt: skip
     (launch or _launch)(
         x, samples, params, INPUTS=x.shape[2], OUTPUTS=layer.weights.outputs,
         CODED=int(x.dtype == torch.int8), PARTS=parts, BLEND=0 if v is None else 1 if x_gain is None else 2,
+        EXCITE=0 if attention is None else attention.first.shape[0],
         **_definitions(layer, made), GATE=int(z is not None), RESIDUAL=int(residual is not None),
         HAS_GAIN=int(gain is not None), CORE=0, VEC=vector, AT_ONCE=at_once,
         **_behind(then, then_made, made[0] is not None),
@@ -247,6 +260,7 @@ def codes_of_core(
     )  # fmt: skip
     (launch or _launch)(
         x, samples, params, INPUTS=x.shape[2], OUTPUTS=outputs,
-        CODED=int(x.dtype == torch.int8), PARTS=1, BLEND=0, **{**_definitions(layer, (None, None)), "CODES": outputs},
+        CODED=int(x.dtype == torch.int8), PARTS=1, BLEND=0, EXCITE=0,
+        **{**_definitions(layer, (None, None)), "CODES": outputs},
         GATE=0, RESIDUAL=0, HAS_GAIN=0, CORE=2 if of_u is of_x else 1, VEC=vector, AT_ONCE=at_once, **_behind(None),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from ssmquant.errors import InputError
 __all__ = [
     "ACTIVATIONS",
     "MOST_ELEMENTS",
+    "Attention",
     "Codes",
     "Depthwise",
     "Grid",
@@ -124,6 +125,21 @@ class Weights:
     narrow: int = 0
     tiles: Tensor | None = None
     affine: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Channel attention of images: ``sigmoid(second @ relu(first @ mean + first_bias) + second_bias)``.
+
+    ``tiles``: (batch, some, channels), sums of some pixels each that add up to those of all; first and second: (hidden,
+    channels) and (channels, hidden). All contiguous.
+    """
+
+    tiles: Tensor
+    first: Tensor
+    first_bias: Tensor
+    second: Tensor
+    second_bias: Tensor
 
 
 @dataclass(frozen=True, eq=False)

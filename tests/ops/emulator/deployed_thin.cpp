@@ -7,6 +7,6 @@
 
 extern "C" int launch(const char *name, int x, int y, int threads, long bytes, const Params *p, bool late) {
     BEGIN
-    LAUNCH(thin, 0)
+    LAUNCH(thin, SHARED)
     RUN
 }
