@@ -9,7 +9,8 @@
 // each by a quantizer of its own, and the input's codes and NaN too, 2: its codes are those of a single quantizer, which are
 // multiplied; VEC: inputs that are read at once; AT_ONCE: outputs. THEN: outputs of a layer that reads these, 0 for none,
 // with THEN_NORM, THEN_HAS_W, THEN_HAS_B, THEN_HAS_BIAS, THEN_ACT, THEN_CODES, THEN_FACTORS, THEN_AT_ONCE; KEPT: this one's
-// are written too. WARPS, SPLIT (1 of two layers); RESIDENT: blocks of a multiprocessor, what registers are limited for.
+// are written too. LARGE: there is much to do. WARPS, SPLIT (1 of two layers); RESIDENT: blocks of a multiprocessor, what
+// registers are limited for.
 
 extern __shared__ char shared[];
 constexpr int SHARED = EXCITE ? 4 * ((WARPS + 1) * INPUTS + EXCITE) : 0;
@@ -132,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) thin(const Pa
         ask<16 * 32 * Second::groups * Second::kt>(p.then.tiles);
         ask<12 * 16 * Second::groups>(p.then.of_outputs);
     }
-    kernel_before<true>();
+    kernel_before<LARGE>();
     const float *v_scale = p.v_scale + at.sample * INPUTS;
     if constexpr (EXCITE > 0) v_scale = attend(p, at);
     if (first >= p.rows) return;

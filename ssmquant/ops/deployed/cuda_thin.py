@@ -20,6 +20,7 @@ _WARPS = 4  # of a block
 _FEW_WARPS = 132 * 6
 _RESIDENT = 7  # blocks of a multiprocessor: those of 57,600 rows at once on an H100
 _FEW_INPUTS = 96
+_FEW_BLOCKS_OF_LAYER = 132 * 4  # up to there the next kernel's are not let in before these end
 _FEW_BLOCKS = 132 * 2  # of two layers, which have as few warps as blocks of rows
 _RESIDENT_OF_TWO = 4, 2  # of few inputs, and of more: what they hold takes as many registers
 _FEW_TILES = 64  # that each block adds up itself
@@ -171,8 +172,9 @@ def _launch(x: Tensor, samples: tuple[int, int], params: Params, **definitions: 
     else:
         while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and tasks * split < _FEW_WARPS:
             split *= 2
-    definitions |= {"WARPS": warps, "SPLIT": split, "RESIDENT": resident}
     grid = -(-rows // (16 * (warps // split))), several
+    large = grid[0] * several > _FEW_BLOCKS_OF_LAYER
+    definitions |= {"WARPS": warps, "SPLIT": split, "RESIDENT": resident, "LARGE": int(large)}
     hidden = definitions["EXCITE"]
     shared = 4 * ((warps + 1) * definitions["INPUTS"] + hidden) if hidden else 0
     source = nvrtc.specialised("deployed_cuda/thin_layer deployed_cuda/thin", *definitions.items())
