@@ -18,6 +18,7 @@ _MOST_WEIGHTS = 2**15  # bytes, which each multiprocessor should keep in its cac
 _WARPS = 4  # of a block
 _FEW_WARPS = 132 * 6
 _RESIDENT = 7  # blocks of a multiprocessor: those of 57,600 rows at once on an H100
+_FEW_RESIDENT = 3  # where there are no more
 _FEW_INPUTS = 96
 _FEW_BLOCKS = 132 * 2  # of two layers, which have as few warps as blocks of rows
 _RESIDENT_OF_TWO = 4, 2  # of few inputs, and of more: what they hold takes as many registers
@@ -166,6 +167,10 @@ def _launch(x: Tensor, samples: tuple[int, int], params: _Params, **definitions:
     else:
         while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and tasks * split < _FEW_WARPS:
             split *= 2
+        if (
+            definitions["BLEND"] and tasks * split <= _FEW_RESIDENT * 132 * warps
+        ):  # what they hold takes registers
+            resident = min(resident, _FEW_RESIDENT)
     definitions |= {"WARPS": warps, "SPLIT": split, "RESIDENT": resident}
     grid = -(-rows // (16 * (warps // split))), several
     hidden = definitions["EXCITE"]
