@@ -31,9 +31,10 @@ struct First {
     static constexpr int at_once = AT_ONCE, kt = (inputs + 31) / 32, groups = (outputs + 15) / 16;
 };
 struct Second {
-    static constexpr bool has_w = THEN_HAS_W, has_b = THEN_HAS_B, gate = false, has_bias = THEN_HAS_BIAS, residual = false, factors = THEN_FACTORS;
-    static constexpr int inputs = OUTPUTS, outputs = THEN, norm = THEN_NORM, act = THEN_ACT, codes = THEN_CODES, core = 0, vec = AT_ONCE;
-    static constexpr int at_once = THEN_AT_ONCE, kt = (inputs + 31) / 32, groups = (outputs + 15) / 16;
+    static constexpr bool has_w = THEN_HAS_W, has_b = THEN_HAS_B, gate = false, has_bias = THEN_HAS_BIAS, residual = false;
+    static constexpr bool factors = THEN_FACTORS;
+    static constexpr int inputs = OUTPUTS, outputs = THEN, norm = THEN_NORM, act = THEN_ACT, codes = THEN_CODES, core = 0;
+    static constexpr int vec = AT_ONCE, at_once = THEN_AT_ONCE, kt = (inputs + 31) / 32, groups = (outputs + 15) / 16;
 };
 
 struct Layer {
@@ -211,10 +212,13 @@ template <class L> __device__ __forceinline__ void normalize(const Layer &layer,
 }
 
 template <class L>
-__device__ __forceinline__ void encode(const Params &p, const Layer &layer, const Place &at, float (&v)[2][8 * L::kt], Encoded<L> &x) {
+__device__ __forceinline__ void encode(
+    const Params &p, const Layer &layer, const Place &at, float (&v)[2][8 * L::kt], Encoded<L> &x
+) {
     const float a = layer.scale[0], b = layer.shift[0], inverse = 1.0f / a, moved = b * inverse;
     const float least = float(layer.qmin), most = float(layer.qmax);
-    const float u_inverse = L::core == 1 ? 1.0f / layer.next_scale[0] : 1.0f, u_moved = L::core == 1 ? layer.next_shift[0] * u_inverse : 0.0f;
+    const float u_inverse = L::core == 1 ? 1.0f / layer.next_scale[0] : 1.0f;
+    const float u_moved = L::core == 1 ? layer.next_shift[0] * u_inverse : 0.0f;
     // What codes are less by when they are multiplied: nothing where they fit as they are.
     const int base = layer.qmin < -128 || layer.qmax > 127 ? layer.qmin + (layer.qmax - layer.qmin > 127 ? 128 : 0) : 0;
     int sums[2] = {0, 0};
@@ -235,7 +239,9 @@ __device__ __forceinline__ void encode(const Params &p, const Layer &layer, cons
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 bits[j] = bits_of(v[r][i + j], inverse, moved, least, most, nan[r]);
-                others[j] = L::core == 1 ? bits_of(v[r][i + j], u_inverse, u_moved, float(layer.next_min), float(layer.next_max), other) : bits[j];
+                others[j] = bits[j];
+                if (L::core == 1)
+                    others[j] = bits_of(v[r][i + j], u_inverse, u_moved, float(layer.next_min), float(layer.next_max), other);
             }
             const unsigned whole = joined(bits[0], bits[1], bits[2], bits[3]);
             unsigned word = base ? less(whole, unsigned(base & 255) * 0x01010101u) : whole;
@@ -296,7 +302,8 @@ template <class L> struct Rows {
     const Encoded<L> &x;
     float next_inverse, next_moved;
 
-    __device__ __forceinline__ Rows(const Params &p, const Layer &layer, const Place &at, const Encoded<L> &x) : p(p), layer(layer), at(at), x(x) {
+    __device__ __forceinline__ Rows(const Params &p, const Layer &layer, const Place &at, const Encoded<L> &x)
+        : p(p), layer(layer), at(at), x(x) {
         next_inverse = L::codes && !L::core ? 1.0f / layer.next_scale[0] : 1.0f;
         next_moved = L::codes && !L::core ? layer.next_shift[0] * next_inverse : 0.0f;
     }
@@ -398,7 +405,8 @@ template <class L> struct Rows {
 
     __device__ __forceinline__ void all() const {
         // Up to there all are codes; from there on none.
-        constexpr int LAST = L::codes == L::outputs ? L::groups : L::codes / 16, NEXT = L::codes == L::outputs ? L::groups : (L::codes + 15) / 16;
+        constexpr int LAST = L::codes == L::outputs ? L::groups : L::codes / 16;
+        constexpr int NEXT = L::codes == L::outputs ? L::groups : (L::codes + 15) / 16;
         const int begin = L::groups * at.split / SPLIT, end = L::groups * (at.split + 1) / SPLIT;
         if (LAST > 0) range<true, false>(begin, end < LAST ? end : LAST);
         if (LAST < NEXT && begin <= LAST && LAST < end) range<true, true>(LAST, NEXT);

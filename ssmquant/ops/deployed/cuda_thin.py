@@ -19,6 +19,7 @@ _MOST_WEIGHTS = 2**15  # bytes, which each multiprocessor should keep in its cac
 _WARPS = 4  # of a block
 _FEW_WARPS = 132 * 6
 _RESIDENT = 7  # blocks of a multiprocessor: those of 57,600 rows at once on an H100
+_FEW_RESIDENT = 3  # where there are no more
 _FEW_INPUTS = 96
 _FEW_BLOCKS_OF_LAYER = 132 * 4  # up to there the next kernel's are not let in before these end
 _FEW_BLOCKS = 132 * 2  # of two layers, which have as few warps as blocks of rows
@@ -172,6 +173,9 @@ def _launch(x: Tensor, samples: tuple[int, int], params: Params, **definitions: 
     else:
         while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and tasks * split < _FEW_WARPS:
             split *= 2
+        # What blends hold takes registers.
+        if definitions["BLEND"] and tasks * split <= _FEW_RESIDENT * 132 * warps:
+            resident = min(resident, _FEW_RESIDENT)
     grid = -(-rows // (16 * (warps // split))), several
     large = grid[0] * several > _FEW_BLOCKS_OF_LAYER
     definitions |= {"WARPS": warps, "SPLIT": split, "RESIDENT": resident, "LARGE": int(large)}
