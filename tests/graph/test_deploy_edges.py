@@ -349,19 +349,28 @@ def test_codes_go_from_call_to_call_on_a_gpu() -> None:
         written = [n for n in graph.nodes if given[n] is not None]
         cores = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "scan_core"]
         assert [n.kwargs["apart"] for n in cores] == [2] * 2
-        assert [("u" in n.kwargs) for n in cores] == [bits == 7] * 2
         summed = [n for n in graph.nodes if "more" in n.kwargs]
         assert [n.target.__name__ for n in summed] == ["gated_linear_call"] * 2
+        fronts = [n for n in graph.nodes if "front" in n.kwargs]
         if bits == 8:
             assert not written
+            assert not fronts
             continue
-        calls = ["linear_call", "conv2d_call", "gated_linear_call", "conv2d_call", "conv2d_call"]
+        calls = ["linear_call", "gated_linear_call", "conv2d_call"]
         assert [n.target.__name__ for n in written] == calls * 2
         columns, factors = ([given[n][i] for n in written] for i in (1, 2))
         inner = model.layers[0].residual_group.blocks[0].self_attention.d_inner
-        assert columns == [inner, *[None] * 4] * 2
-        assert [f is not None for f in factors] == [False, False, False, True, False] * 2
-        assert [("also" in n.kwargs) for n in written] == [False, True, False, False, False] * 2
+        assert columns == [inner, None, None] * 2
+        assert [f is not None for f in factors] == [False] * 6
+        # Depthwise convolutions of codes, for the scan and for the 1x1 convolution of the channel attention.
+        assert [n.target.__name__ for n in fronts] == ["scan_core", "conv2d_call"] * 2
+        assert all(n.kwargs["coded"] for n in fronts)
+        assert not any("u" in n.kwargs for n in fronts)
+        codes, also = ([n.kwargs["front"][i] for n in fronts] for i in (5, 6))
+        assert [c[2] is not None for c in codes] == [False, True] * 2  # factors
+        assert [o is not None for o in also] == [True, False] * 2
+        written += [n for n in fronts if n not in written]
+        given |= {n: n.kwargs["front"][5] for n in fronts}
         readers = {str(given[n][0].target) for n in written}
         assert all(deployed.static(model.get_submodule(name)) for name in readers)
 

@@ -23,7 +23,7 @@ from ssmquant.errors import InputError
 from ssmquant.graph import runtime
 from ssmquant.modules import deployed, deployed_scans, deployed_values
 from ssmquant.ops import nvrtc, use_backend
-from ssmquant.ops.deployed import Grid, Norm, cpu, cuda, cuda_depthwise, cuda_thin
+from ssmquant.ops.deployed import Depthwise, Grid, Norm, cpu, cuda, cuda_depthwise, cuda_thin
 from ssmquant.ops.deployed.cuda_scan import Case, choose
 from tests.ops.deployed_cpu import close, make_grid, off_ties
 from tests.ops.deployed_cuda import Operands, as_codes, emulated, poison, same_codes, there_is
@@ -605,24 +605,17 @@ def test_cuda_compiles_for_an_h100() -> None:
         (33, 1, 1, 0, 1),
     ):
         for size in (16, 64, 320):
-            tile, _, _ = cuda_depthwise._tile(
-                (1, size, size, channels), (3, 3), (dilation,) * 2, bool(coded), read, read
+            grid, one = make_grid(4, 1), torch.zeros(1)
+            wide = torch.zeros(
+                1, size, size, channels + 1 - read % 2, dtype=torch.int8 if coded else torch.float32
             )
-            own = {
-                "KH": 3,
-                "KW": 3,
-                "DOWN": dilation,
-                "RIGHT": dilation,
-                "ACT": 2,
-                "CODED": coded,
-                "CODES": codes,
-                "FACTORS": codes,
-                "ALSO": codes,
-                "SUMS": 1 - codes,
-            }
-            assert nvrtc.compile_source(
-                nvrtc.specialised("deployed_cuda/depthwise", *tile.items(), *own.items()), 90
-            )
+            d = Depthwise(
+                wide[..., :channels], grid, torch.zeros(9, channels), torch.zeros(channels), (3, 3), (dilation,) * 2,
+                "gelu", *((grid, torch.ones(channels), grid) if codes else (None, None, None)),
+            )  # fmt: skip
+            launch = cuda_depthwise.launch_of(d, one[None], one[None] if codes else None, not codes)
+            source = nvrtc.specialised("deployed_cuda/depthwise", *launch.definitions.items())
+            assert nvrtc.compile_source(source, 90)
 
 
 def test_what_there_is_no_kernel_for() -> None:

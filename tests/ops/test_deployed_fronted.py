@@ -12,8 +12,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, fx, nn
 
+from ssmquant import QConfig
+from ssmquant.graph.deploy import deploy
+from ssmquant.modules import deployed, deployed_values
+from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed import Depthwise, cpu, cuda, cuda_depthwise, cuda_fronted
+from tests.graph.deployed import converted, record, unfused
 from tests.ops.deployed_cpu import close, make_grid
 from tests.ops.deployed_cuda import Operands, as_codes, same_codes, there_is
 
@@ -118,6 +124,71 @@ def test_what_no_kernel_does_together(by_cpu: None, monkeypatch: pytest.MonkeyPa
     assert d.codes is not None
     want = cuda.project(separately(d).flatten(1, 2), d.codes, weights)
     close(cuda.fronted(d, d.codes, weights, None, None, None).nan_to_num(), want.nan_to_num().double())
+
+
+class Pair(nn.Module):
+    """A depthwise convolution and a 1x1 one, as ``how`` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        dilation = 2 if how == "dilated" else 1
+        self.first = nn.Conv2d(16, 16, 3, padding=dilation, dilation=dilation, groups=16)
+        self.act, self.second, self.last = nn.GELU(), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 3, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.act(self.first(x))
+        if self.how == "written":
+            x.mul_(1.0)
+        z = self.last(self.second(y))
+        return (z, y.mean()) if self.how == "twice" else z
+
+
+@pytest.mark.parametrize(
+    ("how", "fused"),
+    [("", True), ("hooked", True), ("dilated", True), ("twice", False), ("written", False)],
+)
+def test_graphs(by_cpu: None, monkeypatch: pytest.MonkeyPatch, how: str, fused: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 6, 7)
+    model = converted(Pair(how), QConfig.recommended(6, 6, keep_first_last=False), x)
+    seen: list[Any] = []
+    if how == "hooked":
+        model.act.register_forward_hook(lambda *_: seen.append(1))
+    graph = deploy(record(model).graph, model, cuda)
+    assert any("front" in n.kwargs for n in graph.nodes) is fused
+    for module in (deployed, deployed_values):
+        monkeypatch.setattr(module, "engine_of", lambda _: cuda)
+    want = unfused(model, x.clone())
+    seen.clear()
+    with torch.no_grad():
+        got = fx.GraphModule(model, graph)(x.clone())
+    for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (got, want)), strict=True):
+        close(a, b.double(), 1e-2)  # a code on a tie may go the other way
+    assert len(seen) == int(how == "hooked")
+
+
+@pytest.mark.skipif(nvrtc.describe() is None, reason="needs NVRTC or nvcc")
+@pytest.mark.parametrize("size", [(1, 16, 16, 72), (1, 180, 320, 30), (1, 180, 320, 96)])
+def test_compiles_for_an_h100(monkeypatch: pytest.MonkeyPatch, size: Any) -> None:
+    sources: list[str] = []
+
+    class Kernels:
+        def launch(self, *_args: Any, **_options: Any) -> None:
+            pass
+
+    monkeypatch.setattr(nvrtc, "load", lambda source, _: (sources.append(source), Kernels())[1])
+    d = convolution("cpu", size, (3, 3), "silu", True, False, True)
+    assert d.codes is not None
+    assert d.also is not None
+    cuda.fronted(
+        d, d.codes, cuda.pack(*Operands.weight((60, size[3]), 4, 1.0)), torch.zeros(60), "silu", None
+    )
+    operands = Operands(1, size[1] * size[2], size[3], 10, 4)
+    operands.of_x, operands.of_u = d.codes, d.also
+    operands.core(cuda).encode_behind(d)
+    assert len(sources) == 2
+    assert all(nvrtc.compile_source(source, 90) for source in sources)
 
 
 @pytest.mark.gpu
