@@ -57,6 +57,7 @@ from ssmquant.graph.runtime import Runtime, is_prepared, runtime_of
 from ssmquant.graph.transforms.edits import read_entries
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
 from ssmquant.modules.activation import MOST_GAIN
+from ssmquant.ops.checks import outside_inference_mode
 from ssmquant.quantizers.affine_fit import Shift
 from ssmquant.quantizers.lsq import LearnedScale
 from ssmquant.workflow import drop_parameters, ensure_traced, make_quantizer, trace_example
@@ -200,6 +201,7 @@ def _meta(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> di
     return meta
 
 
+@outside_inference_mode
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
     """Reads a deployed model.
 

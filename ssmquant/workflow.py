@@ -38,6 +38,7 @@ from ssmquant.graph.transforms.calibration import measure, transform
 from ssmquant.graph.transforms.statistics import Statistics
 from ssmquant.graph.writer import ADOPTED
 from ssmquant.modules import ActivationQuantizer, FrozenRange, PackedTensor
+from ssmquant.ops.checks import outside_inference_mode
 from ssmquant.progress import known_length, limited
 from ssmquant.quantizers import DLS, PTS, RLQ, Quantizer, Token, get_quantizer
 from ssmquant.quantizers.lsq import LearnedScale
@@ -87,6 +88,7 @@ def prepare(
     return new
 
 
+@outside_inference_mode
 def prepare_unchecked(
     model: nn.Module,
     qconfig: QConfig,
@@ -472,6 +474,7 @@ def param_groups(
 
 
 @torch.no_grad()
+@outside_inference_mode
 def convert(prepared: nn.Module, dls: str = "dynamic", float_dtype: torch.dtype | None = None) -> Any:
     """Returns a deployed copy: weights and static operands as packed integer codes. ``prepared`` stays trainable.
 

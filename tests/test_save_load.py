@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,22 +58,51 @@ def test_zoo_models_need_no_model(tmp_path: Path) -> None:
 
 
 def test_in_inference_mode(tmp_path: Path) -> None:
-    """Tensors made there count no writes to them, which tracing looks at."""
+    """Tensors made there count no writes to them, which tracing and kept forms of weights look at."""
     x = images(2, 3, 6, 8)
+    files_of = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
     with torch.inference_mode():
-        model = tiny_mambair().eval()  # its buffer is assigned to in forward
-        prepared = prepared_and_calibrated(model, QConfig.qmambair(2), x)
-        deployed = ssmquant.convert(prepared)
-        ssmquant.save(deployed, tmp_path / "model.safetensors")
-    want = deployed(x)
+        for path in files_of:  # the model's buffer is assigned to in forward
+            prepared = prepared_and_calibrated(tiny_mambair().eval(), QConfig.qmambair(2), x)
+            deployed = ssmquant.convert(prepared)
+            ssmquant.save(deployed, path)
+    other = deployed(x)
+    assert not other.requires_grad
+    model = ssmquant.load(files_of[0])
     with torch.inference_mode():
-        again = ssmquant.load(tmp_path / "model.safetensors")
-        assert torch.equal(again(x.clone()), want)
-    assert not want.requires_grad
-    fresh = ssmquant.load(tmp_path / "model.safetensors")
+        again = ssmquant.load(files_of[0])
+        first = again(x.clone())
+        assert torch.equal(first, model(x))
+        assert not torch.equal(first, other)
+        assert torch.equal(model(x[:1, :, :5]), again(x[:1, :, :5]))
+        again.load_state_dict(deployed.state_dict())
+        assert torch.equal(again(x), other)
+    model.load_state_dict(deployed.state_dict())
+    assert torch.equal(model(x), other)
+
+
+class Made(nn.Module):
+    """A layer behind what is made in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) * torch.from_numpy(np.arange(8, dtype=np.float32))
+        return y if x.shape[1] < 6 else y + 1
+
+
+def test_a_call_in_inference_mode_does_not_keep_a_model_from_training() -> None:
+    x = torch.randn(2, 4, 8)
+    config = QConfig(w_bits=4, a_bits=4)
+    prepared = prepared_and_calibrated(Made(), config, x)
     with torch.inference_mode():
-        assert torch.equal(fresh(x[:1]), deployed(x[:1]))
-    assert torch.equal(fresh(x), want)
+        prepared.eval()(torch.randn(2, 7, 8))
+        inside = prepared_and_calibrated(Made(), config, x)
+    for model in (prepared, inside):
+        model.train()(torch.randn(2, 7, 8)).sum().backward()
+        assert model.layer.weight.grad is not None
 
 
 @pytest.mark.parametrize(

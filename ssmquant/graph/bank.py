@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ssmquant.graph.moves import written_in
 from ssmquant.graph.regions import OWNER
 from ssmquant.graph.rewrite import WEIGHTS
 from ssmquant.quantizers.bank import quantize_weights
@@ -27,7 +28,7 @@ def _quantize(owner: Any, keys: tuple[str, ...], weights: list[Tensor]) -> list[
 
 def _movable(graph: fx.Graph) -> set[fx.Node]:
     """What computes the same at the graph's start: of tensors that nothing writes to, in the modes of the call."""
-    written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
+    written = written_in(graph)
     out: set[fx.Node] = set()
     autocasts: set[Any] = set()
     switched = False  # grad mode; whether it is that of the call again is not known

@@ -42,9 +42,10 @@ def linear_call(
     coded: bool = False,
     **between: Any,
 ) -> Any:
-    """``deployed.linear`` in a graph; ``coded``: x is codes; ``between``: what else ``deploy_edges`` adds."""
+    """``deployed.linear`` in a graph; ``coded``: x is codes; ``between``: what else later passes add."""
     more = between.get("more", ())
     _check(x, *(residual or ())[:1], *more, coded=coded)
+    _check_inputs(x, weight)
     _check_shapes((*x.shape[:-1], weight.shape[0]), residual, x, *more)
     if between.get("blended") is not None:
         between["blended"] = _blended(x, *between["blended"])
@@ -64,6 +65,7 @@ def gated_linear_call(
     """``deployed.gated_linear`` in a graph."""
     more = between.get("more", ())
     _check(x, z, *(residual or ())[:1], *more)
+    _check_inputs(x, weight)
     _check_shapes((*x.shape[:-1], weight.shape[0]), residual, x, z, *more)
     return deployed.gated_linear(x, z, norm, of_x, weight, bias, residual, **between)
 
@@ -156,6 +158,12 @@ def _check(first: Tensor, *tensors: Any, coded: bool = False) -> None:
     if first.dtype != (torch.int8 if coded else torch.float32):
         raise Unfit
     if any(t.dtype != torch.float32 for t in tensors) or not all(t.numel() for t in (first, *tensors)):
+        raise Unfit
+
+
+def _check_inputs(x: Tensor, weight: PackedTensor) -> None:
+    """A last axis may depend on the data's sizes."""
+    if x.shape[-1] != weight.shape[1]:
         raise Unfit
 
 

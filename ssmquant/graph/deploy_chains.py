@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ssmquant.graph.deploy_calls import blend_call, excite_call, gated_linear_call, linear_call
 from ssmquant.graph.deploy_edges import is_plain_move, occurrences, two_of
-from ssmquant.graph.moves import is_cast
+from ssmquant.graph.moves import is_cast, written_in
 from ssmquant.graph.orders import shape_of
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
@@ -29,7 +29,7 @@ _IN_ORDER = {"view", "reshape", "contiguous", "flatten", "unflatten"}
 class _Chains:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self.graph, self.model = graph, model
-        self.written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
+        self.written = written_in(graph)
 
     def blends(self, reader: fx.Node) -> None:
         """Leaves it to ``reader`` to blend what it reads, and to give that to all others too."""

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ssmquant.graph.deploy_calls import FLOAT_CONV, float_conv2d_call
 from ssmquant.graph.deploy_layers import conv_options
 from ssmquant.graph.deploy_strides import any_strides
+from ssmquant.graph.moves import written_in
 from ssmquant.graph.orders import shape_of
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
@@ -53,13 +54,13 @@ def _of_function(node: fx.Node, model: nn.Module) -> tuple[Any, Any] | None:
     return (x, (weight, bias, *window)) if known and groups == 1 and None not in window else None
 
 
-def _replace(node: fx.Node, model: nn.Module) -> None:
+def _replace(node: fx.Node, model: nn.Module, written: set[Any]) -> None:
     """A convolution, if kernels know it."""
     with node.graph.inserting_before(node):
         found = _of_module(node, model) or _of_function(node, model)
         if found is None:
             return
-        new = node.graph.call_function(float_conv2d_call, (*found, any_strides(node, model)))
+        new = node.graph.call_function(float_conv2d_call, (*found, any_strides(node, model, written)))
     new.meta.update(node.meta)
     if "site" in node.meta:
         new.meta["kernels"] = {node.meta["site"]: FLOAT_CONV}
@@ -83,7 +84,7 @@ def _sum(node: fx.Node, model: nn.Module, written: set[Any]) -> None:
         if any(n.meta.get("storage") in written for n in (*value.all_input_nodes, other)):
             continue
         with node.graph.inserting_before(node):
-            args = *value.args[:2], any_strides(node, model), other
+            args = *value.args[:2], any_strides(node, model, written), other
             new = node.graph.call_function(float_conv2d_call, args)
         new.meta.update(node.meta)
         new.meta["kernels"] = value.meta.get("kernels", {})
@@ -97,8 +98,8 @@ def deploy_convs(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> 
     """Replaces the convolutions of ``graph``, which ``deploy_norms`` has been through, in place."""
     if not hasattr(engine, "convolve_floats"):
         return
-    written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
+    written = written_in(graph)
     for node in list(graph.nodes):
-        _replace(node, model)
+        _replace(node, model, written)
     for node in list(graph.nodes):
         _sum(node, model, written)

@@ -19,7 +19,7 @@ from ssmquant.graph.deploy_calls import conv2d_call, excite_call, gated_linear_c
 from ssmquant.graph.deploy_scans import order_at_trace
 from ssmquant.graph.deploy_strides import is_core
 from ssmquant.graph.gains import axes_of
-from ssmquant.graph.moves import is_cast
+from ssmquant.graph.moves import is_cast, written_in
 from ssmquant.graph.orders import PathsOf, shape_of
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
@@ -43,7 +43,7 @@ def reads_shape(node: fx.Node, source: fx.Node) -> bool:
 class _Edges:
     def __init__(self, graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> None:
         self.graph, self.model, self.engine = graph, model, engine
-        self.written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
+        self.written = written_in(graph)
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         return [n for n in node.users if not reads_shape(n, node)]

@@ -9,6 +9,7 @@ from torch import fx, nn
 from ssmquant.graph.deploy_calls import conv2d_call
 from ssmquant.graph.deploy_edges import occurrences, part, reads_shape
 from ssmquant.graph.deploy_strides import is_core
+from ssmquant.graph.moves import written_in
 from ssmquant.modules import deployed
 
 __all__ = ["deploy_fronts"]
@@ -17,7 +18,7 @@ __all__ = ["deploy_fronts"]
 class _Fronts:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self.graph, self.model = graph, model
-        self.written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
+        self.written = written_in(graph)
 
     def front(self, reader: fx.Node) -> None:
         """Leaves it to ``reader``, a scan or a 1x1 convolution of codes, to make them."""

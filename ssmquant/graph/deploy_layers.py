@@ -24,7 +24,7 @@ from ssmquant.graph.deploy_calls import (
 from ssmquant.graph.deploy_norms import activation_of, is_norm, norm_of
 from ssmquant.graph.deploy_strides import OURS, any_strides, called, is_core
 from ssmquant.graph.gains import times
-from ssmquant.graph.moves import is_cast, is_move, is_number
+from ssmquant.graph.moves import is_cast, is_move, is_number, written_in
 from ssmquant.graph.orders import shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
@@ -43,7 +43,7 @@ class _Layers:
         self.graph, self.model, self.engine = graph, model, engine
         self.gone: set[fx.Node] = set()
         # What is written to in place may be another value where a kernel would read it.
-        self.written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
+        self.written = written_in(graph)
 
     def is_fixed(self, *nodes: Any) -> bool:
         return not any(isinstance(n, fx.Node) and n.meta.get("storage") in self.written for n in nodes)
@@ -169,10 +169,10 @@ class _Layers:
                 args: tuple[Any, ...] = (before, *owners, bias, fused, act, 1)
                 rows = self.graph.call_function(linear_call, args)
                 new = self.graph.call_method("permute", (rows, 0, 3, 1, 2))
-                if not any_strides(last, self.model):
+                if not any_strides(last, self.model, self.written):
                     new = self.graph.call_method("contiguous", (new,))
             else:
-                args = (value, *owners, bias, window, act, any_strides(last, self.model), gain)
+                args = (value, *owners, bias, window, act, any_strides(last, self.model, self.written), gain)
                 new = self.graph.call_function(conv2d_call, args)
         self._replace(node, last, new)
         return new
@@ -360,7 +360,7 @@ class _Layers:
             if image is not None and not _keeps_size(kernel, args[4]):
                 return False
             if image is None:
-                args[6] = any_strides(node, self.model)
+                args[6] = any_strides(node, self.model, self.written)
         elif image is not None:
             return False
         x, gain = (other, None) if turned or layer.target is conv2d_call else self._scaled(other, node)
@@ -378,7 +378,11 @@ class _Layers:
                 new = self.graph.call_method("transpose", (new, 1, 2))
             if turned:
                 new = self.graph.call_method("permute", (made, 0, 3, 1, 2))
-                new = new if any_strides(node, self.model) else self.graph.call_method("contiguous", (new,))
+                new = (
+                    new
+                    if any_strides(node, self.model, self.written)
+                    else self.graph.call_method("contiguous", (new,))
+                )
         shape = shape_of(layer)
         new.meta.update(node.meta)
         made.meta.update(layer.meta)
@@ -485,7 +489,7 @@ class _Layers:
             ours
             and isinstance(before, fx.Node)
             and self.is_fixed(node, before)
-            and any_strides(node, self.model)
+            and any_strides(node, self.model, self.written)
         ):
             node.replace_all_uses_with(before)
             self.graph.erase_node(node)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ssmquant.graph.deploy_calls import FLOAT_CONV
+from ssmquant.graph.moves import written_in
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
 
@@ -44,7 +45,7 @@ def deploy_norms(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> 
     if not hasattr(engine, "normalize"):
         return
     # A convolution is computed where its norm is: not of what has been written to since.
-    written = {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
+    written = written_in(graph)
     for node in list(graph.nodes):
         if not is_norm(node, model):
             continue

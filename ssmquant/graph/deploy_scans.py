@@ -17,7 +17,16 @@ from torch import Tensor, fx, nn
 
 from ssmquant.graph.deploy_strides import called
 from ssmquant.graph.fuse import between, flat_sequences, is_quantizer, projected, projection
-from ssmquant.graph.moves import evaluate, is_move, is_number, once, signature, sizes_of, traced_size
+from ssmquant.graph.moves import (
+    evaluate,
+    is_move,
+    is_number,
+    once,
+    signature,
+    sizes_of,
+    traced_size,
+    written_in,
+)
 from ssmquant.graph.orders import Merges, PathsOf, Unfit, count, shape_of
 from ssmquant.graph.rewrite import ACTIVATIONS, WEIGHTS
 from ssmquant.graph.sites import op_name
@@ -181,7 +190,7 @@ class Deployer:
             self.copy[n] = self.graph.node_copy(n, self.copy.__getitem__)
         self.dead: set[fx.Node] = set()  # of the old graph: what is left out, if nothing else reads it
         self.known: dict[Any, dict[Any, Any]] = {}  # of cores that are alike
-        self.written = {s for n in old.nodes for s in n.meta.get("mutates", ()) if s is not None}
+        self.written = written_in(old)
         self.changed = False
 
     def module(self, node: Any, prefix: str) -> nn.Module:

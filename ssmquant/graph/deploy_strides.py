@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 
 from ssmquant.graph.deploy_calls import (
@@ -19,20 +21,21 @@ from ssmquant.modules import deployed
 __all__ = ["OURS", "any_strides", "called", "is_core"]
 
 OURS = (linear_call, gated_linear_call, blend_call, conv2d_call, float_conv2d_call, deployed.normalize)
-# What does not care for strides: all, or all but those of its own readers.
-_MOVERS = {
-    "contiguous", "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "size", "mean",
-    "sum", "getitem", "conv2d", "linear", "adaptive_avg_pool2d", "pixel_shuffle", "layer_norm", "rms_norm",
+# What takes any strides, and gives memory of its own.
+_ENDS = {"size", "linear", "layer_norm"}
+# What takes any strides; its result may lie as what it reads does, so that only a view of that cares.
+_HANDS_ON = {
+    "contiguous", "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "mean", "sum", "getitem",
+    "conv2d", "adaptive_avg_pool2d", "pixel_shuffle", "rms_norm",
 }  # fmt: skip
-# Their results lie in memory as what they read does.
-_VIEWS = {"permute", "transpose", "flatten", "movedim", "moveaxis", "swapaxes", "getitem"}
-_SAME_LAYOUT = {"conv2d", "pixel_shuffle"}
-_SAME_LAYOUT_LAYERS = (nn.Conv2d, nn.PixelShuffle)
+_MAY_COPY = {"contiguous", "flatten", "reshape"}
+# What computes each element on its own: all that reads it has to take any strides.
 _ELEMENTWISE = {
     "add", "sub", "mul", "div", "truediv", "iadd", "imul", "silu", "gelu", "relu", "sigmoid", "leaky_relu", "float",
     "to", "neg", "clamp", "tanh", "softplus",
 }  # fmt: skip
-_LAYERS = (nn.Conv2d, nn.Linear, *deployed.NORMS, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
+_END_LAYERS = (nn.Linear, nn.LayerNorm)
+_HANDING_LAYERS = (nn.RMSNorm, nn.Conv2d, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
 _ACTIVATION_LAYERS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ReLU6, nn.Identity, nn.Dropout)
 
 
@@ -48,29 +51,58 @@ def called(model: nn.Module, node: object, prefix: str) -> nn.Module | None:
     return None
 
 
-def any_strides(node: fx.Node, model: nn.Module) -> bool:
-    """Whether all that reads ``node`` takes it in any layout."""
-    return all(_takes_any_strides(user, model) for user in node.users)
+def any_strides(node: fx.Node, model: nn.Module, written: set[Any]) -> bool:
+    """Whether all that reads ``node`` takes it in any layout.
+
+    ``written``: storages that something writes to: an alias of one that would be a copy there changes what is computed.
+    """
+    seen: set[fx.Node] = set()
+    elementwise: list[fx.Node] = [node]
+    handed: list[fx.Node] = []
+    while elementwise:  # of these all readers have to be known
+        for user in elementwise.pop().users:
+            kind = _kind(user, model)
+            if kind is None or _loses_an_alias(user, written):
+                return False
+            if user not in seen and kind != "end":
+                seen.add(user)
+                (elementwise if kind == "elementwise" else handed).append(user)
+    while handed:  # of these only views matter
+        for user in handed.pop().users:
+            if op_name(user) == "view" or _loses_an_alias(user, written):
+                return False
+            if user not in seen and _kind(user, model) in ("elementwise", "hands on"):
+                seen.add(user)
+                handed.append(user)
+    return True
 
 
-def _takes_any_strides(user: fx.Node, model: nn.Module) -> bool:
+def _loses_an_alias(user: fx.Node, written: set[Any]) -> bool:
+    return op_name(user) in _MAY_COPY and user.meta.get("storage") in written
+
+
+def _kind(user: fx.Node, model: nn.Module) -> str | None:
+    """What a node does with the layout of its input: "end", "elementwise" or "hands on"; None if that is not known."""
+    if user.target is deployed.normalize:
+        return "hands on"  # where PyTorch does it
     if user.target in OURS or is_core(user) or getattr(user.target, "__name__", "") == "paths_of":
-        return True
+        return "end"
+    name = op_name(user)
     if user.op == "call_module":
         if called(model, user, ACTIVATIONS) is not None:
-            return any_strides(user, model)
-        kind = type(model.get_submodule(str(user.target)))
-        if kind in _LAYERS:
-            return kind not in _SAME_LAYOUT_LAYERS or not _viewed(user)
-        return kind in _ACTIVATION_LAYERS and any_strides(user, model)
+            return "elementwise"
+        module = type(model.get_submodule(str(user.target)))
+        kinds = (_END_LAYERS, "end"), (_HANDING_LAYERS, "hands on"), (_ACTIVATION_LAYERS, "elementwise")
+        return next((kind for types, kind in kinds if module in types), None)
     if user.op not in ("call_function", "call_method"):
-        return False
-    name = op_name(user)
-    if name in _MOVERS:
-        return name not in (_VIEWS | _SAME_LAYOUT) or not _viewed(user)
-    return (name in _ELEMENTWISE or user.target is times) and any_strides(user, model)
+        return None
+    if name in ("mean", "sum") and _keeps_images(user):
+        return "end"
+    names = (_ENDS, "end"), (_HANDS_ON, "hands on"), (_ELEMENTWISE, "elementwise")
+    return "elementwise" if user.target is times else next((kind for of, kind in names if name in of), None)
 
 
-def _viewed(node: fx.Node) -> bool:
-    """Whether the code asks for ``node`` in another shape by ``view``, which some layouts do not allow."""
-    return any(op_name(user) == "view" or (op_name(user) in _VIEWS and _viewed(user)) for user in node.users)
+def _keeps_images(node: fx.Node) -> bool:
+    """Whether a sum or mean leaves one value of each channel, which lie in any layout alike."""
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return isinstance(axes, (list, tuple)) and set(axes) in ({2, 3}, {-1, -2})

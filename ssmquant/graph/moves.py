@@ -11,7 +11,17 @@ from torch import Tensor, fx
 from ssmquant.graph.provenance import OPS
 from ssmquant.graph.sites import op_name
 
-__all__ = ["evaluate", "is_cast", "is_move", "is_number", "once", "signature", "sizes_of", "traced_size"]
+__all__ = [
+    "evaluate",
+    "is_cast",
+    "is_move",
+    "is_number",
+    "once",
+    "signature",
+    "sizes_of",
+    "traced_size",
+    "written_in",
+]
 
 _MOVES = {
     "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "flip", "unbind", "chunk", "split",
@@ -20,6 +30,11 @@ _MOVES = {
 }  # fmt: skip
 
 _ARITHMETIC = set(OPS.values())
+
+
+def written_in(graph: fx.Graph) -> set[Any]:
+    """The storages that something in a graph writes to."""
+    return {s for n in graph.nodes for s in n.meta.get("mutates", ()) if s is not None}
 
 
 def is_number(node: fx.Node) -> bool:

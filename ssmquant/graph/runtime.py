@@ -36,7 +36,7 @@ from ssmquant.graph.trace import Call, Shapes, Trace, is_leaf, run_once, same_gr
 from ssmquant.graph.transforms.edits import Transforms
 from ssmquant.graph.writer import ADOPTED, Rules
 from ssmquant.modules.deployed import Unchanged, engine_of
-from ssmquant.ops.checks import recorded
+from ssmquant.ops.checks import outside_inference_mode, recorded
 from ssmquant.ops.deployed.memory import Pool
 from ssmquant.ops.nvrtc import CompileError
 from ssmquant.ops.selection import selected
@@ -336,15 +336,7 @@ class Runtime(nn.Module):
         unbind = _unbinder(self.signature(model))
         rules = self.rules(model)
         method = self.user_method(model)
-        # In inference mode tensors do not count the writes to them, which the tracer looks at.
-        gradients = torch.is_grad_enabled()
-        with (
-            PATCH_LOCK,
-            torch.inference_mode(False),
-            torch.set_grad_enabled(gradients),
-            _Stand(self, model),
-            _Hidden(model),
-        ):
+        with PATCH_LOCK, _Stand(self, model), _Hidden(model):
 
             def run(shapes: Shapes) -> Any:
                 return run_once(model, method, call, shapes, rules, unbind)
@@ -442,6 +434,7 @@ class Runtime(nn.Module):
                 return r
         return self.retrace(model, call)
 
+    @outside_inference_mode
     def _verify(self, model: nn.Module, r: Record, call: Call) -> bool:
         # Comparisons of numbers, not a set: torch.compile then turns each into a guard.
         for known in r.verified:
@@ -462,6 +455,7 @@ class Runtime(nn.Module):
             return True
         return False
 
+    @outside_inference_mode
     def retrace(self, model: nn.Module, call: Call) -> Record:
         self._refuse_while_compiling()
         with _disable_current_modes():  # what counts or records operators is not meant to see our own runs

@@ -117,7 +117,7 @@ def _project(
     if codes is not None:
         options["codes"] = _codes_operands(codes, weights.outputs)
     if then is not None:
-        options |= {"then": _layer(then, weights.outputs, x), "kept": then[7]}
+        options |= {"then": _layer(then, weights.outputs, x.device), "kept": then[7]}
     if blended is not None:
         options["blended"] = _blend_operands(*blended)
     return project(x, grid, weights, bias_of(bias), norm=norm, z=z, act=act, residual=residual, **options)
@@ -131,12 +131,12 @@ def _codes_operands(codes: Between, outputs: int) -> tuple[Grid, int, Tensor | N
     return grid_of(module, no_moments, 0), outputs if columns is None else columns, bias_of(factors)
 
 
-def _layer(then: Then, inputs: int, like: Tensor) -> Layer:
-    """The layer that reads a result of so many columns, which lies where ``like`` does."""
+def _layer(then: Then, inputs: int, device: torch.device) -> Layer:
+    """The layer that reads a result of so many columns, float32."""
     assert then is not None
     of_x, weight, bias, norm, act, _, codes, _ = then
     weights = matrix(weight, (weight.shape[0], inputs))
-    of_inputs = _operand(norm, inputs, like)
+    of_inputs = _operand(norm, inputs, torch.float32, device)
     following = _codes_operands(codes, weights.outputs)
     return Layer(grid_of(of_x, no_moments, 0), weights, bias_of(bias), of_inputs, _own(act), following)
 
@@ -298,17 +298,17 @@ def _fused_norm(
     """
     if norm is None:
         return x, None, more
-    operand = _operand(norm, x.shape[-1], x)
+    operand = _operand(norm, x.shape[-1], x.dtype, x.device)
     if operand is None:
         return _plainly(norm, sum(more, x)), None, ()
     return _dense(x), operand, tuple(map(_dense, more))
 
 
-def _operand(norm: LastNorm, size: int, like: Tensor) -> Norm | None:
+def _operand(norm: LastNorm, size: int, dtype: torch.dtype, device: torch.device) -> Norm | None:
     """A norm of so many columns for a kernel; None for none, or if it has to be called."""
     if norm is None:
         return None
-    gain, dtype, device = norm[0], like.dtype, like.device
+    gain = norm[0]
     if isinstance(gain, float):
         number = gain
         gain = in_a_call(("factor", number, size, device), lambda: torch.full((size,), number, device=device))

@@ -97,6 +97,9 @@ def scan_core(
     if core is not None:
         made = core(x) if u is None and front is None else core(x, u, front)
         return _as_many(made, apart) if apart else made
+    assert front is None
+    assert u is None
+    assert not apart
     weights, steps = weights_of()
     image = x.unsqueeze(2)
     codes, grid = encode(image, of_x, directions)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,11 +14,14 @@ from ssmquant.errors import InputError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 __all__ = [
     "check_operands",
     "check_window",
     "differentiable_once",
     "fail",
+    "outside_inference_mode",
     "recorded",
     "state_dtype",
     "unfilled",
@@ -42,6 +46,22 @@ def recorded() -> bool:
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def outside_inference_mode(function: _F) -> _F:
+    """Runs a function without gradients where it is called in inference mode.
+
+    What is made there can neither be trained nor tell that it has been written to.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return cast(_F, outside)
 
 
 def check_operands(op: str, named: Mapping[str, Tensor | None], first: str) -> None:
