@@ -19,6 +19,7 @@ from ssmquant.graph.moves import written_in
 from ssmquant.graph.orders import shape_of
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
+from ssmquant.modules.deployed_convs import is_plain_conv, is_small_window
 
 __all__ = ["deploy_convs"]
 
@@ -36,9 +37,9 @@ def _of_module(node: fx.Node, model: nn.Module) -> tuple[Any, Any] | None:
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return None
     module = model.get_submodule(str(node.target))
-    if type(module) is not nn.Conv2d or module.groups != 1 or module.padding_mode != "zeros":
+    if type(module) is not nn.Conv2d or not is_plain_conv(module):
         return None
-    if isinstance(module.padding, str) or any(p.dtype != torch.float32 for p in module.parameters()):
+    if any(p.dtype != torch.float32 for p in module.parameters()):
         return None
     return node.args[0], node.graph.get_attr(str(node.target))
 
@@ -47,11 +48,16 @@ def _of_function(node: fx.Node, model: nn.Module) -> tuple[Any, Any] | None:
     """As ``_of_module``, for the function of a weight and bias of the model."""
     if node.target is not F.conv2d:
         return None
-    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-    x, weight, bias = (given.get(k) for k in ("input", "weight", "bias"))
+    given: dict[str, Any] = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(
+        node.kwargs
+    )
+    x, weight, bias = given.get("input"), given.get("weight"), given.get("bias")
     *window, groups = conv_options(node)
     known = _is_tensor(weight, model) and (bias is None or _is_tensor(bias, model))
-    return (x, (weight, bias, *window)) if known and groups == 1 and None not in window else None
+    if not known or weight is None or groups != 1 or None in window:
+        return None
+    small = is_small_window(attrgetter(str(weight.target))(model).shape)
+    return (x, (weight, bias, *window)) if small else None
 
 
 def _replace(node: fx.Node, model: nn.Module, written: set[Any]) -> None:

@@ -15,6 +15,7 @@ from ssmquant.graph.deploy_calls import FLOAT_CONV
 from ssmquant.graph.moves import written_in
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
+from ssmquant.modules.deployed_convs import is_plain_conv
 
 __all__ = ["activation_of", "deploy_norms", "is_norm", "norm_of"]
 
@@ -66,7 +67,8 @@ def deploy_norms(graph: fx.Graph, model: nn.Module, engine: deployed.Engine) -> 
             graph.erase_node(last)
         graph.erase_node(node)
         if convolution is not None:
-            if "site" in convolution.meta:
+            module: Any = model.get_submodule(str(convolution.target))
+            if "site" in convolution.meta and is_plain_conv(module):
                 new.meta["kernels"] = {convolution.meta["site"]: FLOAT_CONV}
             (turned,) = convolution.users
             graph.erase_node(turned)

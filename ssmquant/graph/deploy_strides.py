@@ -21,12 +21,12 @@ from ssmquant.modules import deployed
 __all__ = ["OURS", "any_strides", "called", "is_core"]
 
 OURS = (linear_call, gated_linear_call, blend_call, conv2d_call, float_conv2d_call, deployed.normalize)
-# What takes any strides, and gives memory of its own.
-_ENDS = {"size", "linear", "layer_norm"}
+# What takes any strides, and gives its result in an order of its own.
+_ENDS = {"size", "linear", "layer_norm", "contiguous"}
 # What takes any strides; its result may lie as what it reads does, so that only a view of that cares.
 _HANDS_ON = {
-    "contiguous", "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "mean", "sum", "getitem",
-    "conv2d", "adaptive_avg_pool2d", "pixel_shuffle", "rms_norm",
+    "permute", "transpose", "flatten", "reshape", "movedim", "moveaxis", "swapaxes", "mean", "sum",
+    "getitem", "conv2d", "adaptive_avg_pool2d", "pixel_shuffle", "rms_norm",
 }  # fmt: skip
 _MAY_COPY = {"contiguous", "flatten", "reshape"}
 # What computes each element on its own: all that reads it has to take any strides.
@@ -64,7 +64,7 @@ def any_strides(node: fx.Node, model: nn.Module, written: set[Any]) -> bool:
             kind = _kind(user, model)
             if kind is None or _loses_an_alias(user, written):
                 return False
-            if user not in seen and kind != "end":
+            if user not in seen and kind != "end" and not _is_of_rows(user):
                 seen.add(user)
                 (elementwise if kind == "elementwise" else handed).append(user)
     while handed:  # of these only views matter
@@ -77,13 +77,23 @@ def any_strides(node: fx.Node, model: nn.Module, written: set[Any]) -> bool:
     return True
 
 
+def _is_of_rows(node: fx.Node) -> bool:
+    """Whether what reads an image as rows of its pixels is all that comes of a node: with channels last they lie so."""
+    axes = node.args[1:] if len(node.args) != 2 else node.args[1]
+    if op_name(node) == "permute":
+        return axes in ((0, 2, 3, 1), [0, 2, 3, 1])
+    if op_name(node) != "flatten" or node.args[1:] not in ((2,), (2, -1), (2, 3)):
+        return False
+    return all(op_name(n) in ("transpose", "swapaxes") and n.args[1:] in ((1, 2), (2, 1)) for n in node.users)
+
+
 def _loses_an_alias(user: fx.Node, written: set[Any]) -> bool:
     return op_name(user) in _MAY_COPY and user.meta.get("storage") in written
 
 
 def _kind(user: fx.Node, model: nn.Module) -> str | None:
     """What a node does with the layout of its input: "end", "elementwise" or "hands on"; None if that is not known."""
-    if user.target is deployed.normalize:
+    if user.target is deployed.normalize and _is_rms(user, model):
         return "hands on"  # where PyTorch does it
     if user.target in OURS or is_core(user) or getattr(user.target, "__name__", "") == "paths_of":
         return "end"
@@ -100,6 +110,13 @@ def _kind(user: fx.Node, model: nn.Module) -> str | None:
         return "end"
     names = (_ENDS, "end"), (_HANDS_ON, "hands on"), (_ELEMENTWISE, "elementwise")
     return "elementwise" if user.target is times else next((kind for of, kind in names if name in of), None)
+
+
+def _is_rms(node: fx.Node, model: nn.Module) -> bool:
+    norm: Any = node.args[1]
+    if len(norm) > 1:
+        return bool(norm[0])
+    return type(model.get_submodule(str(norm[0].target))) is nn.RMSNorm
 
 
 def _keeps_images(node: fx.Node) -> bool:

@@ -18,10 +18,10 @@ from torch import Tensor
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.forms import MOST_ELEMENTS, extent
 
-__all__ = ["Tile", "convolve_floats", "convolves_floats", "taps_of"]
+__all__ = ["MOST_CHANNELS", "MOST_TAPS", "Tile", "convolve_floats", "convolves_floats", "taps_of"]
 
-_MOST_TAPS = 7  # a side
-_MOST_CHANNELS = 512
+MOST_TAPS = 7  # a side
+MOST_CHANNELS = 512
 _FEW_INPUTS = 16
 _UNITS = 132  # multiprocessors of an H200
 
@@ -88,7 +88,7 @@ def convolves_floats(
         return False
     if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] != x.shape[1]:
         return False
-    if max(weight.shape[2:]) > _MOST_TAPS or max(weight.shape[:2]) > _MOST_CHANNELS:
+    if max(weight.shape[2:]) > MOST_TAPS or max(weight.shape[:2]) > MOST_CHANNELS:
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
