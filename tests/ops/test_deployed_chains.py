@@ -466,6 +466,37 @@ def test_a_layer_does_what_the_one_that_reads_it_does(
             assert len(set(shapes)) == 1
 
 
+class Coded(nn.Module):
+    """As ``Behind``, of codes that a layer in front has written."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.before, self.behind = kind, nn.Linear(12, 12), Behind("norm")
+        nn.init.uniform_(self.behind.norm.weight, 0.5, 2)
+        nn.init.normal_(self.behind.norm.bias)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.gelu(self.before(x))
+        if self.kind == "norm":
+            return self.behind(x)
+        y = self.behind.first(x)
+        return self.behind.last(F.rms_norm(y, (20,)) if self.kind == "rms" else y * 2), y + 1
+
+
+@pytest.mark.parametrize("kind", ["norm", "rms", "factors"])
+@pytest.mark.parametrize("bits", [4, 7])
+def test_two_layers_of_codes_in_front(
+    by_cpu: None, monkeypatch: pytest.MonkeyPatch, bits: int, kind: str
+) -> None:
+    torch.manual_seed(0)
+    config = QConfig.recommended(bits, bits, keep_first_last=False)
+    model = converted(Coded(kind), config, torch.randn(2, 5, 8, 12))
+    graph = graph_of(model)
+    assert kind == "factors" or any("then" in n.kwargs and n.kwargs.get("coded") for n in graph.nodes)
+    engines(monkeypatch)
+    agree(model, graph, torch.randn(3, 4, 4, 12))
+
+
 def test_two_layers_of_mambair() -> None:
     """The output projection and the first 1x1 convolution of channel attention; blends go to the input projections."""
     model, _ = make("mambair", QConfig.recommended(4, 4))
