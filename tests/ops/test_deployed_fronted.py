@@ -35,31 +35,41 @@ CASES = st.fixed_dictionaries(
         "act": st.sampled_from([None, "silu", "gelu"]),
         "coded": st.booleans(),
         "factors": st.booleans(),
+        "odd": st.booleans(),
     }
 )
 
 
 def convolution(
-    device: str, size: Any, kernel: Any, act: str | None, coded: bool, factors: bool, also: bool = False
+    device: str,
+    size: Any,
+    kernel: Any,
+    act: str | None,
+    coded: bool,
+    factors: bool,
+    also: bool = False,
+    odd: bool = False,
 ) -> Depthwise:
     grid, made, other = (there_is(make_grid(bits, 1), device) for bits in (4, 5, 3))
     x = torch.randn(size)
     x[-1, size[1] // 2, size[2] // 2, size[3] // 2] = math.nan
     wide = torch.full((*size[:3], size[3] + 4), 99, dtype=torch.int8)
     given = wide[..., : size[3]].copy_(as_codes(x, grid)) if coded else x
-    taps, bias, gain = (
-        torch.randn(kernel[0] * kernel[1], size[3]),
-        torch.randn(size[3]),
-        torch.rand(size[3]) + 0.5,
-    )
+    whole = torch.randn(kernel[0] * kernel[1], size[3]), torch.randn(size[3]), torch.rand(size[3]) + 0.5
+    taps, bias, gain = (apart(t, odd) for t in whole)
     return Depthwise(
         given.to(device), grid, taps.to(device), bias.to(device), kernel, (1, 1), act, made,
         gain.to(device) if factors else None, other if also else None,
     )  # fmt: skip
 
 
+def apart(t: Tensor, odd: bool) -> Tensor:
+    """The same, if ``odd`` where no vector begins."""
+    return torch.cat((torch.full((1,), math.nan), t.flatten()))[1:].view(t.shape) if odd else t
+
+
 def separately(d: Depthwise) -> Any:
-    return cuda_depthwise.depthwise(*vars(d).values())
+    return cuda_depthwise.convolve(d)
 
 
 def check_projection(device: str, case: Any, outputs: int, act: str | None, columns: bool) -> None:
@@ -124,6 +134,25 @@ def test_what_no_kernel_does_together(by_cpu: None, monkeypatch: pytest.MonkeyPa
     assert d.codes is not None
     want = cuda.project(separately(d).flatten(1, 2), d.codes, weights)
     close(cuda.fronted(d, d.codes, weights, None, None, None).nan_to_num(), want.nan_to_num().double())
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "taken"),
+    [
+        ((1, 12, 12, 96), (31, 31), False),  # no room for the rim
+        ((1, 300, 300, 96), (9, 9), False),  # but for tiles that are too small
+        ((1, 300, 300, 30), (3, 3), True),
+        ((1, 6, 8, 20), (9, 9), True),
+    ],
+)
+def test_windows(by_cpu: None, size: Any, kernel: Any, taken: bool) -> None:
+    d = convolution("cpu", size, kernel, None, True, False)
+    weights = cuda.pack(*Operands.weight((20, size[3]), 4, 1.0))
+    assert cuda_fronted.takes(d, weights) is taken
+    if size[1] < 20:
+        assert d.codes is not None
+        want = cuda.project(separately(d).flatten(1, 2), d.codes, weights)
+        close(cuda.fronted(d, d.codes, weights, None, None, None).nan_to_num(), want.nan_to_num().double())
 
 
 class Pair(nn.Module):

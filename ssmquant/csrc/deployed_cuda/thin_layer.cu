@@ -1,5 +1,6 @@
 // What kernels of linear layers on codes are made of: norm, gate, codes, products, bias, activation, residual, and codes for
-// who reads the result, of a warp's 16 rows in registers. Behind the definitions that thin.cu names.
+// who reads the result, of a warp's 16 rows in registers. Behind the definitions that thin.cu names, and FRONTED: rows are
+// pixels of a tile (fronted.cu).
 //
 // Lane (g, t) of a warp, of 8 times 4, has four neighbouring inputs of every 16 of rows g and g + 8: what the tensor cores
 // want of it as codes (mma.m16n8k32), so that values are encoded in registers where they have been read, and a norm's sums
@@ -283,9 +284,7 @@ template <class Row> __device__ __forceinline__ void take(const Layer &layer, co
         }
     }
     const float a = layer.scale[0];
-    // Codes are less by the lowest one, and by 128 more where they would not fit.
-    const int base = layer.qmin + (layer.qmax - layer.qmin > 127 ? 128 : 0);
-    x.finish(sums, nan, a, float(base) * a - layer.shift[0]);
+    x.finish(sums, nan, a, float(layer.qmin) * a - layer.shift[0]);  // codes are less by the lowest one
 }
 
 // Sixteen outputs of 16 rows: products, and what a lane's four outputs have for all rows.

@@ -18,6 +18,7 @@ from ssmquant.errors import InputError
 from ssmquant.ops.deployed import cuda_fronted, cuda_scan, cuda_thin
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.cuda_conv import convolve_floats, convolves_floats, taps_of
+from ssmquant.ops.deployed.cuda_depthwise import convolve as convolve_channels
 from ssmquant.ops.deployed.cuda_depthwise import depthwise, whole_rows
 from ssmquant.ops.deployed.forms import (
     ACTIVATIONS,
@@ -239,6 +240,9 @@ def project(
         (batch, rows, outputs), float32; with ``codes`` a tuple, codes and the other outputs. With ``blended`` a tuple
         of that and what ``blend`` returns; with ``then`` one of that and the same of ``then``, or the latter alone.
     """
+    assert kept or then is not None
+    assert then is None or (blended is None and codes is None)
+    assert blended is None or not more
     inputs, outputs = x.shape[2], weights.outputs
     held, gain = residual if residual is not None else (None, None)
     v = None if blended is None else blended[1]
@@ -322,7 +326,7 @@ def fronted(
     """
     layer = Layer(grid, weights, bias, None, act, codes)
     if not cuda_fronted.takes(d, weights):
-        made = project(depthwise(*vars(d).values()).flatten(1, 2), grid, weights, bias, act=act, codes=codes)
+        made = project(convolve_channels(d).flatten(1, 2), grid, weights, bias, act=act, codes=codes)
         return made if codes is None else made[0]
     size = d.x.shape[0], d.x.shape[1] * d.x.shape[2], weights.outputs
     y = torch.empty(size, dtype=torch.float32 if codes is None else torch.int8, device=d.x.device)
@@ -605,13 +609,11 @@ class Core:
     def encode_behind(self, front: Depthwise) -> tuple[Tensor, Tensor, Tensor]:
         """``encode`` of what a depthwise convolution makes."""
         if not cuda_fronted.takes(front, self.projection):
-            made = depthwise(*vars(front).values())
+            made = convolve_channels(front)
             x, u = made if front.also is not None else (made, None)
             return self.encode(x.flatten(1, 2), None if u is None else u.flatten(1, 2))
         u = whole_rows(front.x)
         rows, width = u[..., 0].numel(), -(-self.projection.outputs // 16) * 16
-        if rows * width >= MOST_ELEMENTS:
-            _small_enough(u.flatten(1, 2))
         memory = torch.empty(rows * (width + 1), dtype=torch.uint8, device=u.device)
         codes, bad = memory[: rows * width].view(rows, width), memory[rows * width :]
         cuda_fronted.codes_of_core(front, self.of_x, self.projection, self.made, u, codes, width, bad)

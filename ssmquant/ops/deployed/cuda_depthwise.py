@@ -14,12 +14,13 @@ from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed.forms import ACTIVATIONS, Depthwise, Grid
 
-__all__ = ["Launch", "Params", "depthwise", "launch_of", "whole_rows"]
+__all__ = ["Launch", "Params", "convolve", "depthwise", "has_room", "launch_of", "whole_rows"]
 
 _MOST_THREADS = 256
 _MOST_THREADS_OF_ALL, _FEW_THREADS_OF_ALL = 512, 64  # of a block that has all channels
 _MOST_SHARED = 48 * 1024  # bytes of a block, so that several fit
 _UNITS = 132  # multiprocessors of an H100
+_MANY_BLOCKS = 3 * _UNITS
 _SHAPES = (16, 16), (8, 16), (8, 8), (4, 8), (4, 4), (256, 1), (128, 1), (64, 1), (32, 1), (1, 64)
 _SHAPES_OF_ALL = (16, 8), (8, 8), (4, 8), (4, 4)
 
@@ -137,13 +138,16 @@ def _reading(
     return rounds, lines, vec, {**readers, "X_VEC": vec}, shared
 
 
+@functools.lru_cache(maxsize=1024)
 def _tile_of_all(
     sizes: tuple[int, ...], kernel: tuple[int, int], coded: bool, read: int, stored: int, row: int
-) -> tuple[dict[str, int], int, int]:
+) -> tuple[dict[str, int], int, int] | None:
     """``_tile`` of a block that has all channels, where a projection in the same kernel reads its codes.
 
-    Measured on an H200: long runs of many threads are best, in small images short ones of as many blocks as can be.
-    ``row``: bytes of a pixel's codes in shared memory.
+    Measured on an H200 with 3x3: long runs of many threads are best, in small images short ones of as many blocks as
+    can be. None where a block has no room for its rim, or only for that of a tile that is too small for the image.
+
+    ``row``: bytes of what a pixel has in shared memory besides its values.
     """
     batch, height, width, channels = sizes
     per = _per(kernel[0] * kernel[1], stored)
@@ -158,10 +162,27 @@ def _tile_of_all(
         *_, readers, shared = _reading(threads, tall, broad, channels, coded, read)
         shared += high * wide * row
         tiles = batch * -(-height // high) * -(-width // wide)
-        if tiles >= 3 * _UNITS and threads <= _MOST_THREADS_OF_ALL and shared <= 2 * _MOST_SHARED:
+        fits = threads <= _MOST_THREADS_OF_ALL and shared <= 2 * _MOST_SHARED
+        if fits and ((high, wide) == _SHAPES_OF_ALL[-1] or tiles >= _MANY_BLOCKS):
+            tile = {"PER": per, "LANES": channels, "TILE_HIGH": high, "TILE_WIDE": wide, "RUN": run}
+            return {**tile, **readers}, threads, shared
+        if high < 8 and not fits and tiles >= _MANY_BLOCKS:
             break
-    tile = {"PER": per, "LANES": channels, "TILE_HIGH": high, "TILE_WIDE": wide, "RUN": run}
-    return {**tile, **readers}, threads, shared
+    return None
+
+
+def has_room(d: Depthwise, row: int) -> bool:
+    """Whether a block can have all channels of a convolution, see ``launch_of``."""
+    return _of_all(d, row) is not None
+
+
+def _of_all(d: Depthwise, row: int) -> tuple[dict[str, int], int, int] | None:
+    coded = d.x.dtype == torch.int8
+    return _tile_of_all(tuple(d.x.shape), d.kernel, coded, _at_once(d.x), _stored(d), row)
+
+
+def _stored(d: Depthwise) -> int:
+    return min(_at_once(t) for t in (d.weights, d.bias, d.factors) if t is not None)
 
 
 def _at_once(t: Tensor) -> int:
@@ -204,11 +225,12 @@ def launch_of(d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = Fal
         x = x.contiguous()  # the kernel has 32 bits for each
     batch, height, width, channels = x.shape
     coded = x.dtype == torch.int8
-    stored = min(_at_once(t) for t in (d.weights, d.bias, d.factors) if t is not None)
     if row:
-        tile, threads, shared = _tile_of_all(tuple(x.shape), kernel, coded, _at_once(x), stored, row)
+        of_all = _of_all(d, row)
+        assert of_all is not None
+        tile, threads, shared = of_all
     else:
-        tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), stored)
+        tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), _stored(d))
     across, blocks = -(-width // tile["TILE_WIDE"]), -(-channels // tile["LANES"])
     grid = -(-height // tile["TILE_HIGH"]) * across, batch * blocks
     y_row, z_row = (0 if t is None else t.stride(-2) for t in (y, z))
@@ -270,10 +292,15 @@ def depthwise(
     Raises:
         InputError: an image has 2**31 elements or more, or there are too many.
     """
-    assert not sums or codes is None
-    d = Depthwise(x, grid, weights, bias, kernel, dilation, act, codes, factors, also)
-    y = torch.empty(x.shape, dtype=torch.float32 if codes is None else torch.int8, device=x.device)
-    z = None if also is None else whole_rows(x)
+    return convolve(Depthwise(x, grid, weights, bias, kernel, dilation, act, codes, factors, also), sums)
+
+
+def convolve(d: Depthwise, sums: bool = False) -> Any:
+    """``depthwise``."""
+    assert not sums or d.codes is None
+    x = d.x
+    y = torch.empty(x.shape, dtype=torch.float32 if d.codes is None else torch.int8, device=x.device)
+    z = None if d.also is None else whole_rows(x)
     launch = launch_of(d, y, z, sums)
     parts = torch.empty(len(x), launch.grid[0], x.shape[3], device=x.device) if sums else None
     if parts is not None:

@@ -25,8 +25,16 @@ class _Both(ctypes.Structure):
 
 def takes(d: Depthwise, weights: Weights) -> bool:
     """Whether there is a kernel for a convolution and a projection of its codes, by a weight."""
+    _, height, _, channels = d.x.shape
     known = weights.tiles is not None and d.codes is not None and d.dilation == (1, 1)
-    return known and d.x.shape[1] > 1 and _FEW_CHANNELS <= d.x.shape[3] <= _MOST_CHANNELS and len(d.x) < 2**16
+    if not known or height == 1 or not _FEW_CHANNELS <= channels <= _MOST_CHANNELS or len(d.x) >= 2**16:
+        return False
+    return cuda_depthwise.has_room(d, _row(channels))
+
+
+def _row(channels: int) -> int:
+    """Bytes of a pixel's codes: those of rows next to each other are in banks of their own."""
+    return 32 * -(-channels // 32) + 16
 
 
 def project(d: Depthwise, layer: Layer, y: Tensor | None, codes: Tensor | None) -> None:
@@ -80,8 +88,7 @@ class _Launch:
         self, x: Tensor, samples: tuple[int, int], params: cuda_thin.Params, **definitions: int
     ) -> None:
         channels = self.d.x.shape[3]
-        row = 32 * -(-channels // 32) + 16  # so that rows next to each other are in banks of their own
-        front = cuda_depthwise.launch_of(self.d, *self.written, row=row)
+        front = cuda_depthwise.launch_of(self.d, *self.written, row=_row(channels))
         warps = front.threads // 32
         tasks = front.definitions["TILE_HIGH"] * front.definitions["TILE_WIDE"] // 16
         split = 1

@@ -14,8 +14,18 @@ from typing import Any
 import torch
 
 COMPILER = (shutil.which("g++") or shutil.which("clang++")) if sys.platform == "linux" else None
-# Aliasing: shared memory holds numbers of several types. Fortified longjmp refuses to go to another stack.
-FLAGS = ("-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=0")
+# Aliasing: shared memory holds numbers of several types. Fortified longjmp refuses to go to another stack. What a GPU
+# would refuse, a vector at an address that is no multiple of its size, ends the process with a word about it.
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fsanitize=alignment",
+    "-fno-sanitize-recover=alignment",
+    "-w",
+    "-fno-strict-aliasing",
+    "-U_FORTIFY_SOURCE",
+    "-D_FORTIFY_SOURCE=0",
+)
 HERE = Path(__file__).parent
 
 _ERRORS = {
