@@ -5,6 +5,7 @@ Run by a CPU (``emulator``), against the same calls one by one; and on a GPU if 
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -14,11 +15,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+import ssmquant
 from ssmquant import QConfig
 from ssmquant.graph.deploy import deploy
 from ssmquant.modules import deployed, deployed_values
 from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed import Depthwise, cpu, cuda, cuda_depthwise, cuda_fronted
+from ssmquant.restore import shipped_model
 from tests.graph.deployed import converted, record, unfused
 from tests.ops.deployed_cpu import close, make_grid
 from tests.ops.deployed_cuda import Operands, as_codes, same_codes, there_is
@@ -228,3 +231,16 @@ def test_on_a_gpu(size: Any) -> None:
         check_projection("cuda", case, 60, None, columns)
     for also in (False, True):
         check_core("cuda", size, 4, 10, also, coded=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(64, 64), (180, 320)])
+def test_graphs_on_a_gpu(size: tuple[int, int]) -> None:
+    """Captured kernels begin while others run: they give what they give one after the other."""
+    model = ssmquant.load(shipped_model("w4a4")).cuda().eval()
+    alone = copy.deepcopy(model)
+    ssmquant.cuda_graph(model)
+    with torch.no_grad():
+        for _ in range(8):
+            x = torch.rand(1, 3, *size, device="cuda")
+            assert torch.equal(model(x), alone(x))
