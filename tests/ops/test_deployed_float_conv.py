@@ -1,4 +1,4 @@
-"""Float convolutions of deployed models on a GPU: the kernel, run by Triton's interpreter, against PyTorch in float64."""
+"""Float convolutions of deployed models on a GPU: the kernel, by Triton's interpreter, against PyTorch in float64."""
 
 from __future__ import annotations
 
