@@ -434,7 +434,6 @@ class Runtime(nn.Module):
                 return r
         return self.retrace(model, call)
 
-    @outside_inference_mode
     def _verify(self, model: nn.Module, r: Record, call: Call) -> bool:
         # Comparisons of numbers, not a set: torch.compile then turns each into a guard.
         for known in r.verified:
@@ -443,6 +442,10 @@ class Runtime(nn.Module):
             ):
                 return True
         self._refuse_while_compiling()
+        return self._verify_again(model, r, call)
+
+    @outside_inference_mode
+    def _verify_again(self, model: nn.Module, r: Record, call: Call) -> bool:
         again = self.make_trace(model, call, exact=True)
         self.adopt(model, again)
         try:
@@ -455,9 +458,12 @@ class Runtime(nn.Module):
             return True
         return False
 
-    @outside_inference_mode
     def retrace(self, model: nn.Module, call: Call) -> Record:
         self._refuse_while_compiling()
+        return self._trace_again(model, call)
+
+    @outside_inference_mode
+    def _trace_again(self, model: nn.Module, call: Call) -> Record:
         with _disable_current_modes():  # what counts or records operators is not meant to see our own runs
             record = self.build(model, call, self.make_trace(model, call))
         self.records.append(record)

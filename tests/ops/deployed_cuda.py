@@ -111,6 +111,20 @@ class Operands:
     def grid(self, g: Grid | None) -> Any:
         return None if g is None else Grid(self.to(g.scale), self.to(g.shift), g.qmin, g.qmax)
 
+    def nearest_tie(self) -> float:
+        """How near to a tie of two levels a step size comes, in levels: it is by rounding which one that is."""
+        if self.of_delta is None:
+            return 0.5
+        signed, scale, shift = (t.double() for t in self.steps)
+        low = self.codes[..., : self.rank].double() + self.of_rank.qmin
+        low = low * self.of_rank.scale.double() - self.of_rank.shift.double()
+        weight = scale[..., None] * signed - shift[..., None]
+        steps = torch.einsum("blkr,kcr->blkc", low, weight)
+        u = (steps + self.of_delta.shift.double()) / self.of_delta.scale.double()
+        off = (u - u.floor() - 0.5).abs()
+        inside = (u > self.of_delta.qmin) & (u < self.of_delta.qmax)
+        return float(torch.where(inside, off, 0.5).min())
+
     def scan_on_cpu(self) -> Tensor:
         low, b, c = self.codes.split([self.rank, self.states, self.states], -1)
         return cpu.scan(

@@ -43,7 +43,7 @@ CASES: Any = st.fixed_dictionaries(
     }
 )
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # a failure is small, and each case is compiled
-FEW = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
+FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
 
 
 def wide(*sizes: int, odd: bool, device: str) -> Tensor:
