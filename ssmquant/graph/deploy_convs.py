@@ -19,7 +19,8 @@ from ssmquant.graph.moves import written_in
 from ssmquant.graph.orders import shape_of
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
-from ssmquant.modules.deployed_convs import is_plain_conv, is_small_window
+from ssmquant.modules.deployed_convs import is_plain_conv
+from ssmquant.ops.deployed.cuda_conv import is_small_window
 
 __all__ = ["deploy_convs"]
 

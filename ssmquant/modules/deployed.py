@@ -572,7 +572,7 @@ def _behind(
 ) -> Tensor:
     """A 1x1 convolution of what a depthwise one makes codes of, (batch, pixels, outputs), float32 or codes."""
     weights = matrix(weight, (weight.shape[0], d.x.shape[3]))
-    made = None if codes is None else (grid_of(codes[0], no_moments, 0), weights.outputs, bias_of(codes[2]))
+    made = _codes_operands(codes, weights.outputs)
     y: Tensor = cuda.fronted(d, grid_of(of_x, no_moments, 0), weights, bias_of(bias), act, made)
     return y
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmquant.modules.deployed_values import bias_of, engine_of, made_of
-from ssmquant.ops.deployed.cuda_conv import MOST_CHANNELS, MOST_TAPS
+from ssmquant.ops.deployed.cuda_conv import is_small_window
 from ssmquant.quantizers.bank import hooks_of
 
-__all__ = ["FloatConv", "convolved", "float_conv2d", "is_plain_conv", "is_small_window"]
+__all__ = ["FloatConv", "convolved", "float_conv2d", "is_plain_conv"]
 
 Pair = tuple[int, int]
 Given = tuple[Tensor, Tensor | None, Pair, Pair, Pair]
@@ -68,11 +66,6 @@ def is_plain_conv(layer: nn.Conv2d) -> bool:
     """Whether a module computes what the kernel is for: one group, padding of zeros by numbers, a small window."""
     plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return plain and is_small_window(layer.weight.shape)
-
-
-def is_small_window(shape: Sequence[int]) -> bool:
-    """Whether the kernel is for a weight of this shape, (outputs, inputs, height, width)."""
-    return max(shape[2:]) <= MOST_TAPS and max(shape[:2]) <= MOST_CHANNELS
 
 
 def _allows_tf32() -> bool:

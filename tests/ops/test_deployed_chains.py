@@ -516,24 +516,19 @@ def test_two_layers_of_mambair() -> None:
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
+def with_norms(**sizes: int) -> list[Any]:
+    """A case of each kind of norm."""
+    return [{**sizes, "norm": norm, "odd": i == 1, "seed": i} for i, norm in enumerate(NORMS)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(4096, 60, 144), (50, 9, 33), (1000, 96, 5)])
 def test_blended_on_a_gpu(gained: bool, samples: int, rows: int, inputs: int, outputs: int) -> None:
-    for i, norm in enumerate(NORMS):
-        case = {
-            "samples": samples,
-            "rows": rows,
-            "inputs": inputs,
-            "outputs": outputs,
-            "norm": norm,
-            "odd": i == 1,
-        }
-        check_blended("cuda", {**case, "seed": i}, gained, (None, outputs // 2, outputs)[i % 3], i % 2 == 0)
-        check_blended(
-            "cuda", {**case, "seed": i}, gained, (None, outputs)[i % 2], i % 2 == 0, (64, 3, 1, 33, 65)[i]
-        )
+    for i, case in enumerate(with_norms(samples=samples, rows=rows, inputs=inputs, outputs=outputs)):
+        check_blended("cuda", case, gained, (None, outputs // 2, outputs)[i % 3], i % 2 == 0)
+        check_blended("cuda", case, gained, (None, outputs)[i % 2], i % 2 == 0, (64, 3, 1, 33, 65)[i])
     check_blended_by_triton("cuda")
 
 
@@ -547,17 +542,9 @@ def test_blended_on_a_gpu(gained: bool, samples: int, rows: int, inputs: int, ou
 def test_two_layers_on_a_gpu(
     kept: bool, samples: int, rows: int, inputs: int, outputs: int, last: int
 ) -> None:
-    for i, norm in enumerate(NORMS):
-        case = {
-            "samples": samples,
-            "rows": rows,
-            "inputs": inputs,
-            "outputs": outputs,
-            "norm": norm,
-            "odd": i == 1,
-        }
+    for i, case in enumerate(with_norms(samples=samples, rows=rows, inputs=inputs, outputs=outputs)):
         ends = 1 + i % 2, i % 3 != 0, i != 2, i % 2 == 0, i > 1
-        check_two_layers("cuda", {**case, "seed": i}, last, ends, (last, None, last // 2)[i % 3], kept)
+        check_two_layers("cuda", case, last, ends, (last, None, last // 2)[i % 3], kept)
 
 
 @pytest.mark.gpu

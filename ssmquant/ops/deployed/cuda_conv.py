@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import Tensor
 from ssmquant.ops.deployed.cpu import conv_size
 from ssmquant.ops.deployed.forms import MOST_ELEMENTS, extent
 
-__all__ = ["MOST_CHANNELS", "MOST_TAPS", "Tile", "convolve_floats", "convolves_floats", "taps_of"]
+__all__ = ["Tile", "convolve_floats", "convolves_floats", "is_small_window", "taps_of"]
 
-MOST_TAPS = 7  # a side
-MOST_CHANNELS = 512
+_MOST_TAPS = 7  # a side
+_MOST_CHANNELS = 512
 _FEW_INPUTS = 16
 _UNITS = 132  # multiprocessors of an H200
 
@@ -73,6 +74,11 @@ def taps_of(weight: Tensor) -> Tensor:
     return torch.where(taps.isnan(), math.nan, near)  # of other bits it might be infinite when it is cut
 
 
+def is_small_window(shape: Sequence[int]) -> bool:
+    """Whether the kernel is for a weight of this shape, (outputs, inputs, height, width)."""
+    return max(shape[2:]) <= _MOST_TAPS and max(shape[:2]) <= _MOST_CHANNELS
+
+
 def convolves_floats(
     x: Tensor,
     weight: Tensor,
@@ -88,7 +94,7 @@ def convolves_floats(
         return False
     if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] != x.shape[1]:
         return False
-    if max(weight.shape[2:]) > MOST_TAPS or max(weight.shape[:2]) > MOST_CHANNELS:
+    if not is_small_window(weight.shape):
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
