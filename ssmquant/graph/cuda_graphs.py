@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from ssmquant.ops.checks import recorded
-from ssmquant.ops.selection import OPERATORS, selected
+from ssmquant.ops.selection import choices
 from ssmquant.quantizers import Quantizer
 from ssmquant.quantizers.bank import hooks_of
 
@@ -333,7 +333,7 @@ def _choices(kind: str) -> tuple[Any, ...]:
         torch.backends.cudnn.enabled,
         torch.backends.cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
-        tuple(selected(op) for op in OPERATORS),
+        choices(),
     )
 
 

@@ -169,7 +169,7 @@ class Record:
         if (
             self.static != call.static
             or self.kinds != call.kinds
-            or self.spec != call.spec
+            or (self.spec is not call.spec and self.spec != call.spec)
             or self.ndims != tuple(t.dim() for t in call.tensors)
         ):
             return False

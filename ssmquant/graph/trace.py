@@ -30,6 +30,8 @@ SEED = 0
 
 Shapes = tuple[tuple[int, ...], ...]
 _STATIC = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
+_LEAVES = (Tensor, *_STATIC)
+_FLAT = [pytree.tree_flatten((None,) * n)[1] for n in range(9)]  # specs of so many leaves: most calls, at once
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ def describe_call(bound: tuple[Any, ...]) -> Call:
     Raises:
         InputError: an argument is of a kind that can be neither.
     """
-    flat, spec = pytree.tree_flatten(bound)
+    flat: Sequence[Any]
+    if len(bound) < len(_FLAT) and not [x for x in bound if not isinstance(x, _LEAVES)]:
+        flat, spec = bound, _FLAT[len(bound)]
+    else:
+        flat, spec = pytree.tree_flatten(bound)
     tensors: list[Tensor] = []
     static: list[Any] = []
     kinds: list[str] = []

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from ssmquant.errors import InputError
 
-__all__ = ["NAMES", "OPERATORS", "VARIABLE", "note", "passed_over", "selected", "use_backend"]
+__all__ = ["NAMES", "OPERATORS", "VARIABLE", "choices", "note", "passed_over", "selected", "use_backend"]
 
 NAMES = ("auto", "cuda", "triton", "cpu", "chunked", "mamba_ssm")
 OPERATORS = ("selective_scan", "causal_conv1d", "quantize", "fuse")
@@ -84,6 +84,12 @@ class use_backend:
     ) -> None:
         with _STATE.lock:
             _STATE.names[self.op] = self.previous
+
+
+def choices() -> tuple[str | None, ...]:
+    """What decides what ``selected`` says of all operators."""
+    names, every = _STATE.names, _STATE.names.get(None) or os.environ.get(VARIABLE)
+    return tuple([names.get(op) or every for op in OPERATORS])
 
 
 def selected(op: str) -> str | None:

@@ -35,6 +35,10 @@ SMALL = Shape(columns=2, lanes=3, chunks=3, steps=16, group=2)
         ({"quantized": False, "paths": 1, "turned": False}, Shape(2, 3, 1, 64)),
         ({"ladder": 0, "paths": 3, "turned": False}, Shape(2, 3, 4, 16, segments=4, held=4)),
         ({"bits": 8, "ladder": 0}, None),
+        ({}, Shape(2, 3, 3, 16, both=True)),
+        ({"quantized": False}, Shape(1, 6, 2, 16, both=True)),
+        ({}, Shape(2, 3, 3, 32, both=True)),  # chunks of two stages: one after the other
+        ({"turned": False}, Shape(2, 3, 3, 16, both=True)),
     ],
 )
 def test_scans(by_cpu: None, options: dict[str, Any], shape: Shape | None) -> None:
@@ -49,10 +53,10 @@ def test_scans(by_cpu: None, options: dict[str, Any], shape: Shape | None) -> No
 @FEW
 @given(
     st.integers(1, 2), st.sampled_from([1, 15, 16, 17, 49, 64, 80]), st.sampled_from([1, 4, 7, 32]),
-    st.sampled_from([1, 2, 5]), st.sampled_from([1, 4, 6, 33]), st.integers(0, 1000), st.booleans(),
+    st.sampled_from([1, 2, 5]), st.sampled_from([1, 4, 6, 33]), st.integers(0, 1000), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_scans_of_any_size(
-    batch: int, pixels: int, channels: int, states: int, rank: int, seed: int, late: bool
+    batch: int, pixels: int, channels: int, states: int, rank: int, seed: int, late: bool, both: bool
 ) -> None:
     if emulator.COMPILER is None:
         pytest.skip("needs g++ or clang++ on Linux")
@@ -63,7 +67,8 @@ def test_scans_of_any_size(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nvrtc, "load", lambda source, _: emulated(source, late))
         lanes = min(8, channels // columns)
-        close(operands.scan(Shape(columns, lanes, 2, 16)), operands.scan_on_cpu())
+        shape = Shape(columns, lanes, 2, 16, both=both)
+        close(operands.scan(shape, apart=both), operands.scan_on_cpu())
 
 
 @pytest.mark.parametrize("ladder", [1, 2])

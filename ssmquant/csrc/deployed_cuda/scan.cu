@@ -12,17 +12,18 @@
 //               Chunks of a block, a group, are put together there
 //   scan_carry  the states that enter groups of chunks
 //   scan_out    from there on once more, with results. Directions along the same path of pixels (one forward, one back)
-//               are walked by the same lane, one after the other, so that sums at a pixel have one order. Paths are
-//               walked at once, each with results of its own, or one after the other, which add up.
+//               are walked by the same lane, one after the other, so that sums at a pixel have one order; or (BOTH) at
+//               once by two halves of a block, of chunks that are one stage, whose results meet in shared memory. Paths
+//               are walked at once, each with results of its own, or one after the other, which add up.
 //
 // Step sizes of few levels, and the decays of the first state that go with them, are looked up (TABLE); further states have
 // the power of one ratio after the other (LADDER), whatever the levels are.
 //
 // After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT (1 or 2), LANES, CHUNKS, STAGE; QUANT: step sizes are
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
-// results are asked for together; RESIDENT: blocks of a multiprocessor; SEGMENTS: of the groups, in scan_carry, a
-// power of two; HELD: as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps,
-// 4 or 8; STEPS_RESIDENT: blocks of a multiprocessor there; LARGE: there is much to do.
+// results are asked for together; RESIDENT: blocks of a multiprocessor; BOTH; SEGMENTS: of the groups, in scan_carry, a power
+// of two; HELD: as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps, 4 or 8;
+// STEPS_RESIDENT: blocks of a multiprocessor there; LARGE: there is much to do.
 
 #ifndef EMULATED
 __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
@@ -43,8 +44,8 @@ __device__ __forceinline__ void load_pair(unsigned at, float &x, float &y) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at));
 }
 // The thread's number, from which nothing is computed ahead and kept in registers.
-__device__ __forceinline__ int this_thread() {
-    int x = threadIdx.x;
+__device__ __forceinline__ int this_thread(int first) {
+    int x = threadIdx.x - first;
     asm volatile("" : "+r"(x));
     return x;
 }
@@ -121,20 +122,24 @@ struct Walk {
     const unsigned char *u, *bad;                                         // the sample's
     const unsigned *codes;
     float *y;
-    int sample, block, chunk, in_chunk, lane, channel;
+    int sample, block, chunk, in_chunk, lane, channel, half;              // half: of the block
     bool real;
 
     static constexpr int OF_GROUP = OUT ? 0 : CHUNKS * (STATES + 1) * LANES * CT;  // values, when the walk is over
     static constexpr int WALKING = PLACES * VALUES + TABLE * LEVEL + PLACES * (RECORD + int(sizeof(Place))) / 2;
-    static constexpr int bytes() { return 4 * (WALKING > OF_GROUP ? WALKING : OF_GROUP); }
+    static constexpr int WIDTH = LANES * CT, MEETING = OUT && BOTH ? PLACES * WIDTH : 0;  // results of a half
+    static constexpr int OF_HALF = up(4 * (WALKING > OF_GROUP ? WALKING : OF_GROUP), 16);
+    static constexpr int bytes() { return (OUT && BOTH ? 2 : 1) * (OF_HALF + 4 * MEETING); }
 
     __device__ __forceinline__ Walk(const Params &params, int sample, int block) : p(params), sample(sample), block(block) {
-        values = reinterpret_cast<float *>(shared);
+        half = OUT && BOTH && threadIdx.x >= THREADS;
+        const int thread = threadIdx.x - half * THREADS;
+        values = reinterpret_cast<float *>(shared + half * OF_HALF);
         table = values + PLACES * VALUES;
         records = reinterpret_cast<unsigned char *>(table + TABLE * LEVEL);
         places = reinterpret_cast<Place *>(records + 2 * PLACES * RECORD);
-        in_chunk = threadIdx.x / LANES;
-        lane = threadIdx.x % LANES;
+        in_chunk = thread / LANES;
+        lane = thread % LANES;
         chunk = blockIdx.x * CHUNKS + in_chunk;
         channel = (block * LANES + lane) * CT;
         real = in_chunk < CHUNKS && chunk < p.chunks && channel < p.channels;
@@ -148,7 +153,7 @@ struct Walk {
         const Floats<4> *from = reinterpret_cast<const Floats<4> *>(p.table) + ((long long)k * p.blocks + block) * FOURS;
 #pragma unroll
         for (int i = 0; i < EVERY; ++i) {
-            const int at = threadIdx.x + i * THREADS;
+            const int at = int(threadIdx.x) - half * THREADS + i * THREADS;
             if (at < FOURS) copy<16>(reinterpret_cast<Floats<4> *>(table) + at, from + at, true);
         }
     }
@@ -156,7 +161,7 @@ struct Walk {
     // The pixels of the steps that are `at` behind the beginning of the walk, one stage for each place.
     struct Pixels { int of[FINDS]; };
     __device__ __forceinline__ Pixels find(const int *order, bool back, int at) const {
-        const int thread = this_thread();
+        const int thread = this_thread(half * THREADS);
         Pixels found;
 #pragma unroll
         for (int i = 0; i < FINDS; ++i) {
@@ -174,7 +179,7 @@ struct Walk {
         return bits;
     }
     __device__ __forceinline__ void keep(const Pixels &found, unsigned odd, int turn) const {
-        const int thread = this_thread();
+        const int thread = this_thread(half * THREADS);
 #pragma unroll
         for (int i = 0; i < FINDS; ++i) {
             const int place = thread + i * THREADS;
@@ -190,7 +195,7 @@ struct Walk {
     // Begins COUNT copies of BYTES for each step of a stage, of what `source` says of each: a thread has always the same ones.
     template <int BYTES, int COUNT, class Source> __device__ __forceinline__ void bring(int turn, int to, Source source) const {
         constexpr int SPAN = spanned(COUNT), STEPS = THREADS / SPAN;
-        const int thread = this_thread(), begin = thread / SPAN;
+        const int thread = this_thread(half * THREADS), begin = thread / SPAN;
         if (THREADS % SPAN && begin >= STEPS) return;
         const Place *from = places + turn * PLACES + begin;
 #pragma unroll
@@ -224,7 +229,7 @@ struct Walk {
     // Decodes B and C of a stage.
     __device__ __forceinline__ void put(int turn) const {
         constexpr int SPAN = spanned(PAIRS), STEPS = THREADS / SPAN;
-        const int thread = this_thread(), begin = thread / SPAN;
+        const int thread = this_thread(half * THREADS), begin = thread / SPAN;
         const float c_scale = p.scales[4], c_offset = p.scales[5];
 #pragma unroll
         for (int round = 0; round < PAIRS; round += SPAN) {
@@ -368,7 +373,11 @@ struct Walk {
                                 if (LADDER && n + 2 < STATES) a *= ratio[c];
                             }
                     }
-                    if (OUT) {
+                    if (OUT && BOTH) {
+                        float *const to = meeting(half) + (in_chunk * STAGE + (back ? STAGE - 1 - s - g : s + g)) * WIDTH + lane * CT;
+#pragma unroll
+                        for (int c = 0; c < CT; ++c) to[c] = result[c] + odd[c];
+                    } else if (OUT) {
                         const int here = at_place[s + g].pixel;
                         float *const to = y + row_of(here < 0 ? 0 : here, p.channels);
                         float out[CT];
@@ -381,6 +390,22 @@ struct Walk {
             }
         }
         if (!OUT) leave(k, way & 1, total, h);
+    }
+
+    __device__ __forceinline__ static float *meeting(int half) {
+        return reinterpret_cast<float *>(shared + 2 * OF_HALF) + half * MEETING;
+    }
+
+    // Writes what both halves have come to.
+    __device__ __forceinline__ void meet() const {
+        __syncthreads();
+        const Place *const steps = reinterpret_cast<const Place *>(reinterpret_cast<char *>(places) - half * OF_HALF);  // of the way there
+        const int first = block * WIDTH;
+        float *const result = y - channel + first;
+        for (int i = threadIdx.x; i < PLACES * WIDTH; i += 2 * THREADS) {
+            const int place = i / WIDTH, c = i % WIDTH, pixel = steps[place].pixel;
+            if (pixel >= 0 && first + c < p.channels) result[row_of(pixel, p.channels) + c] = meeting(0)[i] + meeting(1)[i];
+        }
     }
 
     // The decays of all states of a channel over some time.
@@ -408,7 +433,6 @@ struct Walk {
 
     // Writes what comes before each chunk in its group, and what the group adds to the state.
     __device__ __forceinline__ void leave(int k, bool back, const float (&total)[CT], const float (&h)[CT][STATES]) const {
-        constexpr int WIDTH = LANES * CT;
         float *sums = reinterpret_cast<float *>(shared);  // [CHUNKS][STATES + 1][CT][LANES]
         __syncthreads();
 #pragma unroll
@@ -555,12 +579,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const 
 }
 
 // blockIdx.y: path, sample, block of channels.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_out(const Params p) {
+constexpr int OUT_THREADS = BOTH ? 2 * THREADS : THREADS, OUT_RESIDENT = BOTH && RESIDENT > 1 ? RESIDENT / 2 : RESIDENT;
+extern "C" __global__ void __launch_bounds__(OUT_THREADS, OUT_RESIDENT) scan_out(const Params p) {
     kernel_before<LARGE>();
     const int block = blockIdx.y % p.blocks, sample = blockIdx.y / p.blocks % p.batch;
     const int path = p.path + blockIdx.y / p.blocks / p.batch, back = p.paths[2 * path + 1];
     Walk<true> walk(p, sample, block);
     walk.y += path * p.part;
+    if (BOTH) {
+        walk.run<false>(p.paths[2 * path + walk.half]);
+        walk.meet();
+        return;
+    }
     if (p.add) walk.run<true>(p.paths[2 * path]);
     else walk.run<false>(p.paths[2 * path]);
     if (back >= 0) walk.run<true>(back);

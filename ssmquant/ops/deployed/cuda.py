@@ -517,7 +517,8 @@ def excite(
         _power(blocks), max(16, 2**14 // bc)
     )  # one block reads all of a sample's: many of them together
     constants = columns, hidden, at_once, bc, _power(hidden, 1)
-    _launch("excite", (batch,), tensors, (blocks, rows), constants, 8 if at_once * bc > 4096 else 4)
+    warps = 16 if at_once * bc >= 2**14 else 8 if at_once * bc > 2**12 else 4
+    _launch("excite", (batch,), tensors, (blocks, rows), constants, warps)
     return y
 
 

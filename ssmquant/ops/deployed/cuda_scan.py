@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,8 @@ class Shape:
     """Blocks of a multiprocessor, what registers are limited for."""
     segments: int = 32
     """Of all groups of chunks, in ``scan_carry``: a power of two, at most 64."""
+    both: bool = False
+    """A block makes results of both directions of a path at once, if all have two and ``stage`` is ``steps``."""
     held: int = 0
     """So many groups of a segment are kept in registers, if none has more; 0: all are read twice."""
 
@@ -97,6 +99,7 @@ class Case:
             "GROUP": s.group,
             "RESIDENT": s.resident,
             "SEGMENTS": s.segments,
+            "BOTH": int(s.both),
             "HELD": s.held,
             "QUANT": int(self.quantized),
             "TABLE": self.levels,
@@ -125,7 +128,7 @@ class Case:
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Of a block, where it makes results of both directions at once of half a block."""
         return _up(self.shape.lanes * self.shape.chunks, 32)
 
     @property
@@ -144,7 +147,9 @@ def _shared(shape: Shape, states: int, quantized: bool, levels: int, out: bool) 
     values = _up(2 * states if out else states, 4)
     record = _up(channels, 16) + _up(channels * (1 if quantized else 4), 16) + _up(4 * -(-states // 2), 16)
     walking = shape.chunks * shape.stage * (4 * values + 2 * (record + 16)) + 4 * levels * shape.level
-    return max(walking, 0 if out else 4 * shape.chunks * (states + 1) * channels)
+    if out and shape.both:
+        return 2 * (_up(walking, 16) + 4 * shape.chunks * shape.stage * channels)
+    return _up(max(walking, 0 if out else 4 * shape.chunks * (states + 1) * channels), 16)
 
 
 _source = functools.cache(Case.source)
@@ -180,10 +185,10 @@ def choose(
     """
 
     def fits(lanes: int, chunks: int) -> bool:
-        shape = Shape(columns, lanes, chunks, stage, stage)
+        shape = Shape(columns, lanes, chunks, stage, stage, both=both)
         return all(_shared(shape, states, quantized, levels, out) <= _MOST_SHARED for out in (False, True))
 
-    columns = 1 if channels % 2 else 2
+    columns, both = 1 if channels % 2 else 2, False
     every = channels // columns
     few = states <= _FEW_STATES
     resident, stage = 4 if few else 2, 16
@@ -214,7 +219,7 @@ def choose(
     chunks = max(1, min(chunks, -(-batch * blocks * walks * parts // processors), parts))
     threads = batch * blocks * walks * parts * lanes
     if columns == 2 and not few and threads < _SMALL * processors and 2 * lanes <= _SMALL_BLOCK:
-        columns, lanes, resident = 1, 2 * lanes, 4
+        columns, lanes, resident, both = 1, 2 * lanes, 4, steps == stage
         chunks = next(n for n in range(min(chunks, _SMALL_BLOCK // lanes), 0, -1) if n == 1 or fits(lanes, n))
     segments = 1
     groups = -(-parts // chunks)
@@ -222,7 +227,7 @@ def choose(
         segments *= 2
     held = next((n for n in _HELD if n * segments >= groups), 0)
     group = 8 if few else 4
-    return Shape(columns, lanes, chunks, steps, stage, group, resident=resident, segments=segments, held=held)
+    return Shape(columns, lanes, chunks, steps, stage, group, resident, segments, both=both, held=held)
 
 
 class _Params(ctypes.Structure):
@@ -318,6 +323,8 @@ class Scan:
             walks = len(self.paths) if apart else 1
             sizes = batch, pixels, channels, a.shape[1], walks, _processors(device)
             shape = choose(*sizes, o.of_delta is not None, levels)
+        both = shape.both and shape.steps == shape.stage and all(back >= 0 for _, back in self.paths)
+        shape = replace(shape, both=both and (apart or len(self.paths) == 1))
         self.chunks = -(-pixels // shape.steps)
         self.blocks = -(-channels // (shape.lanes * shape.columns))
         if self.blocks > 1 and shape.lanes * shape.columns % _COPIED:
@@ -434,7 +441,7 @@ class Scan:
         for first in range(0, len(self.paths), at_once):
             params.path, params.add = first, int(first > 0)
             grid = groups, at_once * batch * self.blocks
-            launch("scan_out", grid, case.threads, case.shared(True), params, device)
+            launch("scan_out", grid, case.threads * (1 + case.shape.both), case.shared(True), params, device)
 
     def _launch_steps(self, launch: Callable[..., None], params: _Params) -> None:
         """``scan_steps``: each block has some of the columns of all directions, and a stretch of pixels."""

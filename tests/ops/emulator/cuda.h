@@ -223,7 +223,7 @@ inline void load_pair(unsigned at, float &x, float &y) {
     const float *p = reinterpret_cast<const float *>(shared + at);
     x = p[0], y = p[1];
 }
-inline int this_thread() { return int(threadIdx.x); }
+inline int this_thread(int first) { return int(threadIdx.x) - first; }
 inline void store_if(bool there, float *to, float x) { if (there) *to = x; }
 inline void store_if(bool there, float *to, float x, float y) { if (there) to[0] = x, to[1] = y; }
 inline int dot4(unsigned x, int w, int sum) {
