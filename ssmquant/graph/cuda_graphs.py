@@ -34,6 +34,7 @@ _NUMBERS = {bool, int, float, str}
 _RESULTS = (Tensor, *_NUMBERS, type(None))
 
 _SECONDS = 0.1  # between looks at a deployed model
+_ALIKE = 2  # calls that replay the same graph, before the next one is taken to
 _WARM_UP = 3  # runs before a capture: they compile and tune kernels, and allocate
 
 
@@ -209,6 +210,12 @@ class _Graph:
                 own.copy_(x)
         self.replay_forward()
         return [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]
+
+    def fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether they can be copied to the graph's own ones."""
+        return [(x.shape, x.dtype, x.device) for x in inputs] == [
+            (x.shape, x.dtype, x.device) for x in self.inputs
+        ]
 
     def backward(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
         for own, g in zip(self.grads, grads, strict=True):
@@ -395,6 +402,14 @@ class _Known:
     watch: _Watch | None = None
 
 
+@dataclass
+class _Ahead:
+    """A graph that was replayed before it was known whether it serves the call, and its result."""
+
+    known: _Known
+    result: Any
+
+
 class CudaGraphs:
     """The graphs of a model, each captured when a call of its kind comes for the second time.
 
@@ -405,9 +420,42 @@ class CudaGraphs:
     def __init__(self, most: int) -> None:
         self.most = most
         self.known: OrderedDict[Any, _Known] = OrderedDict()
+        self._last: _Known | None = None
+        self._alike = 0  # calls in a row that ``_last`` has served
 
-    def __call__(self, record: Any, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """``record(model, tensors)``, replayed if possible."""
+    def forget(self) -> None:
+        """Captures anew."""
+        self.known.clear()
+        self._last = None
+
+    def ahead(self, bound: Sequence[Any]) -> _Ahead | None:
+        """Replays the last graph where a call, ``bound``, looks like those before it, so that the GPU has begun.
+
+        Whether that was right is seen while the GPU is busy; a replay in vain leaves no trace.
+        """
+        last = self._last
+        if last is None or last.graph is None or self._alike < _ALIKE:
+            return None
+        tensors = [x for x in bound if isinstance(x, Tensor)]
+        if not _capturable(tensors) or not last.graph.fits(tensors):
+            return None
+        self._alike = 0  # until this turns out to be right
+        return _Ahead(last, last.graph(tensors))
+
+    def _served(self, known: _Known, ahead: _Ahead | None, tensors: Sequence[Tensor]) -> Any:
+        """The result of a deployed model's graph."""
+        if ahead is not None and ahead.known is known:
+            self._alike = _ALIKE
+            return ahead.result
+        self._alike = self._alike + 1 if known is self._last else 1
+        self._last = known
+        assert known.graph is not None
+        return known.graph(tensors)
+
+    def __call__(
+        self, record: Any, model: nn.Module, tensors: Sequence[Tensor], ahead: _Ahead | None = None
+    ) -> Any:
+        """``record(model, tensors)``, replayed if possible; ``ahead``: what has been."""
         if not _capturable(tensors) or _has_any_global_hook():
             return record(model, tensors)
         shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
@@ -415,7 +463,7 @@ class CudaGraphs:
         known = self.known.get(key)
         if known is not None and known.graph is not None and known.watch is not None:
             self.known.move_to_end(key)
-            result = known.graph(tensors)  # leaves no trace, should it be in vain
+            result = self._served(known, ahead, tensors)  # leaves no trace, should it be in vain
             if known.watch.same():  # looked at while the GPU is busy
                 return result
         state, held = _state(record, model)
@@ -429,7 +477,8 @@ class CudaGraphs:
                 if record.writes_inputs():
                     raise RuntimeError("it writes to its input")
                 known.graph = _Graph(record, model, tensors)
-                known.watch = _Watch(record, model) if record.is_deployed(model) else None
+                if record.is_deployed(model) and not known.graph.grads:
+                    known.watch = _Watch(record, model)
             except RuntimeError as error:
                 warnings.warn(
                     f"cuda_graph: this call cannot be captured and runs as it is ({str(error).splitlines()[0]})",
@@ -441,6 +490,7 @@ class CudaGraphs:
         return known.graph(tensors)
 
     def _keep(self, key: Any, value: _Known) -> None:
+        self._last = None
         self.known.pop(key, None)
         self.known[key] = value
         while len(self.known) > self.most:

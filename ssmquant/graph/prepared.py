@@ -96,12 +96,13 @@ def _run(model: Any, bound: tuple[Any, ...]) -> Any:
     runtime = model._modules["_ssmquant"]  # half the time of an attribute
     if runtime.stage == "prepared" and torch._C._get_tracing_state() is not None:
         raise TraceError("torch.jit.trace cannot follow quantizers that are trained: convert the model first")
+    ahead = None if runtime.graphs is None else runtime.graphs.ahead(bound)
     call = describe_call(bound)
     record = runtime.select(model, call)
     if record.trace.traced.sets_modes:
         return _run_restoring(record, model, call)
     if runtime.graphs is not None:
-        return runtime.graphs(record, model, call.tensors)
+        return runtime.graphs(record, model, call.tensors, ahead)
     return record(model, call.tensors)
 
 
@@ -305,7 +306,7 @@ class Undone:
         self.runtime.records, self.runtime.known, self.runtime.notes = self.graphs
         self.runtime.rounded = self.rounded
         if self.runtime.graphs is not None:
-            self.runtime.graphs.known.clear()
+            self.runtime.graphs.forget()
 
 
 def forget_baked(model: nn.Module) -> None:

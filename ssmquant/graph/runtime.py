@@ -27,6 +27,7 @@ from ssmquant.graph.cuda_graphs import CudaGraphs, restorer
 from ssmquant.graph.deploy import deploy, kernels, left_out
 from ssmquant.graph.fuse import Unfit, fuse
 from ssmquant.graph.layers import faster_layers
+from ssmquant.graph.moves import written_in
 from ssmquant.graph.patches import PATCH_LOCK
 from ssmquant.graph.plan import Plan, make_plan
 from ssmquant.graph.regions import compile_graph
@@ -160,10 +161,9 @@ class Record:
 
     def writes_inputs(self) -> bool:
         """Whether the code writes to a tensor that it was given."""
-        given = {n.meta.get("storage") for n in self.trace.graph.nodes if n.op == "placeholder"}
-        return any(
-            s in given for n in self.trace.graph.nodes for s in n.meta.get("mutates", ()) if s is not None
-        )
+        graph = self.trace.graph
+        given = {n.meta.get("storage") for n in graph.nodes if n.op == "placeholder"}
+        return not written_in(graph).isdisjoint(given)
 
     def accepts(self, model: nn.Module, call: Call) -> bool:
         if (
@@ -488,12 +488,12 @@ class Runtime(nn.Module):
 
     def _apply(self, *args: Any, **options: Any) -> Runtime:  # of ``.to(..)`` of the model
         if self.graphs is not None:
-            self.graphs.known.clear()
+            self.graphs.forget()
         return super()._apply(*args, **options)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         if self.graphs is not None:
-            self.graphs.known.clear()
+            self.graphs.forget()
         super()._load_from_state_dict(*args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:

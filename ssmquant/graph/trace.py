@@ -31,7 +31,9 @@ SEED = 0
 Shapes = tuple[tuple[int, ...], ...]
 _STATIC = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 _LEAVES = (Tensor, *_STATIC)
-_FLAT = [pytree.tree_flatten((None,) * n)[1] for n in range(9)]  # specs of so many leaves: most calls, at once
+_FLAT = [
+    pytree.tree_flatten((None,) * n)[1] for n in range(9)
+]  # specs of so many leaves: most calls, at once
 
 
 @dataclass(frozen=True)

@@ -245,12 +245,15 @@ def test_calibration_starts_anew() -> None:
 # ---- deployed models -------------------------------------------------------------------------------------------------
 
 
-def deployed_pair(monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[Any, Any, Tensor]:
+def deployed_pair(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, model: nn.Module | None = None
+) -> tuple[Any, Any, Tensor]:
     """A deployed model that is captured, looked at every ``seconds``, and a copy that is not."""
     monkeypatch.setattr(cuda_graphs, "_SECONDS", seconds)
     torch.manual_seed(0)
     x = torch.randn(8, 4)
-    p = ssmquant.prepare(Normed(), QConfig(w_bits=4, a_bits=4, keep_first_last=False), example_inputs=(x,))
+    config = QConfig(w_bits=4, a_bits=4, keep_first_last=False)
+    p = ssmquant.prepare(Normed() if model is None else model, config, example_inputs=(x,))
     ssmquant.calibrate(p, [x], progress=False)
     p = ssmquant.convert(p)
     plain = copy.deepcopy(p)
@@ -306,6 +309,81 @@ def test_a_deployed_model_is_not_looked_at_in_every_call(monkeypatch: pytest.Mon
     p(x)
     p.to(torch.float32)
     assert not runtime_of(p).graphs.known  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("stale")
+def test_two_calls_of_a_deployed_model_before_their_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, plain, x = deployed_pair(monkeypatch, 1e9)
+    xs = [x.clone().requires_grad_(), (3 * x).requires_grad_()]
+    for _ in range(4):
+        p(xs[0]).sum().backward()
+    assert captured(p) == 2
+    found = [torch.autograd.grad(sum(m(v).square().sum() for v in xs), xs) for m in (p, plain)]  # type: ignore[arg-type]
+    same(list(found[0]), list(found[1]))
+
+
+class Flagged(Normed):
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        return super().forward(2 * x if twice else x)
+
+
+@pytest.mark.usefixtures("stale")
+def test_calls_that_begin_before_all_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of two like calls is replayed at once for a third one, which may be of another kind after all."""
+    replays = []
+    forward = cuda_graphs._Graph.forward
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        replays.append(graph)
+        return forward(graph, inputs)
+
+    monkeypatch.setattr(cuda_graphs._Graph, "forward", counted)
+    p, plain, x = deployed_pair(monkeypatch, 1e9, Flagged())
+    kinds = {
+        "other values": lambda m: m(3 * x),
+        "a flag": lambda m: m(x, twice=True),
+        "a larger batch": lambda m: m(torch.cat([x, x])),
+        "autocast": autocast,
+        "a hook": hooked,
+    }
+
+    def ahead() -> int:
+        """Replays of a call like those before."""
+        for m in (p, p, p):
+            m(x)
+        replays.clear()
+        assert torch.equal(p(x), plain(x))
+        return len(replays)
+
+    with torch.no_grad():
+        for name, call in kinds.items():
+            assert ahead() == 1, name
+            for _ in range(4):
+                assert torch.equal(call(p), call(plain)), name
+        # To and fro there is nothing to rely on: no call is replayed twice.
+        for _ in range(3):
+            p(x), kinds["a flag"](p)
+        replays.clear()
+        for _ in range(3):
+            p(x), kinds["a flag"](p)
+        assert len(replays) == 6
+        assert ahead() == 1
+        for m in (p, plain):
+            m.load_state_dict({k: v * 2 if k.startswith("norm.") else v for k, v in m.state_dict().items()})
+        assert torch.equal(p(x), plain(x))
+
+
+def autocast(m: nn.Module) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y: Tensor = m(torch.ones(8, 4))
+    return y
+
+
+def hooked(m: nn.Module) -> Tensor:
+    handle = register_module_forward_hook(lambda module, args, out: None)
+    y: Tensor = m(torch.ones(8, 4))
+    handle.remove()
+    return y
 
 
 def test_plain_tensors_are_on_the_gpu_while_a_call_is_captured() -> None:
