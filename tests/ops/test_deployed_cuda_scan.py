@@ -125,6 +125,30 @@ def test_shapes_that_are_chosen(
     close(operands.scan(), operands.scan_on_cpu())
 
 
+@pytest.mark.parametrize(
+    ("size", "states", "rank", "paths", "full"),
+    [
+        ((64, 197, 384), 16, 12, 1, False),  # Vim: less than a block for each multiprocessor
+        ((1, 4096, 72), 10, 4, 2, False),  # MambaIR-light
+        ((1, 57600, 72), 10, 4, 2, True),
+        ((64, 3136, 192), 1, 6, 2, True),  # VMamba
+    ],
+)
+def test_scans_that_fill_a_gpu(
+    size: tuple[int, int, int],
+    states: int,
+    rank: int,
+    paths: int,
+    full: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only their blocks are spread evenly if they come in before the kernel in front is done."""
+    monkeypatch.setattr(cuda_scan, "_processors", lambda _: 132)
+    operands = Operands(*size, states, rank, paths=paths)
+    made = operands.operands(lambda g: g, lambda t: t, cuda.pack(*operands.steps))
+    assert Scan(size, made, apart=True).case.full == full
+
+
 def test_shapes() -> None:
     sizes = (1, 4096), (1, 230400), (8, 3136), (64, 49), (64, 197), (3, 5), (1, 1)
     widths = 1, 7, 16, 37, 60, 72, 98, 128, 180, 256, 384, 400, 512, 768, 1024, 3072

@@ -23,7 +23,7 @@
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
 // results are asked for together; RESIDENT: blocks of a multiprocessor; BOTH; SEGMENTS: of the groups, in scan_carry, a power
 // of two; HELD: as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps, 4 or 8;
-// STEPS_RESIDENT: blocks of a multiprocessor there; LARGE: there is much to do.
+// STEPS_RESIDENT: blocks of a multiprocessor there; FULL: scan_out's blocks fill all multiprocessors, however they are spread.
 
 #ifndef EMULATED
 __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
@@ -539,7 +539,7 @@ extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(con
     const int each = p.directions * p.size_row;
     unsigned char *result = p.sizes + row_of(begins + at_row, each) + column * (TAKEN * OF_STEP);
     const long long next = (long long)rows * each;
-    kernel_before<LARGE>();
+    kernel_before<FULL>();
     const int fours = p.row / 4, tile = p.tile;
     Floats<4> *const tiles = reinterpret_cast<Floats<4> *>(shared);
     const auto bring = [&](int begin, int turn) {
@@ -581,7 +581,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const 
 // blockIdx.y: path, sample, block of channels.
 constexpr int OUT_THREADS = BOTH ? 2 * THREADS : THREADS, OUT_RESIDENT = BOTH && RESIDENT > 1 ? RESIDENT / 2 : RESIDENT;
 extern "C" __global__ void __launch_bounds__(OUT_THREADS, OUT_RESIDENT) scan_out(const Params p) {
-    kernel_before<LARGE>();
+    kernel_before<FULL>();
     const int block = blockIdx.y % p.blocks, sample = blockIdx.y / p.blocks % p.batch;
     const int path = p.path + blockIdx.y / p.blocks / p.batch, back = p.paths[2 * path + 1];
     Walk<true> walk(p, sample, block);
@@ -613,7 +613,7 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) scan_carry(cons
     }
     const int per = (p.groups + SEGMENTS - 1) / SEGMENTS, first = segment * per;
     const int end = !real ? first : first + per < p.groups ? first + per : p.groups;
-    kernel_before<LARGE>();
+    kernel_before<FULL>();
     float *ends = p.ends + (long long)blockIdx.y * p.groups * width + column;
     const float *totals = p.totals + (long long)blockIdx.y * p.groups * p.channels + channel;
     constexpr int AHEAD = HELD ? HELD : 8;  // groups that are read at once: all of a segment, or some of them, and twice

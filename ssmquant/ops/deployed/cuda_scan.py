@@ -27,7 +27,7 @@ _HELD = 4, 8, 16
 _FEW_STATES = 4  # that need few registers
 _SMALL = 256  # threads of a multiprocessor: then a lane has one channel, for twice as many
 _SMALL_BLOCK = 160  # threads
-_LARGE = 2**21  # channels of pixels and paths
+_FULL = 0.9  # of the blocks that multiprocessors have room for
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
 _MOST = 2**31 - 2**16  # elements of a sample, and pixels: a block may count beyond the last
 _MOST_SHARED = 96 * 1024  # bytes that a block has on any GPU since sm_80
@@ -83,8 +83,8 @@ class Case:
     ladder: int
     """1: rates are evenly spaced; 2: multiples of the first; 0: neither."""
     softplus: bool
-    large: bool = True
-    """Whether there is so much to do that the next kernel's blocks should come in while these end."""
+    full: bool = True
+    """Whether blocks of ``scan_out`` fill all multiprocessors. Those of few, let in early, would be spread unevenly."""
 
     def source(self) -> str:
         """The text to compile: definitions and the kernels."""
@@ -107,7 +107,7 @@ class Case:
             "SOFTPLUS": int(self.softplus),
             "TAKEN": self.taken,
             "STEPS_RESIDENT": self.steps_resident,
-            "LARGE": int(self.large),
+            "FULL": int(self.full),
         }
         return nvrtc.specialised("deployed_cuda/scan", *values.items())
 
@@ -319,8 +319,8 @@ class Scan:
         ladder, rates = _rates(a, directions)
         levels = 0 if o.of_delta is None else o.of_delta.qmax - o.of_delta.qmin + 1
         levels = _up(levels, 2) if levels <= _MOST_LEVELS else 0
+        walks = len(self.paths) if apart else 1
         if shape is None:
-            walks = len(self.paths) if apart else 1
             sizes = batch, pixels, channels, a.shape[1], walks, _processors(device)
             shape = choose(*sizes, o.of_delta is not None, levels)
         both = shape.both and shape.steps == shape.stage and all(back >= 0 for _, back in self.paths)
@@ -333,13 +333,13 @@ class Scan:
             )
         if batch * directions * self.blocks > _MOST_BLOCKS:
             raise InputError(refused)
-        large = batch * pixels * channels * len(self.paths) >= _LARGE
-        self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus, large)
+        self.groups = -(-self.chunks // shape.chunks)
+        full = self.groups * walks * batch * self.blocks >= _FULL * shape.resident * _processors(device)
+        self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus, full)
         if 8 * self.case.steps_at_once * _up(row, 4) > _MOST_SHARED:  # of one pixel for each thread, twice
             raise InputError(
                 f"deployed: scans in {directions} directions are more than the kernels for GPUs take"
             )
-        self.groups = -(-self.chunks // shape.chunks)
         assert not shape.held or shape.held * shape.segments >= self.groups
 
         d = torch.float64
