@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,40 @@ def write(path: Path, report: dict[str, Any]) -> None:
 def breakdown(
     run: Callable[[], object], device: torch.device, runs: int = 3, most: int = 25
 ) -> dict[str, Any]:
-    """Kernels (on a CPU: operators) of a run by name: all together, and the ones that take longest."""
+    """Kernels (on a CPU: operators) of a run by name: all together, and the ones that take longest.
+
+    On a GPU a kernel's time is what it adds to those before it: it may have begun, and waited, while they ran.
+    """
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         for _ in range(runs):
             run()
         if gpu:
             torch.cuda.synchronize()
-    kind = DeviceType.CUDA if gpu else DeviceType.CPU
+    if gpu:
+        times = added(
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in profiler.events()
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        )
+    else:
+        known = [e for e in profiler.key_averages() if e.device_type == DeviceType.CPU]
+        times = {e.key: (e.count, e.self_cpu_time_total) for e in known if not e.is_user_annotation}
     found = []
-    for event in profiler.key_averages():
-        if event.device_type == kind and not getattr(event, "is_user_annotation", False):
-            spent = event.self_device_time_total if gpu else event.self_cpu_time_total
-            name = re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", event.key)
-            found.append({"name": name[:80], "calls": event.count / runs, "ms": spent / 1e3 / runs})
+    for key, (count, spent) in times.items():
+        name = re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", key)
+        found.append({"name": name[:80], "calls": count / runs, "ms": spent / 1e3 / runs})
     found.sort(key=lambda row: -row["ms"])
     total = {"calls": sum(row["calls"] for row in found), "ms": sum(row["ms"] for row in found)}
     return {**total, "kernels": found[:most]}
+
+
+def added(spans: Iterable[tuple[str, float, float]]) -> dict[str, tuple[int, float]]:
+    """Of spans of time (name, begin, end), by name: how many, and the time in which none was that had begun before."""
+    found: dict[str, tuple[int, float]] = {}
+    last = -math.inf
+    for name, begin, end in sorted(spans, key=lambda span: span[1]):
+        count, spent = found.get(name, (0, 0.0))
+        found[name] = count + 1, spent + max(0.0, end - max(begin, last))
+        last = max(last, end)
+    return found

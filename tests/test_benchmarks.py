@@ -106,6 +106,14 @@ def test_time_by_kernel(train: Any, no_gpu: None, tmp_path: Path, capsys: pytest
     assert f"calls  {kernels[0]['name']}" in capsys.readouterr().out
 
 
+def test_time_of_kernels_that_overlap(infer: Any) -> None:
+    """One that waits in the GPU while others run takes what it adds to them."""
+    added = sys.modules["common"].added
+    spans = [("scan", 10.0, 14.0), ("norm", 0.0, 4.0), ("scan", 1.0, 6.0), ("copy", 2.0, 3.0)]
+    assert added(iter(spans)) == {"norm": (1, 4.0), "scan": (2, 6.0), "copy": (1, 0.0)}
+    assert added([]) == {}
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_step_has_the_loss_of_the_eager_one(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
