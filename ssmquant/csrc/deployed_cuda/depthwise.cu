@@ -128,12 +128,13 @@ __device__ __forceinline__ void read_tile(const Image &p, float *values, int sam
     }
 }
 
-// blockIdx.x: tile; blockIdx.y: sample, block of channels.
+// blockIdx.x: tile, block of channels: those of a tile are written at about the same time, and in memory as whole sectors;
+// blockIdx.y: sample.
 __device__ __forceinline__ void convolve(const Image &p) {
     float *values = reinterpret_cast<float *>(shared);  // [TALL][BROAD][LANES]
-    const int sample = quotient(blockIdx.y, p.blocks), tile_y = quotient(blockIdx.x, p.across);
-    const int first_channel = (blockIdx.y - sample * p.blocks.count) * LANES;
-    const int top = tile_y * TILE_HIGH, left = (blockIdx.x - tile_y * p.across.count) * TILE_WIDE;
+    const int sample = blockIdx.y, tile = quotient(blockIdx.x, p.blocks), tile_y = quotient(tile, p.across);
+    const int first_channel = (blockIdx.x - tile * p.blocks.count) * LANES;
+    const int top = tile_y * TILE_HIGH, left = (tile - tile_y * p.across.count) * TILE_WIDE;
     const int lane = threadIdx.x % COLUMN * PER, column = threadIdx.x / COLUMN % TILE_WIDE, part = threadIdx.x / (COLUMN * TILE_WIDE);
     const int line = part / DOWN * (RUN * DOWN) + part % DOWN;
     const bool real = first_channel + lane < p.channels && left + column < p.width && top + line < p.height;
@@ -223,7 +224,7 @@ __device__ __forceinline__ void convolve(const Image &p) {
 #pragma unroll 8
     for (int i = 0; i < THREADS / COLUMN; ++i) all += values[i * LANES + own];
     const int tiles = (p.height + TILE_HIGH - 1) / TILE_HIGH * p.across.count;
-    p.sums[((long long)sample * tiles + blockIdx.x) * p.channels + first_channel + own] = all;
+    p.sums[((long long)sample * tiles + tile) * p.channels + first_channel + own] = all;
 }
 
 #if !ROW

@@ -199,6 +199,8 @@ class Launch:
 
     params: Params
     definitions: dict[str, int]
+    tiles: int
+    """Of a sample."""
     grid: tuple[int, int]
     threads: int
     shared: int
@@ -232,9 +234,9 @@ def launch_of(d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = Fal
     else:
         tile, threads, shared = _tile(tuple(x.shape), kernel, dilation, coded, _at_once(x), _stored(d))
     across, blocks = -(-width // tile["TILE_WIDE"]), -(-channels // tile["LANES"])
-    grid = -(-height // tile["TILE_HIGH"]) * across, batch * blocks
+    tiles = -(-height // tile["TILE_HIGH"]) * across
     y_row, z_row = (0 if t is None else t.stride(-2) for t in (y, z))
-    if height * width * max(y_row, z_row, channels) >= 2**31 or grid[1] >= 2**16:
+    if height * width * max(y_row, z_row, channels) >= 2**31 or batch >= 2**16:
         raise InputError(
             f"deployed: {tuple(x.shape)} is more than the kernels for GPUs count: use tiles, or fewer at once"
         )
@@ -263,7 +265,7 @@ def launch_of(d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = Fal
         channels, d.grid.qmin, d.grid.qmax, following.qmin, following.qmax, other.qmin, other.qmax, _divisor(across),
         _divisor(blocks),
     )  # fmt: skip
-    return Launch(params, {**tile, **constants}, grid, threads, shared, x)
+    return Launch(params, {**tile, **constants}, tiles, (tiles * blocks, batch), threads, shared, x)
 
 
 def depthwise(
@@ -302,7 +304,7 @@ def convolve(d: Depthwise, sums: bool = False) -> Any:
     y = torch.empty(x.shape, dtype=torch.float32 if d.codes is None else torch.int8, device=x.device)
     z = None if d.also is None else whole_rows(x)
     launch = launch_of(d, y, z, sums)
-    parts = torch.empty(len(x), launch.grid[0], x.shape[3], device=x.device) if sums else None
+    parts = torch.empty(len(x), launch.tiles, x.shape[3], device=x.device) if sums else None
     if parts is not None:
         launch.params.sums = parts.data_ptr()
     source = nvrtc.specialised("deployed_cuda/depthwise", *launch.definitions.items())
