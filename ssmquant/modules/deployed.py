@@ -1,7 +1,7 @@
 """What a deployed graph calls where its nodes are fused: arithmetic on codes, by ``ops.deployed``.
 
-Layers here, scans in ``deployed_scans``. The modules of the graph (quantizers, packed tensors) are handed in; what
-kernels need of them is ``deployed_values``'s.
+Layers here, scans in ``deployed_scans``, norms in ``deployed_norms``. The modules of the graph (quantizers, packed
+tensors) are handed in; what kernels need of them is ``deployed_values``'s.
 """
 
 from __future__ import annotations
@@ -11,10 +11,20 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmquant.modules.deployed_convs import FloatConv, convolved, float_conv2d
+from ssmquant.modules.deployed_convs import FloatConv, float_conv2d
+from ssmquant.modules.deployed_norms import (
+    NORM_FUNCTIONS,
+    NORMS,
+    Act,
+    LastNorm,
+    fused_norm,
+    is_plain,
+    normalize,
+    operand_of,
+    own_name,
+)
 from ssmquant.modules.deployed_scans import scan_core, sequence_core
 from ssmquant.modules.deployed_values import (
     Engine,
@@ -22,12 +32,12 @@ from ssmquant.modules.deployed_values import (
     bias_of,
     by_row,
     coded,
+    dense,
     dynamic,
     encode,
     engine_of,
     goes_between,
     grid_of,
-    in_a_call,
     inner,
     kept,
     matrix,
@@ -41,12 +51,15 @@ from ssmquant.modules.deployed_values import (
 from ssmquant.modules.packed import PackedTensor
 from ssmquant.ops.deployed import Attention, Depthwise, Grid, Layer, Norm, cpu, cuda
 from ssmquant.quantizers import DLS, Token
-from ssmquant.quantizers.bank import hooks_of
 
 __all__ = [
+    "NORMS",
+    "NORM_FUNCTIONS",
+    "Act",
     "Engine",
     "FloatConv",
     "Front",
+    "LastNorm",
     "Unchanged",
     "blend",
     "by_row",
@@ -107,7 +120,7 @@ def _project(
     if residual is not None:
         rows, gain = residual
         residual = (
-            _dense(rows).reshape(*x.shape[:2], weights.outputs),
+            dense(rows).reshape(*x.shape[:2], weights.outputs),
             None if gain is None else gain.contiguous(),
         )
     q = inner(of_x)
@@ -136,9 +149,9 @@ def _layer(then: Then, inputs: int, device: torch.device) -> Layer:
     assert then is not None
     of_x, weight, bias, norm, act, _, codes, _ = then
     weights = matrix(weight, (weight.shape[0], inputs))
-    of_inputs = _operand(norm, inputs, torch.float32, device)
+    of_inputs = operand_of(norm, inputs, torch.float32, device)
     following = _codes_operands(codes, weights.outputs)
-    return Layer(grid_of(of_x, no_moments, 0), weights, bias_of(bias), of_inputs, _own(act), following)
+    return Layer(grid_of(of_x, no_moments, 0), weights, bias_of(bias), of_inputs, own_name(act), following)
 
 
 def _followed(y: Tensor, then: Then) -> Any:
@@ -174,11 +187,6 @@ def _written(y: Tensor, codes: Between) -> Any:
     return made if columns is None else (made, y[..., columns:])
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Columns next to each other."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _added(y: Tensor, residual: Residual) -> Tensor:
     if residual is None:
         return y
@@ -201,137 +209,6 @@ Blended = tuple[Tensor | None, Tensor, Any] | None
 Then = tuple[Any, ...] | None
 """Arguments of ``linear`` for what reads a result: those behind x up to ``axis``, and ``codes``; whether the result is
 wanted too."""
-Act = nn.Module | str | None
-"""``"silu"`` or ``"gelu"``, or a module that was one of these when the graph was made."""
-LastNorm = tuple[Any, ...] | None
-"""None, ``(module,)``, or ``(rms, weight, bias, eps)``: a norm over the last axis. ``(gain,)``: factors alone, a tensor
-or one number for all."""
-NORMS = nn.LayerNorm, nn.RMSNorm
-NORM_FUNCTIONS = F.layer_norm, F.rms_norm, torch.rms_norm
-
-
-def _norm_of(norm: LastNorm, dtype: torch.dtype) -> tuple[bool, Any, Any, Any] | None:
-    """(rms, weight, bias, eps) of a norm that kernels take; None if it has to be called."""
-    assert norm is not None
-    if len(norm) == 1:
-        module = norm[0]
-        if hooks_of(module):
-            return None
-        rms = type(module) is nn.RMSNorm
-        weight, bias, eps = module.weight, None if rms else module.bias, module.eps
-    else:
-        rms, weight, bias, eps = norm
-    fits = all(t is None or t.dtype == dtype for t in (weight, bias))
-    return (rms, weight, bias, eps) if fits else None
-
-
-def _as_kernels_take(found: tuple[bool, Any, Any, Any], dtype: torch.dtype) -> Norm:
-    rms, weight, bias, eps = found
-    weight, bias = (None if t is None else t.detach().contiguous() for t in (weight, bias))
-    return Norm(weight, bias, torch.finfo(dtype).eps if eps is None else eps, rms)
-
-
-def _plainly(norm: tuple[Any, ...], x: Tensor) -> Tensor:
-    """By PyTorch."""
-    if len(norm) == 1:
-        y: Tensor = norm[0](x)
-        return y
-    rms, weight, bias, eps = norm
-    shape = x.shape[-1:]
-    return F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
-
-
-def normalize(
-    x: Tensor, norm: tuple[Any, ...], convolution: nn.Conv2d | None = None, act: Act = None, axis: int = -1
-) -> Tensor:
-    """A norm over the last axis (a ``LastNorm``) of x with any strides: contiguous.
-
-    Args:
-        convolution: then x is its input, (B, C, H, W), and the norm is over the channels of its output: (B, H, W, C).
-        act: of the result.
-        axis: where a module of that has the channels, if it has to be called.
-
-    What is watched by hooks, or not what kernels take, is called as ever.
-    """
-    bias = None
-    if convolution is not None:
-        c, image = convolution, convolved(x, convolution)
-        if image is None and not hooks_of(c):  # PyTorch adds a bias in a pass of its own
-            bias = c.bias
-            image = F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups)
-        x = (c(x) if image is None else image).permute(0, 2, 3, 1)
-    own = _own(act)
-    y = _by_kernel(x, norm, bias, own)
-    if y is None:
-        y, own = _plainly(norm, x if bias is None else x + bias.to(x.dtype)), None
-    if act is None or own is not None:
-        return y
-    if isinstance(act, str):
-        return F.silu(y) if act == "silu" else F.gelu(y)
-    made: Tensor = act(y.movedim(-1, axis)).movedim(axis, -1)
-    return made
-
-
-def _by_kernel(x: Tensor, norm: tuple[Any, ...], bias: Tensor | None, act: str | None) -> Tensor | None:
-    """``normalize`` of x and a bias by a kernel; None where it does not serve."""
-    engine = engine_of(x.device)
-    found = _norm_of(norm, torch.float32) if hasattr(engine, "normalize") and x.dim() else None
-    if found is None:
-        return None
-    fits = all(t is None or t.shape == x.shape[-1:] for t in found[1:3])
-    if len(norm) == 1:
-        fits = fits and tuple(norm[0].normalized_shape) == x.shape[-1:]
-    fits = fits and (bias is None or bias.dtype == torch.float32)
-    rows = x[(None,) * (3 - x.dim())] if x.dim() < 3 else x.flatten(1, -2)
-    if not fits or not engine.normalizes(rows):
-        return None
-    made: Tensor = engine.normalize(rows, _as_kernels_take(found, x.dtype), bias_of(bias), act)
-    return made.view(x.shape)
-
-
-def _fused_norm(
-    norm: LastNorm, x: Tensor, more: tuple[Tensor, ...] = ()
-) -> tuple[Tensor, Norm | None, tuple[Tensor, ...]]:
-    """The norm for a kernel, and ``x`` with columns next to each other; or no norm any more, and its result.
-
-    ``more``: what is added to x before; empty if that has been done.
-    """
-    if norm is None:
-        return x, None, more
-    operand = _operand(norm, x.shape[-1], x.dtype, x.device)
-    if operand is None:
-        return _plainly(norm, sum(more, x)), None, ()
-    return _dense(x), operand, tuple(map(_dense, more))
-
-
-def _operand(norm: LastNorm, size: int, dtype: torch.dtype, device: torch.device) -> Norm | None:
-    """A norm of so many columns for a kernel; None for none, or if it has to be called."""
-    if norm is None:
-        return None
-    gain = norm[0]
-    if isinstance(gain, float):
-        number = gain
-        gain = in_a_call(("factor", number, size, device), lambda: torch.full((size,), number, device=device))
-    if isinstance(gain, Tensor):
-        return Norm(gain.to(dtype).contiguous(), None, 0.0, factors=True)
-    found = _norm_of(norm, dtype)
-    return None if found is None else _as_kernels_take(found, dtype)
-
-
-def _is_plain(norm: LastNorm, act: Act) -> bool:
-    """Whether kernels take a norm of float32 and an activation, or what there is of them."""
-    if isinstance(act, nn.Module) and _own(act) is None:
-        return False
-    return norm is None or isinstance(norm[0], (float, Tensor)) or _norm_of(norm, torch.float32) is not None
-
-
-def _own(act: Act) -> str | None:
-    """The kernels' name of an activation; None where there is none, or its module has to be called."""
-    if act is None or isinstance(act, str):
-        return act
-    if hooks_of(act) or getattr(act, "approximate", "none") != "none":
-        return None
-    return "gelu" if type(act) is nn.GELU else "silu" if type(act) is nn.SiLU else None
 
 
 def linear(
@@ -365,18 +242,18 @@ def linear(
         (samples, .., outputs), float32, or codes, or a tuple of both; with ``blended`` a tuple of that and the blend,
         with ``then`` one of that and the same of ``then``, or the latter alone.
     """
-    own = _own(act)
+    own = own_name(act)
     if blended is not None:
-        if not _is_plain(norm, act):
+        if not is_plain(norm, act):
             total = blend(x, *blended)
             return linear(total, of_x, weight, bias, norm, act, axis, residual, codes=codes), total
-        x = _dense(x)
-    if then is not None and not (_is_plain(None, act) and _is_plain(*then[3:5])):
+        x = dense(x)
+    if then is not None and not (is_plain(None, act) and is_plain(*then[3:5])):
         return _followed(linear(x, of_x, weight, bias, norm, act, axis, residual, more=more), then)
     if isinstance(act, nn.Module) and own is None:
         y = linear(x, of_x, weight, bias, norm, more=more)
         return _written(_added(act(y.movedim(-1, axis)).movedim(axis, -1), residual), codes)
-    x, fused, more = _fused_norm(norm, x, more)
+    x, fused, more = fused_norm(norm, x, more)
     rows = _rows(x)
     q = inner(of_x)
     together = blended is None and (not isinstance(q, DLS) or q.stats_axis is None)  # samples do not matter
@@ -407,10 +284,10 @@ def gated_linear(
     then: Then = None,
 ) -> Any:
     """``linear`` of ``norm(x) * silu(z)``, all (samples, .., columns)."""
-    if then is not None and not _is_plain(*then[3:5]):
+    if then is not None and not is_plain(*then[3:5]):
         return _followed(gated_linear(x, z, norm, of_x, weight, bias, residual, more=more), then)
-    x, fused, more = _fused_norm(norm, x, more)
-    x3, z3, *others = (_rows(_dense(t)) for t in (x, z, *more))
+    x, fused, more = fused_norm(norm, x, more)
+    x3, z3, *others = (_rows(dense(t)) for t in (x, z, *more))
     if static(of_x) or isinstance(inner(of_x), Token):
         options: dict[str, Any] = {"residual": residual, "more": tuple(others), "codes": codes, "then": then}
         return _shaped(_project(x3, of_x, weight, bias, fused, z3, **options), x.shape, codes, then)
@@ -426,7 +303,7 @@ def blend(x: Tensor, gain: Tensor | None, v: Tensor, scale: Any) -> Tensor:
     if isinstance(scale, tuple):
         scale = excite(v.permute(0, 3, 1, 2), *scale)
     gain, v, scale = _blend_operands(gain, v, scale)
-    made: Tensor = engine_of(x.device).blend(_dense(x).flatten(1, 2), gain, v, scale)
+    made: Tensor = engine_of(x.device).blend(dense(x).flatten(1, 2), gain, v, scale)
     return made.view(x.shape)
 
 
@@ -438,7 +315,7 @@ def _blend_operands(gain: Tensor | None, v: Tensor, scale: Any) -> tuple[Tensor 
         scale = Attention(parts, *_matrix(first), *_matrix(second))
     else:
         scale = scale.flatten(1).contiguous()
-    return gain, _dense(v).flatten(1, 2), scale
+    return gain, dense(v).flatten(1, 2), scale
 
 
 def _matrix(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
@@ -495,7 +372,7 @@ def conv2d(
     outputs, inputs, *kernel = weight.shape if len(weight.shape) > 2 else (*weight.shape, 1, 1)
     if inputs == 1 and outputs == x.shape[1]:
         assert residual is None
-        own = _own(act)
+        own = own_name(act)
         called = isinstance(act, nn.Module) and own is None
         d = _depthwise(x, of_x, weight, bias, window, own, *((None, None) if called else (codes, also)))
         options: dict[str, Any] = {"sums": True} if sums and not called else {}
@@ -514,7 +391,7 @@ def conv2d(
             return y.permute(0, 3, 1, 2), parts
         return y.permute(0, 3, 1, 2) if also is None else tuple(t.permute(0, 3, 1, 2) for t in y)
     if front is not None:
-        before, own = depthwise_of(x, front), _own(act)
+        before, own = depthwise_of(x, front), own_name(act)
         if before is not None and residual is None and (own is not None or act is None):
             made = _behind(before, of_x, weight, bias, own, codes)
             return made.unflatten(1, before.x.shape[1:3]).permute(0, 3, 1, 2)
@@ -528,7 +405,7 @@ def conv2d(
     assert act is None
     taps = packed_for(weight, "taps", lambda t: t.permute(2, 3, 0, 1).flatten(0, 1))
     grid = grid_of(of_x, no_moments, 0)
-    image, first, _ = _fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
+    image, first, _ = fused_norm(None if gain is None else (gain,), x.permute(0, 2, 3, 1))
     sizes = (kernel[0], kernel[1]), dilation, stride, padding
     held = {} if residual is None else {"residual": residual[0].permute(0, 2, 3, 1).flatten(1, 2)}
     y = engine.convolve(image, grid, taps, bias_of(bias), *sizes, first, **held)
@@ -562,9 +439,9 @@ def _depthwise(
 def depthwise_of(x: Tensor, front: Front) -> Depthwise | None:
     """A convolution in front of a projection as a kernel takes it; None if its activation has to be called."""
     act = front[4]
-    if isinstance(act, nn.Module) and _own(act) is None:
+    if isinstance(act, nn.Module) and own_name(act) is None:
         return None
-    return _depthwise(x, *front[:4], _own(act), *front[5:])
+    return _depthwise(x, *front[:4], own_name(act), *front[5:])
 
 
 def _behind(

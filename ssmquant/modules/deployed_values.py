@@ -29,6 +29,7 @@ __all__ = [
     "bias_of",
     "by_row",
     "coded",
+    "dense",
     "dynamic",
     "encode",
     "engine_of",
@@ -302,3 +303,8 @@ def bias_of(bias: Tensor | None) -> Tensor | None:
 def no_moments() -> Tensor:
     """For ``grid_of``, of quantizers that are static."""
     raise AssertionError("this quantizer is static")
+
+
+def dense(x: Tensor) -> Tensor:
+    """Columns next to each other."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

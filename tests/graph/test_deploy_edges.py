@@ -17,7 +17,7 @@ from ssmquant import QConfig
 from ssmquant.graph.deploy import deploy
 from ssmquant.graph.deploy_calls import conv2d_call, excite_call, linear_call
 from ssmquant.graph.orders import Unfit
-from ssmquant.modules import deployed
+from ssmquant.modules import deployed, deployed_norms
 from ssmquant.ops import use_backend
 from ssmquant.ops.deployed import Norm, cpu, cuda
 from ssmquant.ops.nvrtc import CompileError
@@ -197,7 +197,7 @@ def test_norms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps).contiguous()
 
     monkeypatch.setattr(cuda, "normalize", kernel)
-    monkeypatch.setattr(deployed, "engine_of", lambda _: cuda)
+    monkeypatch.setattr(deployed_norms, "engine_of", lambda _: cuda)
     image = torch.randn(2, 20, 35).transpose(1, 2)
     before = deployed.normalize(image, (norm,))
     assert torch.equal(before, norm(image))

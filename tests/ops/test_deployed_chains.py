@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from ssmquant import QConfig
 from ssmquant.graph.deploy import deploy
 from ssmquant.graph.deploy_calls import blend_call, excite_call, gated_linear_call, linear_call
-from ssmquant.modules import deployed, deployed_values
+from ssmquant.modules import deployed, deployed_norms, deployed_values
 from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed import Attention, Layer, Norm, cpu, cuda, cuda_thin
 from tests.graph.deployed import converted, make, record, unfused
@@ -337,7 +337,7 @@ def graph_of(model: nn.Module) -> fx.Graph:
 
 
 def engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (deployed, deployed_values):
+    for module in (deployed, deployed_norms, deployed_values):
         monkeypatch.setattr(module, "engine_of", lambda _: cuda)
     monkeypatch.setattr(cuda, "blend", blend)
     monkeypatch.setattr(cuda, "normalizes", lambda _: False)

@@ -21,7 +21,7 @@ import ssmquant
 from ssmquant import QConfig, zoo
 from ssmquant.errors import InputError
 from ssmquant.graph import runtime
-from ssmquant.modules import deployed, deployed_scans, deployed_values
+from ssmquant.modules import deployed, deployed_norms, deployed_scans, deployed_values
 from ssmquant.ops import nvrtc, use_backend
 from ssmquant.ops.deployed import Depthwise, Grid, Norm, cpu, cuda, cuda_depthwise, cuda_thin
 from ssmquant.ops.deployed.cuda_scan import Case, choose
@@ -381,7 +381,7 @@ def check_called_norms(device: str) -> None:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         patch.setattr(cuda, "_launch", launch)
-        patch.setattr(deployed, "engine_of", lambda _: cuda)
+        patch.setattr(deployed_norms, "engine_of", lambda _: cuda)
         for x in (
             image.permute(0, 2, 3, 1), image[:, :, 1:5, 2:7].permute(0, 2, 3, 1), image.flatten(2).transpose(1, 2),
             image.view(2, 12, 3, 2, 4, 2).permute(0, 2, 4, 3, 5, 1), image[0, :, 0].T, image[0, :, 0, 0],

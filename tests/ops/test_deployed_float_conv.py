@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ssmquant.modules import deployed, deployed_convs
+from ssmquant.modules import deployed, deployed_convs, deployed_norms
 from ssmquant.ops.deployed import cpu, cuda, cuda_conv
 from ssmquant.ops.deployed.cuda_conv import Tile, convolve_floats, convolves_floats, taps_of
 from tests.ops.deployed_cuda import poison
@@ -167,7 +167,7 @@ def check_norms(device: str) -> None:
     plain = cuda.convolve_floats
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(cuda, "convolve_floats", lambda *operands: seen.append(True) or plain(*operands))
-        for module in (deployed, deployed_convs):
+        for module in (deployed_norms, deployed_convs):
             patch.setattr(module, "engine_of", lambda _: cuda)
         got = deployed.normalize(image, (layer,), conv)
         assert seen == [True]

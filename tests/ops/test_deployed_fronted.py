@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import ssmquant
 from ssmquant import QConfig
 from ssmquant.graph.deploy import deploy
-from ssmquant.modules import deployed, deployed_values
+from ssmquant.modules import deployed, deployed_norms, deployed_values
 from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed import Depthwise, cpu, cuda, cuda_depthwise, cuda_fronted
 from ssmquant.restore import shipped_model
@@ -189,7 +189,7 @@ def test_graphs(by_cpu: None, monkeypatch: pytest.MonkeyPatch, how: str, fused: 
         model.act.register_forward_hook(lambda *_: seen.append(1))
     graph = deploy(record(model).graph, model, cuda)
     assert any("front" in n.kwargs for n in graph.nodes) is fused
-    for module in (deployed, deployed_values):
+    for module in (deployed, deployed_norms, deployed_values):
         monkeypatch.setattr(module, "engine_of", lambda _: cuda)
     want = unfused(model, x.clone())
     seen.clear()
