@@ -103,7 +103,7 @@ def test_depthwise(
     units: int,
 ) -> None:
     monkeypatch.setattr(cuda_depthwise, "_tile", cuda_depthwise._tile.__wrapped__)
-    monkeypatch.setattr(cuda_depthwise, "_UNITS", units)
+    monkeypatch.setattr(cuda_depthwise, "UNITS", units)
     torch.manual_seed(0)
     check_depthwise("cpu", sizes, kernel, dilation, act)
 

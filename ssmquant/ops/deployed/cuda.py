@@ -23,6 +23,7 @@ from ssmquant.ops.deployed.cuda_depthwise import depthwise, whole_rows
 from ssmquant.ops.deployed.forms import (
     ACTIVATIONS,
     MOST_ELEMENTS,
+    UNITS,
     Attention,
     Depthwise,
     Grid,
@@ -197,8 +198,8 @@ def by_lanes(x: Tensor) -> Tensor:
 
 
 def _rows_at_once(rows: int) -> int:
-    """So that small images keep all multiprocessors (132 of an H100) busy."""
-    return 64 if rows >= 132 * 64 else 32
+    """So that small images keep all multiprocessors busy."""
+    return 64 if rows >= 64 * UNITS else 32
 
 
 def _tile(rows: int, inputs: int, outputs: int) -> tuple[int, int, int, int]:
@@ -396,7 +397,7 @@ def _multiply(
     wide, (outputs, inputs) = codes.shape[1], weights.codes.shape
     bn, bk = min(_power(outputs), 128), min(_power(inputs, 32), 128)
     across = -(-outputs // bn)
-    bm = next((n for n in (128, 64) if -(-rows // n) * across * count >= 132), 32)
+    bm = next((n for n in (128, 64) if -(-rows // n) * across * count >= UNITS), 32)
     tensors = (
         codes, sums, grid.scale, grid.shift, weights.codes, weights.scale, weights.shift, weights.total, bias, residual,
         gain, y, made, following.scale, following.shift, factors,

@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.ops.deployed.cpu import conv_size
-from ssmquant.ops.deployed.forms import MOST_ELEMENTS, extent
+from ssmquant.ops.deployed.forms import MOST_ELEMENTS, UNITS, extent
 
 __all__ = ["Tile", "convolve_floats", "convolves_floats", "is_small_window", "taps_of"]
 
 _MOST_TAPS = 7  # a side
 _MOST_CHANNELS = 512
 _FEW_INPUTS = 16
-_UNITS = 132  # multiprocessors of an H200
 
 _Pair = tuple[int, int]
 
@@ -50,7 +49,7 @@ def _tile(pixels: int, inputs: int, outputs: int, taps: int) -> Tile:
 
     flat = inputs <= _FEW_INPUTS
     each = min(max(power(taps * inputs if flat else inputs), 16), 32)
-    at_once = next((n for n in (64 if flat else 128, 64) if pixels >= 2 * n * _UNITS), 32)
+    at_once = next((n for n in (64 if flat else 128, 64) if pixels >= 2 * n * UNITS), 32)
     across = min(max(power(outputs), 16), 128)
     return Tile(at_once, across, each, 8 if at_once == 128 else 4, 3, flat)
 

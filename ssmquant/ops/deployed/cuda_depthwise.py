@@ -12,15 +12,14 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Depthwise, Grid
+from ssmquant.ops.deployed.forms import ACTIVATIONS, UNITS, Depthwise, Grid
 
 __all__ = ["Launch", "Params", "convolve", "depthwise", "has_room", "launch_of", "whole_rows"]
 
 _MOST_THREADS = 256
 _MOST_THREADS_OF_ALL, _FEW_THREADS_OF_ALL = 512, 64  # of a block that has all channels
 _MOST_SHARED = 48 * 1024  # bytes of a block, so that several fit
-_UNITS = 132  # multiprocessors of an H100
-_MANY_BLOCKS = 3 * _UNITS
+_MANY_BLOCKS = 3 * UNITS
 _SHAPES = (16, 16), (8, 16), (8, 8), (4, 8), (4, 4), (256, 1), (128, 1), (64, 1), (32, 1), (1, 64)
 _SHAPES_OF_ALL = (16, 8), (8, 8), (4, 8), (4, 4)
 
@@ -111,7 +110,7 @@ def _tile(
             work = rounds * (10 + lines * ((5 if coded else 10) + 3 * vec))
             work += 150 + (run + kernel[0] - 1) * kernel[1] + run * (4 + per * (taps + 10))
             blocks = tiles * -(-channels // lanes)
-            each = -(-blocks // _UNITS)
+            each = -(-blocks // UNITS)
             # Few warps wait for themselves, few blocks all for memory; few lanes use parts of what it sends.
             cost = work * max(-(-threads // 32) * each, 8) * (1 + 0.5 / each) * (1 + 2 / lanes)
             rank = threads > _MOST_THREADS, max(shared, _MOST_SHARED), cost

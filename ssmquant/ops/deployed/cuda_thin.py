@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmquant.ops import nvrtc
-from ssmquant.ops.deployed.forms import ACTIVATIONS, Attention, Grid, Layer, Norm, Weights, kind_of
+from ssmquant.ops.deployed.forms import ACTIVATIONS, UNITS, Attention, Grid, Layer, Norm, Weights, kind_of
 
 __all__ = ["Params", "affine", "blends", "chains", "codes_of_core", "project", "takes", "tiles"]
 
 _MOST_INPUTS = 192  # that a lane has its share of in registers, of two rows
 _MOST_WEIGHTS = 2**15  # bytes, which each multiprocessor should keep in its cache
 _WARPS = 4  # of a block
-_FEW_WARPS = 132 * 6
+_FEW_WARPS = 6 * UNITS
 _RESIDENT = 7  # blocks of a multiprocessor: those of 57,600 rows at once on an H100
 _FEW_RESIDENT = 3  # where there are no more
 _FEW_INPUTS = 96
-_FEW_BLOCKS_OF_LAYER = 132 * 4  # up to there the next kernel's are not let in before these end
-_FEW_BLOCKS = 132 * 2  # of two layers, which have as few warps as blocks of rows
+_FEW_BLOCKS_OF_LAYER = 4 * UNITS  # up to there the next kernel's are not let in before these end
+_FEW_BLOCKS = 2 * UNITS  # of two layers, which have as few warps as blocks of rows
 _RESIDENT_OF_TWO = 4, 2  # of few inputs, and of more: what they hold takes as many registers
 _FEW_TILES = 64  # that each block adds up itself
 _MOST_BETWEEN = 96  # values of a row between two layers
@@ -174,7 +174,7 @@ def _launch(x: Tensor, samples: tuple[int, int], params: Params, **definitions: 
         while split < min(_WARPS, -(-definitions["OUTPUTS"] // 16)) and tasks * split < _FEW_WARPS:
             split *= 2
         # What blends hold takes registers.
-        if definitions["BLEND"] and tasks * split <= _FEW_RESIDENT * 132 * warps:
+        if definitions["BLEND"] and tasks * split <= _FEW_RESIDENT * UNITS * warps:
             resident = min(resident, _FEW_RESIDENT)
     grid = -(-rows // (16 * (warps // split))), several
     large = grid[0] * several > _FEW_BLOCKS_OF_LAYER

@@ -12,6 +12,7 @@ from ssmquant.errors import InputError
 __all__ = [
     "ACTIVATIONS",
     "MOST_ELEMENTS",
+    "UNITS",
     "Attention",
     "Codes",
     "Depthwise",
@@ -31,6 +32,8 @@ ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 """Numbers that kernels have for what is applied to a result."""
 MOST_ELEMENTS = 2**31 - 2**16
 """Of a sample, on a GPU: kernels there count them by 31 bits."""
+UNITS = 132
+"""Multiprocessors of an H100 or H200, for which work is cut into blocks. No result depends on their number."""
 
 
 @dataclass(frozen=True, eq=False)
