@@ -390,7 +390,7 @@ def calibrate(
     finally:
         runtime.graphs = graphs
         if graphs is not None:
-            graphs.known.clear()  # what was captured knows the quantizers as they were
+            graphs.forget()  # what was captured knows the quantizers as they were
         for m, flag in modes.items():
             m.training = flag
     return prepared

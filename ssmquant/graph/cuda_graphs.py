@@ -7,6 +7,7 @@ are captured once for each kind of call and then launched together, in the user'
 from __future__ import annotations
 
 import operator
+import threading
 import time
 import warnings
 import weakref
@@ -46,6 +47,12 @@ def _capture(work: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None
     return result, graph.replay
 
 
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of the CPU's generator, and of a GPU's."""
+    gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if gpu else [])]
+
+
 def restorer(model: nn.Module, plain: Sequence[Tensor], device: torch.device) -> Callable[[], None]:
     """A function that gives buffers, ``plain`` tensors and the random states the values that they have now.
 
@@ -57,17 +64,15 @@ def restorer(model: nn.Module, plain: Sequence[Tensor], device: torch.device) ->
     if runtime is not None and runtime.stage == "deployed":
         ours |= {id(b) for b in runtime.buffers()}
     tensors = [(t, t.detach().clone()) for t in (*model.buffers(), *plain) if id(t) not in ours]
-    random = torch.get_rng_state()
-    gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-    own = torch.cuda.get_rng_state(device) if gpu else None
+    random = _random_states(device)
 
     @torch.no_grad()
     def restore() -> None:
         for tensor, value in tensors:
             tensor.copy_(value)
-        torch.set_rng_state(random)
-        if own is not None:
-            torch.cuda.set_rng_state(own, device)
+        torch.set_rng_state(random[0])
+        for state in random[1:]:
+            torch.cuda.set_rng_state(state, device)
 
     return restore
 
@@ -181,13 +186,17 @@ class _Graph:
             ends = [x for x in live if _differentiable(x)]
             return self._joined(torch.autograd.grad(ends, leaves, grads, allow_unused=True))
 
-        with _undone(model, record.plain_tensors(model), self.inputs[0].device):
+        device = self.inputs[0].device
+        with _undone(model, record.plain_tensors(model), device):
+            random = _random_states(device)
             for _ in range(_WARM_UP):
                 forward()
                 self.needed = [_differentiable(x) for x in live]
                 grads[:] = [torch.zeros_like(x) for x in live if _differentiable(x)]
                 if grads:
                     backward()
+            now = _random_states(device)
+            self.draws = not all(torch.equal(a, b) for a, b in zip(now, random, strict=True))
         pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self.outputs, self.replay_forward = _capture(forward, pool)
         if grads:
@@ -283,6 +292,13 @@ def _capturable(tensors: Sequence[Tensor]) -> bool:
         and not recorded()
         and not torch.cuda.is_current_stream_capturing()
     )
+
+
+def _where(tensors: Sequence[Tensor]) -> tuple[int, int, bool]:
+    """Of a call: thread and stream, as others may be under way beside them, and whether its tensors are inference's."""
+    device = tensors[0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return threading.get_ident(), stream, torch.is_inference_mode_enabled()
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
@@ -421,7 +437,10 @@ class CudaGraphs:
         self.most = most
         self.known: OrderedDict[Any, _Known] = OrderedDict()
         self._last: _Known | None = None
-        self._alike = 0  # calls in a row that ``_last`` has served
+        self._where: Any = None  # of the last call
+        self._alike = (
+            0  # calls in a row, there, that ``_last`` has served; no more are counted than are asked for
+        )
 
     def forget(self) -> None:
         """Captures anew."""
@@ -431,13 +450,16 @@ class CudaGraphs:
     def ahead(self, bound: Sequence[Any]) -> _Ahead | None:
         """Replays the last graph where a call, ``bound``, looks like those before it, so that the GPU has begun.
 
-        Whether that was right is seen while the GPU is busy; a replay in vain leaves no trace.
+        Whether that was right is seen while the GPU is busy; a replay in vain leaves no trace. Graphs that draw random
+        numbers are not replayed so.
         """
+        if torch.compiler.is_compiling():  # else compiled code would depend on the calls before
+            return None
         last = self._last
-        if last is None or last.graph is None or self._alike < _ALIKE:
+        if last is None or last.graph is None or last.graph.draws or self._alike < _ALIKE:
             return None
         tensors = [x for x in bound if isinstance(x, Tensor)]
-        if not _capturable(tensors) or not last.graph.fits(tensors):
+        if not _capturable(tensors) or not last.graph.fits(tensors) or _where(tensors) != self._where:
             return None
         self._alike = 0  # until this turns out to be right
         return _Ahead(last, last.graph(tensors))
@@ -447,8 +469,9 @@ class CudaGraphs:
         if ahead is not None and ahead.known is known:
             self._alike = _ALIKE
             return ahead.result
-        self._alike = self._alike + 1 if known is self._last else 1
-        self._last = known
+        where = _where(tensors)
+        alike = known is self._last and where == self._where
+        self._last, self._where, self._alike = known, where, min(self._alike + 1, _ALIKE) if alike else 1
         assert known.graph is not None
         return known.graph(tensors)
 

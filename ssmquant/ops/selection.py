@@ -86,9 +86,9 @@ class use_backend:
             _STATE.names[self.op] = self.previous
 
 
-def choices() -> tuple[str | None, ...]:
-    """What decides what ``selected`` says of all operators."""
-    names, every = _STATE.names, _STATE.names.get(None) or os.environ.get(VARIABLE)
+def choices() -> tuple[str, ...]:
+    """What ``selected`` says of all operators, "auto" for None and without a check of the variable."""
+    names, every = _STATE.names, _STATE.names.get(None) or os.environ.get(VARIABLE, "").strip() or "auto"
     return tuple([names.get(op) or every for op in OPERATORS])
 
 

@@ -43,7 +43,12 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
-        with torch.no_grad():
+        inference = any(
+            isinstance(x, Tensor) and x.is_inference()
+            for *_, out in self.calls
+            for x in pytree.tree_leaves(out)
+        )
+        with torch.inference_mode() if inference else torch.no_grad():
             for op, args, kwargs, out in self.calls:
                 written = any(
                     a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments
@@ -55,7 +60,9 @@ class Tape(TorchDispatchMode):
                 if written:
                     continue
                 for old, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(new), strict=True):
-                    if isinstance(old, Tensor):
+                    if isinstance(old, Tensor) and old.is_inference():
+                        old.copy_(value)
+                    elif isinstance(old, Tensor):
                         with torch.autograd._unsafe_preserve_version_counter(old):
                             old.copy_(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -345,6 +346,7 @@ def test_calls_that_begin_before_all_is_known(monkeypatch: pytest.MonkeyPatch) -
         "a larger batch": lambda m: m(torch.cat([x, x])),
         "autocast": autocast,
         "a hook": hooked,
+        "another back end": backed,
     }
 
     def ahead() -> int:
@@ -358,8 +360,10 @@ def test_calls_that_begin_before_all_is_known(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         for name, call in kinds.items():
             assert ahead() == 1, name
+            replays.clear()
             for _ in range(4):
                 assert torch.equal(call(p), call(plain)), name
+            assert name != "a hook" or len(replays) == 1  # the first one was in vain, no further ones are
         # To and fro there is nothing to rely on: no call is replayed twice.
         for _ in range(3):
             p(x), kinds["a flag"](p)
@@ -379,11 +383,112 @@ def autocast(m: nn.Module) -> Tensor:
     return y
 
 
+def backed(m: nn.Module) -> Tensor:
+    with use_backend("triton", op="selective_scan"):
+        y: Tensor = m(torch.ones(8, 4))
+    return y
+
+
 def hooked(m: nn.Module) -> Tensor:
     handle = register_module_forward_hook(lambda module, args, out: None)
     y: Tensor = m(torch.ones(8, 4))
     handle.remove()
     return y
+
+
+@pytest.mark.usefixtures("stale")
+def test_choices_of_back_ends_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, plain, x = deployed_pair(monkeypatch, 1e9)
+    with torch.no_grad(), use_backend("triton", op="selective_scan"):
+        for _ in range(3):
+            assert torch.equal(p(x), plain(x))
+        assert captured(p) == 2
+
+
+@pytest.mark.usefixtures("stale")
+@pytest.mark.parametrize("inside", [True, False])
+def test_inference_mode_is_left_or_entered(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, plain, x = deployed_pair(monkeypatch, 1e9)
+    for mode in (inside, not inside, inside):
+        with torch.inference_mode(mode), torch.no_grad():
+            for _ in range(5):
+                assert torch.equal(p(x), plain(x))
+
+
+class Drawing(Flagged):
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        return super().forward(x + torch.rand_like(x), twice)
+
+
+@pytest.mark.usefixtures("stale")
+def test_random_numbers_are_drawn_once_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 4)
+    config = QConfig(w_bits=4, a_bits=4, keep_first_last=False)
+    p = ssmquant.prepare(Drawing(), config, example_inputs=(x,))
+    ssmquant.calibrate(p, [x], progress=False)
+    p = ssmquant.convert(p)
+    plain = copy.deepcopy(p)
+    ssmquant.cuda_graph(p)
+    with torch.no_grad():
+        for twice in (True, False):
+            for _ in range(4):
+                p(x, twice)
+        assert captured(p) == 2
+        torch.manual_seed(3)
+        found = [p(x), p(x), p(x, True), p(x)]
+        torch.manual_seed(3)
+        same(found, [plain(x), plain(x), plain(x, True), plain(x)])
+
+
+@pytest.mark.usefixtures("stale")
+def test_threads_with_calls_of_different_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is in the middle of a replay when another one, of the same shape, begins."""
+    p, plain, x = deployed_pair(monkeypatch, 1e9, Flagged())
+    reached, go = threading.Event(), threading.Event()
+    results: list[Tensor] = []
+    with torch.no_grad():
+        for _ in range(4):
+            p(x, True)
+        p(x)
+        graphs: Any = runtime_of(p).graphs
+        graph = graphs._last.graph
+        replay, here = graph.replay_forward, threading.get_ident()
+
+        def slowly() -> None:
+            replay()
+            if threading.get_ident() != here:
+                reached.set()
+                go.wait(10)
+
+        graph.replay_forward = slowly
+
+        def call() -> None:
+            with torch.no_grad():
+                results.append(p(x))
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        reached.wait(10)
+        assert torch.equal(p(5 * x, True), plain(5 * x, True))
+        go.set()
+        thread.join()
+        assert torch.equal(results[0], plain(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_code_does_not_depend_on_the_calls_before() -> None:
+    x = torch.randn(8, 4)
+    p = ssmquant.prepare(Normed(), QConfig(w_bits=4, a_bits=4, keep_first_last=False), example_inputs=(x,))
+    p = ssmquant.convert(ssmquant.calibrate(p, [x], progress=False))
+    ssmquant.cuda_graph(p)
+    graphs: Any = runtime_of(p).graphs
+    compiled = torch.compile(p, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
+        want = compiled(x)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for count in range(3):
+                graphs._alike, graphs._last = count, object()
+                assert torch.equal(compiled(x), want)
 
 
 def test_plain_tensors_are_on_the_gpu_while_a_call_is_captured() -> None:

@@ -116,6 +116,24 @@ def test_the_choice_of_the_user(fakes: dict[str, Any], monkeypatch: pytest.Monke
         assert chosen(CUDA) == "mamba_ssm"
 
 
+@pytest.mark.parametrize("variable", [None, "", " auto ", " chunked", "triton"])
+def test_choices_are_what_is_selected(variable: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured graphs are told apart by them."""
+
+    def agree() -> None:
+        assert selection.choices() == tuple(selection.selected(op) or "auto" for op in selection.OPERATORS)
+
+    if variable is not None:
+        monkeypatch.setenv(selection.VARIABLE, variable)
+    agree()
+    with use_backend("cpu", op="fuse"):
+        agree()
+        for name in ("auto", "chunked"):
+            with use_backend(name), use_backend(name, op="quantize"):
+                agree()
+    agree()
+
+
 def test_a_name_that_there_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,12 +146,14 @@ def test_scans_that_fill_a_gpu(
     monkeypatch.setattr(cuda_scan, "_processors", lambda _: 132)
     operands = Operands(*size, states, rank, paths=paths)
     made = operands.operands(lambda g: g, lambda t: t, cuda.pack(*operands.steps))
-    assert Scan(size, made, apart=True).case.full == full
+    case = Scan(size, made, apart=True).case
+    assert case.full == full
+    assert case.shape.both is (size == (1, 4096, 72))
 
 
 def test_shapes() -> None:
     sizes = (1, 4096), (1, 230400), (8, 3136), (64, 49), (64, 197), (3, 5), (1, 1)
-    widths = 1, 7, 16, 37, 60, 72, 98, 128, 180, 256, 384, 400, 512, 768, 1024, 3072
+    widths = 1, 7, 16, 37, 60, 72, 98, 128, 160, 180, 256, 384, 400, 512, 768, 1024, 3072
     forms = (True, 16), (True, 0), (False, 0)
     for (batch, pixels), channels, states, form in product(sizes, widths, (1, 3, 10, 16, 64), forms):
         shape = choose(batch, pixels, channels, states, 2, 132, *form)

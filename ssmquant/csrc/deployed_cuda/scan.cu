@@ -23,7 +23,8 @@
 // quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
 // results are asked for together; RESIDENT: blocks of a multiprocessor; BOTH; SEGMENTS: of the groups, in scan_carry, a power
 // of two; HELD: as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps, 4 or 8;
-// STEPS_RESIDENT: blocks of a multiprocessor there; FULL: scan_out's blocks fill all multiprocessors, however they are spread.
+// STEPS_RESIDENT: blocks of a multiprocessor there; FULL: scan_out's blocks fill all multiprocessors, however they are spread;
+// CARRIED: there is scan_carry.
 
 #ifndef EMULATED
 __device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
@@ -572,7 +573,7 @@ extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(con
 
 // blockIdx.y: direction, sample, block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_ends(const Params p) {
-    kernel_before<true>();
+    kernel_before<FULL || CARRIED>();
     const int block = blockIdx.y % p.blocks, sample = blockIdx.y / p.blocks % p.batch;
     Walk<false> walk(p, sample, block);
     walk.run<false>(blockIdx.y / p.blocks / p.batch);

@@ -60,7 +60,8 @@ class Shape:
     segments: int = 32
     """Of all groups of chunks, in ``scan_carry``: a power of two, at most 64."""
     both: bool = False
-    """A block makes results of both directions of a path at once, if all have two and ``stage`` is ``steps``."""
+    """A block makes results of both directions of a path at once, by twice the threads: if all paths have two, and
+    results of their own or there is one, and ``stage`` is ``steps``."""
     held: int = 0
     """So many groups of a segment are kept in registers, if none has more; 0: all are read twice."""
 
@@ -84,7 +85,9 @@ class Case:
     """1: rates are evenly spaced; 2: multiples of the first; 0: neither."""
     softplus: bool
     full: bool = True
-    """Whether blocks of ``scan_out`` fill all multiprocessors. Those of few, let in early, would be spread unevenly."""
+    """Whether blocks of ``scan_out`` fill all multiprocessors. Few of them, let in early, would be spread unevenly."""
+    carried: bool = True
+    """Whether ``scan_carry`` is between ``scan_ends`` and ``scan_out``."""
 
     def source(self) -> str:
         """The text to compile: definitions and the kernels."""
@@ -108,6 +111,7 @@ class Case:
             "TAKEN": self.taken,
             "STEPS_RESIDENT": self.steps_resident,
             "FULL": int(self.full),
+            "CARRIED": int(self.carried),
         }
         return nvrtc.specialised("deployed_cuda/scan", *values.items())
 
@@ -220,6 +224,7 @@ def choose(
     threads = batch * blocks * walks * parts * lanes
     if columns == 2 and not few and threads < _SMALL * processors and 2 * lanes <= _SMALL_BLOCK:
         columns, lanes, resident, both = 1, 2 * lanes, 4, steps == stage
+        both = both and fits(lanes, 1)
         chunks = next(n for n in range(min(chunks, _SMALL_BLOCK // lanes), 0, -1) if n == 1 or fits(lanes, n))
     segments = 1
     groups = -(-parts // chunks)
@@ -334,8 +339,12 @@ class Scan:
         if batch * directions * self.blocks > _MOST_BLOCKS:
             raise InputError(refused)
         self.groups = -(-self.chunks // shape.chunks)
-        full = self.groups * walks * batch * self.blocks >= _FULL * shape.resident * _processors(device)
-        self.case = Case(shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus, full)
+        made = self.groups * walks * batch * self.blocks
+        full = not shape.both and made >= _FULL * shape.resident * _processors(
+            device
+        )  # of small images it takes longer
+        kind = shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus
+        self.case = Case(*kind, full, self.groups > 1)
         if 8 * self.case.steps_at_once * _up(row, 4) > _MOST_SHARED:  # of one pixel for each thread, twice
             raise InputError(
                 f"deployed: scans in {directions} directions are more than the kernels for GPUs take"
