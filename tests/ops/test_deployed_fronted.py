@@ -106,7 +106,7 @@ def check_core(device: str, size: Any, rank: int, states: int, also: bool, coded
     operands.of_x, operands.of_u = d.codes, d.also or d.codes
     core = operands.core(cuda, one=not also)
     assert cuda_fronted.takes(d, core.projection)
-    u, codes, bad = core.encode_behind(d)
+    u, codes, bad, sizes = core.encode_behind(d)
     made = separately(d)
     x, of_u = made if also else (made, None)
     want = core.encode(x.flatten(1, 2), None if of_u is None else of_u.flatten(1, 2))
@@ -116,8 +116,30 @@ def check_core(device: str, size: Any, rank: int, states: int, also: bool, coded
     same_codes(codes[real, :there].view(torch.int8), want[1][real, :there].view(torch.int8).cpu())
     assert torch.equal(bad.bool(), want[2].bool())
     assert bad.any()
-    scanned, alone = core(x.flatten(1, 2), front=d), core.scan(*want)
+    # Codes of step sizes are those that the scan makes itself.
+    assert sizes is not None
+    scanned, alone = core.scan(u.flatten(0, -2), codes, bad, sizes), core.scan(u.flatten(0, -2), codes, bad)
+    assert torch.equal(scanned.nan_to_num(), alone.nan_to_num())
     assert torch.equal(scanned.isnan(), alone.isnan())
+    whole, alone = core(x.flatten(1, 2), front=d), core.scan(*want)
+    assert torch.equal(whole.isnan(), alone.isnan())
+
+
+def test_step_sizes_of_large_images(by_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the scan makes them itself, which is faster."""
+    operands = Operands(1, 9 * 20, 60, 4, 3)
+    d = convolution("cpu", (1, 9, 20, 60), (3, 3), "silu", True, False)
+    assert d.codes is not None
+    operands.of_x = operands.of_u = d.codes
+    core = operands.core(cuda, one=True)
+    few = core.encode_behind(d)
+    monkeypatch.setattr(cuda_fronted, "_FEW_BLOCKS", 0)
+    many = core.encode_behind(d)
+    assert few[3] is not None
+    assert many[3] is None
+    for a, b in zip(few[:3], many[:3], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(core.scan(*few).nan_to_num(), core.scan(*many).nan_to_num())
 
 
 CORES = [((1, 9, 20, 72), 4, 10), ((2, 5, 7, 60), 3, 4), ((1, 12, 33, 96), 6, 1), ((3, 4, 4, 18), 2, 3)]

@@ -10,7 +10,7 @@
 // After cuda_math.cu and definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES (a multiple of PER and X_VEC), PER;
 // TILE_HIGH, TILE_WIDE, RUN (TILE_HIGH is a multiple of RUN * DOWN, or RUN is 1); Y_ACT (1: SiLU, 2: GELU); X_CODED: x is
 // codes; Y_CODES: y is, by a quantizer of its own, Y_FACTORS before; ALSO: and by another one; SUMS: each tile's sums of what
-// is written are too; ROW: bytes of a pixel's codes in shared memory, 0: none; WRITTEN: y is; X_VEC: channels that are read
+// is written are too; ROW: bytes of a pixel's codes in shared memory, 0: none, behind which it has room for LOW words; WRITTEN: y is; X_VEC: channels that are read
 // at once. TEAM threads read a line of the tile, and then one further down; before a thread looks at any of it, it has asked
 // for X_VEC channels at ROUNDS places of each of LINES lines.
 
@@ -41,7 +41,7 @@ static_assert((RUN == 1 || TILE_HIGH % (RUN * DOWN) == 0) && TILE_HIGH % RUN == 
 constexpr int GROUPS = LANES / X_VEC, ITEMS = BROAD * GROUPS, TEAMS = THREADS / TEAM;
 constexpr int ROUNDS_IN_ALL = (ITEMS + TEAM - 1) / TEAM;
 constexpr int LINES_IN_ALL = (TALL + TEAMS * LINES - 1) / (TEAMS * LINES) * LINES;
-constexpr int VALUES = TEAMS * LINES_IN_ALL * BROAD * LANES, BYTES = 4 * VALUES + TILE_HIGH * TILE_WIDE * ROW;
+constexpr int VALUES = TEAMS * LINES_IN_ALL * BROAD * LANES, BYTES = 4 * VALUES + TILE_HIGH * TILE_WIDE * (ROW + 4 * LOW);
 
 struct Divisor { unsigned factor; int shift, count; };  // exact below 2^31
 

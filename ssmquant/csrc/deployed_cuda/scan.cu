@@ -6,7 +6,8 @@
 // chunks that follow each other. Codes of u and of step sizes are copied to shared memory, STAGE steps at a time, while
 // those before them are worked on; B and C, which all channels share, are decoded on their way there. Four kernels:
 //
-//   scan_steps  codes of step sizes from their low rank, once for all passes; values where they are not quantized
+//   scan_steps  codes of step sizes from their low rank, once for all passes; values where they are not quantized. Not
+//               where the kernel in front has made them: see fronted.cu
 //   scan_ends   what each chunk adds to the state, from zero, and how much time it takes. Evenly spaced rates: from the
 //               last step back, with the decay of all steps behind, which takes two products a state instead of three.
 //               Chunks of a block, a group, are put together there
@@ -19,20 +20,12 @@
 // Step sizes of few levels, and the decays of the first state that go with them, are looked up (TABLE); further states have
 // the power of one ratio after the other (LADDER), whatever the levels are.
 //
-// After cuda_math.cu and definitions of: STATES; RANK (of step sizes), CT (1 or 2), LANES, CHUNKS, STAGE; QUANT: step sizes are
-// quantized; TABLE: the number of their levels, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose
-// results are asked for together; RESIDENT: blocks of a multiprocessor; BOTH; SEGMENTS: of the groups, in scan_carry, a power
-// of two; HELD: as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps, 4 or 8;
-// STEPS_RESIDENT: blocks of a multiprocessor there; FULL: scan_out's blocks fill all multiprocessors, however they are spread;
-// CARRIED: there is scan_carry.
-
-#ifndef EMULATED
-__device__ __forceinline__ int dot4(unsigned x, int w, int sum) {  // bytes of x have no sign
-    int y;
-    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(w), "r"(sum));
-    return y;
-}
-#endif
+// After cuda_math.cu, steps.cu with what that wants, and definitions of: STATES; CT (1 or 2), LANES, CHUNKS, STAGE; TABLE: the
+// number of the levels of step sizes, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose results are
+// asked for together; RESIDENT: blocks of a multiprocessor; BOTH; SEGMENTS: of the groups, in scan_carry, a power of two; HELD:
+// as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps, 4 or 8; STEPS_RESIDENT:
+// blocks of a multiprocessor there; FULL: scan_out's blocks fill all multiprocessors, however they are spread; CARRIED: there is
+// scan_carry.
 
 // Where shared memory is, in the bytes that a thread counts it by, and two values from there.
 #ifndef EMULATED
@@ -50,16 +43,9 @@ __device__ __forceinline__ int this_thread(int first) {
     asm volatile("" : "+r"(x));
     return x;
 }
-// A store without a branch.
-__device__ __forceinline__ void store_if(bool there, float *to, float x) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(int(there)), "l"(to), "f"(x) : "memory");
-}
-__device__ __forceinline__ void store_if(bool there, float *to, float x, float y) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.f32 [%1], {%2, %3}; }" ::"r"(int(there)), "l"(to), "f"(x), "f"(y) : "memory");
-}
 #endif
 
-constexpr int WORDS = (RANK + 3) / 4, PAIRS = (STATES + 1) / 2, EACH = WORDS + PAIRS;  // words of a direction's codes
+constexpr int PAIRS = (STATES + 1) / 2, EACH = WORDS + PAIRS;  // words of a direction's codes
 constexpr int THREADS = (LANES * CHUNKS + 31) / 32 * 32;
 constexpr int PLACES = CHUNKS * STAGE;                             // steps that are in shared memory at once, twice
 constexpr int RATES = LADDER ? 2 : STATES;
@@ -484,41 +470,6 @@ struct Walk {
 // blockIdx.x: `stretch` pixels; blockIdx.y: `lanes` columns. Shared memory: [2][tile][row].
 constexpr int STEPS_AT_ONCE = WORDS <= 4 ? 4 : 2;  // pixels whose words are read together; `tile` is a multiple of as many rows
 
-// Codes of step sizes, or values, of one pixel.
-template <int FOURS>
-__device__ __forceinline__ void step_codes(const Params &p, const unsigned (&word)[WORDS], const Floats<4> (&weight)[WORDS][FOURS],
-                                           const Floats<4> (&affine)[3][FOURS], bool there, unsigned char *to) {
-    const int most = p.qmax - p.qmin;
-    const float least = float(p.qmin);
-    int sum = as_int(MAGIC);
-    float made[FOURS];
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w) sum = dot4(word[w], 0x01010101, sum);
-    const float total = as_float(sum) - MAGIC;
-#pragma unroll
-    for (int q = 0; q < FOURS; ++q) {
-        float x[4];
-        int code[4];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            int dot = as_int(MAGIC);  // an integer and this float's bits are the bits of their sum
-#pragma unroll
-            for (int w = 0; w < WORDS; ++w) dot = dot4(word[w], as_int(weight[w][q].x[c]), dot);
-            x[c] = fmaf(affine[0][q].x[c], as_float(dot) - MAGIC, fmaf(affine[1][q].x[c], total, affine[2][q].x[c]));
-            code[c] = min(as_int(fmaxf(x[c], least) + MAGIC) - (as_int(MAGIC) + p.qmin), most);
-        }
-        made[q] = as_float(joined(code[0], code[1], code[2], code[3]));
-        if (!QUANT) {
-            float *const of_four = reinterpret_cast<float *>(to) + 4 * q;
-            store_if(there, of_four, x[0], x[1]);
-            store_if(there, of_four + 2, x[2], x[3]);
-        }
-    }
-    float *const codes = reinterpret_cast<float *>(to);
-    if (QUANT && FOURS == 1) store_if(there, codes, made[0]);
-    if (QUANT && FOURS == 2) store_if(there, codes, made[0], made[1]);
-}
-
 extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(const Params p) {
     constexpr int FOURS = TAKEN / 4;
     const int thread = threadIdx.x, units = p.size_row / (TAKEN * OF_STEP), quads = up(p.channels, 16) / 4;
@@ -566,7 +517,7 @@ extern "C" __global__ void __launch_bounds__(256, STEPS_RESIDENT) scan_steps(con
                 for (int w = 0; w < WORDS; ++w) word[i][w] = at[w];
 #pragma unroll
             for (int i = 0; i < STEPS_AT_ONCE; ++i, result += next)
-                step_codes<FOURS>(p, word[i], weight, affine, first + i * rows < left, result);
+                step_codes<FOURS>(p.qmin, p.qmax, word[i], weight, affine, first + i * rows < left, result);
         }
     }
 }

@@ -112,6 +112,7 @@ __device__ __forceinline__ Floats<4> four(const float *p, int n) { return fixed(
 struct Place {
     int lane, g, t, split, first, top, left, height, width;
     long long sample;
+    unsigned *low;  // shared: words of the low rank of each pixel and direction
 
     __device__ __forceinline__ int row(int r) const { return first + g + 8 * r; }  // of the tile
     __device__ __forceinline__ int y(int r) const { return top + row(r) / TILE_WIDE; }
@@ -362,6 +363,10 @@ template <class L> struct Rows {
     }
 
     __device__ __forceinline__ void write_codes(int r, int n, unsigned word) const {
+#if STEPS
+        const int direction = n / (4 * EACH), within = n / 4 - direction * EACH;
+        if (within < WORDS) at.low[at.row(r) * LOW + direction * WORDS + within] = word;
+#endif
         constexpr int WIDE = L::core || L::codes % 4 == 0 ? 4 : L::codes % 2 == 0 ? 2 : 1;  // rows of a core's are wide enough
         signed char *to = layer.codes + at.at(r) * (L::core ? p.code_row : L::codes) + n;
 #pragma unroll

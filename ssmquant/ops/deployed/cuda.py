@@ -606,20 +606,24 @@ class Core:
 
         ``front``: makes these codes, of an image that has the pixels x.
         """
-        return self.scan(*(self.encode(x, u) if front is None else self.encode_behind(front)))
+        if front is None:
+            return self.scan(*self.encode(x, u))
+        return self.scan(*self.encode_behind(front))
 
-    def encode_behind(self, front: Depthwise) -> tuple[Tensor, Tensor, Tensor]:
-        """``encode`` of what a depthwise convolution makes."""
+    def encode_behind(self, front: Depthwise) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """``encode`` of what a depthwise convolution makes, and codes of step sizes if they have been made too."""
         if not cuda_fronted.takes(front, self.projection):
             made = convolve_channels(front)
             x, u = made if front.also is not None else (made, None)
-            return self.encode(x.flatten(1, 2), None if u is None else u.flatten(1, 2))
+            return *self.encode(x.flatten(1, 2), None if u is None else u.flatten(1, 2)), None
         u = whole_rows(front.x)
         rows, width = u[..., 0].numel(), -(-self.projection.outputs // 16) * 16
         memory = torch.empty(rows * (width + 1), dtype=torch.uint8, device=u.device)
         codes, bad = memory[: rows * width].view(rows, width), memory[rows * width :]
-        cuda_fronted.codes_of_core(front, self.of_x, self.projection, self.made, u, codes, width, bad)
-        return u.view(torch.uint8).flatten(0, 2)[:, : front.x.shape[3]], codes, bad
+        sizes = cuda_fronted.codes_of_core(
+            front, self.of_x, self.projection, self.made, u, codes, width, bad, self.scan.steps()
+        )
+        return u.view(torch.uint8).flatten(0, 2)[:, : front.x.shape[3]], codes, bad, sizes
 
     def encode(self, x: Tensor, of_scan: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of the image, (B * L, columns), and of all directions' low rank, B and C; which pixels had a NaN."""

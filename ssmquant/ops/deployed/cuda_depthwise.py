@@ -207,14 +207,17 @@ class Launch:
     """What is read, which has to be there until the launch."""
 
 
-def launch_of(d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = False, row: int = 0) -> Launch:
+def launch_of(
+    d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = False, row: int = 0, low: int = 0
+) -> Launch:
     """How results of a convolution are written, all (B, H, W, ..) with pixels next to each other.
 
     Args:
         y: for the result or its codes; None where nobody but a projection in the same kernel reads them.
         z: for codes by ``d.also``.
         sums: whether sums of tiles are; then ``params.sums`` has to be set.
-        row: see ``_tile_of_all``; 0 where there is no projection.
+        row, low: bytes of a pixel's codes, and words that a projection keeps of it, in shared memory; 0 where there is
+            no projection.
 
     Raises:
         InputError: an image has 2**31 elements or more, or there are too many.
@@ -227,7 +230,7 @@ def launch_of(d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = Fal
     batch, height, width, channels = x.shape
     coded = x.dtype == torch.int8
     if row:
-        of_all = _of_all(d, row)
+        of_all = _of_all(d, row + 4 * low)
         assert of_all is not None
         tile, threads, shared = of_all
     else:
@@ -251,6 +254,7 @@ def launch_of(d: Depthwise, y: Tensor | None, z: Tensor | None, sums: bool = Fal
         "ALSO": int(z is not None),
         "SUMS": int(sums),
         "ROW": row,
+        "LOW": low,
         "WRITTEN": int(y is not None),
     }
     following = d.grid if d.codes is None else d.codes

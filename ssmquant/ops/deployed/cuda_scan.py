@@ -15,7 +15,7 @@ from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed.forms import ScanOperands
 
-__all__ = ["Case", "Scan", "Shape", "arrangement", "choose", "paths_of"]
+__all__ = ["Case", "Scan", "Shape", "Steps", "arrangement", "choose", "paths_of"]
 
 _MOST_LEVELS = 16  # of step sizes that are looked up
 _MOST_LANES = 256
@@ -36,6 +36,7 @@ _LOG2E = 1.4426950408889634
 _COPIED = 16  # bytes: where the channels of a block begin
 _STEPS_THREADS = 256  # of a block of ``scan_steps``, as in the source
 _STEPS_SHARED = 12 * 1024  # bytes of codes that are copied at once, if that is a pixel's for each thread
+_TAKEN = 8  # channels of a thread that makes step sizes
 _MOST_TAKEN = 16  # ranks
 
 
@@ -113,12 +114,12 @@ class Case:
             "FULL": int(self.full),
             "CARRIED": int(self.carried),
         }
-        return nvrtc.specialised("deployed_cuda/scan", *values.items())
+        return nvrtc.specialised("deployed_cuda/steps deployed_cuda/scan", *values.items())
 
     @property
     def taken(self) -> int:
         """Channels of a thread of ``scan_steps``: as many as there are registers for."""
-        return 8 if self.quantized and self.rank <= _MOST_TAKEN else 4
+        return _TAKEN if self.quantized and self.rank <= _MOST_TAKEN else 4
 
     @property
     def steps_at_once(self) -> int:
@@ -252,6 +253,25 @@ class _Params(ctypes.Structure):
         ("part", ctypes.c_longlong),
         *((n, ctypes.c_int) for n in "directions stretch qmin qmax lanes rows tile path add".split()),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Weights of step sizes as kernels want them, and what is made of them: codes (pixels, directions, row)."""
+
+    weights: Tensor
+    affine: Tensor
+    rank: int
+    states: int
+    directions: int
+    row: int
+    qmin: int
+    qmax: int
+
+    @property
+    def words(self) -> int:
+        """Of a direction's low rank, of a pixel."""
+        return -(-self.rank // 4)
 
 
 def paths_of(order: Tensor) -> tuple[list[tuple[int, int]], list[int]]:
@@ -404,10 +424,20 @@ class Scan:
             qmin=0 if o.of_delta is None else o.of_delta.qmin, qmax=0 if o.of_delta is None else o.of_delta.qmax,
         )  # fmt: skip
 
-    def __call__(self, u: Tensor, codes: Tensor, bad: Tensor) -> Tensor:
+    def steps(self) -> Steps | None:
+        """What another kernel makes codes of step sizes of; None where ``scan_steps`` has to."""
+        case, kept = self.case, self._kept
+        if not case.quantized or case.taken != _TAKEN:
+            return None
+        row = _up(self.size[2], _COPIED)
+        grid = self._params.qmin, self._params.qmax
+        return Steps(kept["words"], kept["affine"], case.rank, case.states, len(kept["order"]), row, *grid)
+
+    def __call__(self, u: Tensor, codes: Tensor, bad: Tensor, sizes: Tensor | None = None) -> Tensor:
         """(B, L, D), float32, of (B * L, columns), (B * L, width) and (B * L,), all uint8; ``apart``: (P, B, L, D).
 
-        ``u`` is copied where its rows do not begin at multiples of 16 bytes.
+        ``sizes``: codes of step sizes, (B * L, K, row) of ``steps``, if they have been made. ``u`` is copied where its
+        rows do not begin at multiples of 16 bytes.
         """
         row = u.stride(0)
         if row % _COPIED or row < self.size[2] or u.data_ptr() % _COPIED:
@@ -419,18 +449,23 @@ class Scan:
         params.u_row, params.row = u.stride(0), codes.shape[1] // 4
         if y.numel():
             with torch.cuda.device_of(y):
-                self._run(params)
+                self._run(params, sizes)
         return y
 
-    def _run(self, params: _Params) -> None:
+    def _run(self, params: _Params, sizes: Tensor | None) -> None:
         batch, pixels, channels = self.size
         case, directions, device = self.case, len(self._kept["order"]), self.device
         groups = self.groups
         launch = functools.partial(nvrtc.load(_source(case), device).launch, early=True)
         params.size_row = _up(channels * (1 if case.quantized else 4), _COPIED)
-        sizes = torch.empty(batch * pixels * directions * params.size_row, dtype=torch.uint8, device=device)
+        made = sizes is not None
+        if sizes is None:
+            sizes = torch.empty(
+                batch * pixels * directions * params.size_row, dtype=torch.uint8, device=device
+            )
         params.sizes = sizes.data_ptr()
-        self._launch_steps(launch, params)
+        if not made:
+            self._launch_steps(launch, params)
         params.groups = groups
         if self.chunks > 1:
             # Of chunks, what comes before them in their group, and of groups: states and times.
