@@ -15,10 +15,11 @@ import torch
 
 COMPILER = (shutil.which("g++") or shutil.which("clang++")) if sys.platform == "linux" else None
 # Aliasing: shared memory holds numbers of several types. Fortified longjmp refuses to go to another stack. What a GPU
-# would refuse, a vector at an address that is no multiple of its size, ends the process with a word about it.
+# would refuse, a vector at an address that is no multiple of its size, ends the process with a word about it. To compile
+# takes longer than to run: no optimisation.
 FLAGS = (
     "-std=c++17",
-    "-O1",
+    "-O0",
     "-fsanitize=alignment",
     "-fno-sanitize-recover=alignment",
     "-w",
