@@ -15,8 +15,8 @@ import torch
 
 COMPILER = (shutil.which("g++") or shutil.which("clang++")) if sys.platform == "linux" else None
 # Aliasing: shared memory holds numbers of several types. Fortified longjmp refuses to go to another stack. What a GPU
-# would refuse, a vector at an address that is no multiple of its size, ends the process with a word about it. To compile
-# takes longer than to run: no optimisation.
+# would refuse, a vector at an address that is no multiple of its size, ends the process with a word about it. Compiling
+# takes longer than running: no optimisation.
 FLAGS = (
     "-std=c++17",
     "-O0",
