@@ -153,6 +153,8 @@ class _Graph:
 
     def __init__(self, record: Any, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self.use: weakref.ref[_Use] | None = None
+        self.lock = threading.Lock()
+        self.stream: torch.cuda.Stream | None = None
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # or a graph would use the weights as cast before it
         record.plain_tensors(model)
@@ -214,17 +216,24 @@ class _Graph:
         return {k: torch.cat([g.reshape(-1) for g in grads if g is not None and g.dtype == k]) for k in kinds}
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Any]:
-        with torch.no_grad():
-            for own, x in zip(self.inputs, inputs, strict=True):
-                own.copy_(x)
-        self.replay_forward()
-        return [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]
+        with self.lock:  # there is one set of inputs and outputs, for all threads and streams
+            if inputs[0].is_cuda:
+                stream = torch.cuda.current_stream(inputs[0].device)
+                if self.stream is not None and stream != self.stream:
+                    stream.wait_stream(self.stream)
+                self.stream = stream
+            with torch.no_grad():
+                for own, x in zip(self.inputs, inputs, strict=True):
+                    own.copy_(x)
+            self.replay_forward()
+            return [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
         """Whether they can be copied to the graph's own ones."""
-        return [(x.shape, x.dtype, x.device) for x in inputs] == [
-            (x.shape, x.dtype, x.device) for x in self.inputs
-        ]
+        kinds = [[(x.shape, x.dtype, x.device) for x in tensors] for tensors in (inputs, self.inputs)]
+        return kinds[0] == kinds[1] and (
+            torch.is_inference_mode_enabled() or not self.inputs[0].is_inference()
+        )
 
     def backward(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
         for own, g in zip(self.grads, grads, strict=True):
@@ -292,13 +301,6 @@ def _capturable(tensors: Sequence[Tensor]) -> bool:
         and not recorded()
         and not torch.cuda.is_current_stream_capturing()
     )
-
-
-def _where(tensors: Sequence[Tensor]) -> tuple[int, int, bool]:
-    """Of a call: thread and stream, as others may be under way beside them, and whether its tensors are inference's."""
-    device = tensors[0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return threading.get_ident(), stream, torch.is_inference_mode_enabled()
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
@@ -437,10 +439,7 @@ class CudaGraphs:
         self.most = most
         self.known: OrderedDict[Any, _Known] = OrderedDict()
         self._last: _Known | None = None
-        self._where: Any = None  # of the last call
-        self._alike = (
-            0  # calls in a row, there, that ``_last`` has served; no more are counted than are asked for
-        )
+        self._alike = 0  # calls in a row that ``_last`` has served, counted to ``_ALIKE``
 
     def forget(self) -> None:
         """Captures anew."""
@@ -459,7 +458,7 @@ class CudaGraphs:
         if last is None or last.graph is None or last.graph.draws or self._alike < _ALIKE:
             return None
         tensors = [x for x in bound if isinstance(x, Tensor)]
-        if not _capturable(tensors) or not last.graph.fits(tensors) or _where(tensors) != self._where:
+        if not _capturable(tensors) or not last.graph.fits(tensors):
             return None
         self._alike = 0  # until this turns out to be right
         return _Ahead(last, last.graph(tensors))
@@ -469,9 +468,8 @@ class CudaGraphs:
         if ahead is not None and ahead.known is known:
             self._alike = _ALIKE
             return ahead.result
-        where = _where(tensors)
-        alike = known is self._last and where == self._where
-        self._last, self._where, self._alike = known, where, min(self._alike + 1, _ALIKE) if alike else 1
+        self._alike = min(self._alike + 1, _ALIKE) if known is self._last else 1
+        self._last = known
         assert known.graph is not None
         return known.graph(tensors)
 
@@ -486,9 +484,12 @@ class CudaGraphs:
         known = self.known.get(key)
         if known is not None and known.graph is not None and known.watch is not None:
             self.known.move_to_end(key)
-            result = self._served(known, ahead, tensors)  # leaves no trace, should it be in vain
-            if known.watch.same():  # looked at while the GPU is busy
-                return result
+            if known.graph.draws and known.watch.same():
+                return known.graph(tensors)
+            if not known.graph.draws:
+                result = self._served(known, ahead, tensors)  # leaves no trace, should it be in vain
+                if known.watch.same():  # looked at while the GPU is busy
+                    return result
         state, held = _state(record, model)
         if known is None or known.state != state:
             # The first call runs as it is: it may initialise quantizers, which waits for the GPU.

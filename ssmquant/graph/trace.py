@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -297,18 +296,6 @@ def _resized(shapes: Shapes, change: dict[tuple[int, int], int]) -> Shapes:
     return tuple(tuple(change.get((i, d), v) for d, v in enumerate(s)) for i, s in enumerate(shapes))
 
 
-def _apart(size: int, which: int) -> int:
-    """A size, by ``which`` one of two, of which C code makes something else: remainders, quotients, common divisors.
-
-    Of numbers to 10, that is; but 7 may be as little a divisor of both.
-    """
-
-    def differs(n: int) -> bool:
-        return all((n % k == 0) != (size % k == 0) for k in (2, 3, 5)) and (n - size) % 7 != 0
-
-    return next(islice(filter(differs, count(3 * size)), which, None))
-
-
 def _guard_size(graph: fx.Graph, shapes: Sequence[Sequence[int]]) -> Callable[[Any, int], int]:
     index = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
     return lambda node, dim: shapes[index[node]][dim]
@@ -381,12 +368,7 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
 
     wide = dict.fromkeys(widen, 5)
     space = set(_space_dims(shapes))
-    # Where the code takes such sizes, they show at once all that ``spread`` and ``_leaks`` look for.
-    apart = {(i, d): _apart(shapes[i][d], d % 2) for i, d in space}
-    other = holds(wide | apart) if space else None
-    sound = other is not None and _guarded(start, _resized(hint, wide | apart))
-    if other is None and (wide or space):
-        other = spread(space, wide)
+    other = spread(space, wide) if wide or space else None
     free = {*wide, *space} if other is not None else set()
     if other is None:
         other = holds(wide) if wide else None
@@ -409,19 +391,13 @@ def trace(run: Callable[[Shapes], Traced], shapes: Shapes) -> Trace:
             sample = run(_resized(hint, {(i, d): hint[i][d] + 2 for i, d in batch}))
         except Exception:  # it takes this batch size only
             sample = None
-    if not sound:
-        free -= _leaks(start, hint, free - set(wide), run)
+    free -= _leaks(start, hint, free - set(wide), run)
     # Every other dimension is pinned: another size there is traced anew.
     inputs, inner = _split(start)
     every = {(i, d) for i, s in enumerate(shapes) for d in range(len(s))}
     notes = [] if free else [f"holds for input sizes {list(map(list, shapes))} only"]
     pins = inputs + _pins(start, hint, every - free)
     return Trace(start, pins, inner, hint, other, frozenset(free), notes, sample)
-
-
-def _guarded(traced: Traced, sizes: Shapes) -> bool:
-    """Whether what the code asked of its inputs' sizes has the same answers there."""
-    return all(g.holds(_guard_size(traced.graph, sizes)) for g in _split(traced)[0])
 
 
 def _leaks(
@@ -434,10 +410,10 @@ def _leaks(
     """
 
     def differs(dims: set[tuple[int, int]]) -> bool:
-        near = ({k: hint[k[0]][k[1]] + step + 2 * (k[1] % 2) for k in dims} for step in (1, 2, 5))
-        for change in chain([{(i, d): _apart(hint[i][d], d % 2) for i, d in dims}], near):
-            sizes = _resized(hint, change)
-            if not _guarded(start, sizes):
+        for step in (1, 2, 5):
+            sizes = _resized(hint, {(i, d): hint[i][d] + step + 2 * (d % 2) for i, d in dims})
+            inputs, _ = _split(start)
+            if not all(g.holds(_guard_size(start.graph, sizes)) for g in inputs):
                 continue
             try:
                 again = run(sizes)

@@ -422,6 +422,7 @@ class Drawing(Flagged):
 
 @pytest.mark.usefixtures("stale")
 def test_random_numbers_are_drawn_once_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "_SECONDS", 0.0)
     x = torch.randn(8, 4)
     config = QConfig(w_bits=4, a_bits=4, keep_first_last=False)
     p = ssmquant.prepare(Drawing(), config, example_inputs=(x,))
@@ -438,41 +439,54 @@ def test_random_numbers_are_drawn_once_for_each_call(monkeypatch: pytest.MonkeyP
         found = [p(x), p(x), p(x, True), p(x)]
         torch.manual_seed(3)
         same(found, [plain(x), plain(x), plain(x, True), plain(x)])
+        for m in (p, plain):
+            m.norm.weight.mul_(1.5)
+        torch.manual_seed(3)
+        found = [p(x)]  # finds that the model has changed
+        torch.manual_seed(3)
+        same(found, [plain(x)])
 
 
 @pytest.mark.usefixtures("stale")
-def test_threads_with_calls_of_different_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("twice", [True, False])
+def test_calls_of_other_threads(twice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is in the middle of a replay when another one, of the same shape, begins."""
     p, plain, x = deployed_pair(monkeypatch, 1e9, Flagged())
     reached, go = threading.Event(), threading.Event()
-    results: list[Tensor] = []
+    results: dict[str, Tensor] = {}
+
+    def call(name: str, *args: Any) -> threading.Thread:
+        def run() -> None:
+            with torch.no_grad():
+                results[name] = p(*args)
+
+        thread = threading.Thread(target=run, name=name)
+        thread.start()
+        return thread
+
     with torch.no_grad():
         for _ in range(4):
             p(x, True)
         p(x)
-        graphs: Any = runtime_of(p).graphs
-        graph = graphs._last.graph
-        replay, here = graph.replay_forward, threading.get_ident()
+        graph: Any = runtime_of(p).graphs._last.graph  # type: ignore[union-attr]
+        replay = graph.replay_forward
 
         def slowly() -> None:
             replay()
-            if threading.get_ident() != here:
+            if threading.current_thread().name == "first":
                 reached.set()
                 go.wait(10)
 
         graph.replay_forward = slowly
-
-        def call() -> None:
-            with torch.no_grad():
-                results.append(p(x))
-
-        thread = threading.Thread(target=call)
-        thread.start()
+        first = call("first", x)
         reached.wait(10)
-        assert torch.equal(p(5 * x, True), plain(5 * x, True))
+        second = call("second", 5 * x, twice)
+        second.join(0.3)  # it has time to write over what the first one has not read yet
         go.set()
-        thread.join()
-        assert torch.equal(results[0], plain(x))
+        first.join()
+        second.join()
+        assert torch.equal(results["first"], plain(x))
+        assert torch.equal(results["second"], plain(5 * x, twice))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -75,31 +73,6 @@ def test_sizes_are_free_or_guarded_in_every_dimension() -> None:
 )
 def test_sizes_that_reach_c_code(code: Any) -> None:
     same(Model(code), (torch.randn(2, 16, 4),), (torch.randn(2, 14, 4),), (torch.randn(2, 12, 4),))
-
-
-SIZES = st.integers(1, 24)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.sampled_from(["gcd", "remainder", "quotient"]),
-    st.sampled_from([2, 3, 4, 5, 6, 8, 9, 10]),
-    SIZES,
-    SIZES,
-    st.booleans(),
-)
-def test_sizes_of_which_c_code_makes_others(kind: str, by: int, first: int, second: int, image: bool) -> None:
-    """What C code computes of a size is right at every other one, whichever was traced."""
-    at = 2 if image else 1
-
-    def code(self: Any, x: Tensor) -> Tensor:
-        size = x.shape[at]
-        if kind == "gcd":
-            return self.f(x) * math.gcd(size, by)
-        count = size % by if kind == "remainder" else size // by
-        return functools.reduce(lambda y, _: y * 2, range(count), self.f(x))
-
-    same(Model(code), *((torch.randn(2, *((3, n) if image else (n,)), 4),) for n in (first, second)))
 
 
 def test_a_guard_that_makes_no_sense_alone() -> None:

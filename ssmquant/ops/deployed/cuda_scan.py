@@ -359,10 +359,8 @@ class Scan:
         if batch * directions * self.blocks > _MOST_BLOCKS:
             raise InputError(refused)
         self.groups = -(-self.chunks // shape.chunks)
-        made = self.groups * walks * batch * self.blocks
-        full = not shape.both and made >= _FULL * shape.resident * _processors(
-            device
-        )  # of small images it takes longer
+        made, room = self.groups * walks * batch * self.blocks, shape.resident * _processors(device)
+        full = not shape.both and made >= _FULL * room  # of small images it takes longer
         kind = shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus
         self.case = Case(*kind, full, self.groups > 1)
         if 8 * self.case.steps_at_once * _up(row, 4) > _MOST_SHARED:  # of one pixel for each thread, twice
