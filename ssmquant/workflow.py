@@ -427,8 +427,8 @@ def cuda_graph(model: nn.Module, *, max_graphs: int = 4) -> nn.Module:
     A graph of a deployed model is of its tensors, modules and hooks as they were. ``to`` and ``load_state_dict`` are
     noticed at once, other changes within a tenth of a second.
 
-    A call takes one backward pass: a second one (``retain_graph``) raises RuntimeError. Calls of a kind from several threads
-    or on several streams take turns.
+    A call takes one backward pass: a second one (``retain_graph``) raises RuntimeError. Calls of a kind from several
+    threads or on several streams take turns.
 
     Args:
         model: prepared or deployed; changed in place. A prepared one is captured with its gradients.
