@@ -250,13 +250,14 @@ def test_file_size_of_the_light_model(half: bool, limit: int, tmp_path: Path) ->
     assert (tmp_path / "light").stat().st_size <= limit
 
 
-def test_file_sizes_of_what_enlarges_four_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "whole", "half"), [(2, 600_000, 450_000), (4, 820_000, 650_000)])
+def test_file_sizes_of_what_enlarges_four_times(bits: int, whole: int, half: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = images(1, 3, 8, 8)
     prepared = prepared_and_calibrated(
-        zoo.build("mambair_light", upscale=4).eval(), QConfig.recommended(2, 2), x
+        zoo.build("mambair_light", upscale=4).eval(), QConfig.recommended(bits, bits), x
     )
-    for dtype, limit in ((torch.float32, 600_000), (torch.float16, 450_000)):
+    for dtype, limit in ((torch.float32, whole), (torch.float16, half)):
         path = tmp_path / "model.safetensors"
         ssmquant.save(ssmquant.convert(prepared, float_dtype=dtype), path)
         assert path.stat().st_size <= limit

@@ -484,12 +484,12 @@ class CudaGraphs:
         known = self.known.get(key)
         if known is not None and known.graph is not None and known.watch is not None:
             self.known.move_to_end(key)
-            if known.graph.draws and known.watch.same():
-                return known.graph(tensors)
             if not known.graph.draws:
                 result = self._served(known, ahead, tensors)  # leaves no trace, should it be in vain
                 if known.watch.same():  # looked at while the GPU is busy
                     return result
+            elif known.watch.same():
+                return known.graph(tensors)
         state, held = _state(record, model)
         if known is None or known.state != state:
             # The first call runs as it is: it may initialise quantizers, which waits for the GPU.

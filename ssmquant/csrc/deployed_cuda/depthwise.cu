@@ -10,9 +10,9 @@
 // After cuda_math.cu and definitions of: KH, KW, DOWN, RIGHT (of the taps); LANES (a multiple of PER and X_VEC), PER;
 // TILE_HIGH, TILE_WIDE, RUN (TILE_HIGH is a multiple of RUN * DOWN, or RUN is 1); Y_ACT (1: SiLU, 2: GELU); X_CODED: x is
 // codes; Y_CODES: y is, by a quantizer of its own, Y_FACTORS before; ALSO: and by another one; SUMS: each tile's sums of what
-// is written are too; ROW: bytes of a pixel's codes in shared memory, 0: none, behind which it has room for LOW words; WRITTEN: y is; X_VEC: channels that are read
-// at once. TEAM threads read a line of the tile, and then one further down; before a thread looks at any of it, it has asked
-// for X_VEC channels at ROUNDS places of each of LINES lines.
+// is written are too; ROW: bytes of a pixel's codes in shared memory, 0: none; LOW: words that a pixel has behind all of these;
+// WRITTEN: y is; X_VEC: channels that are read at once. TEAM threads read a line of the tile, and then one further down; before
+// a thread looks at any of it, it has asked for X_VEC channels at ROUNDS places of each of LINES lines.
 
 constexpr int COLUMN = LANES / PER;   // threads of one
 constexpr int THREADS = COLUMN * TILE_WIDE * (TILE_HIGH / RUN), UNROLLED = RUN < 4 ? RUN : 4;

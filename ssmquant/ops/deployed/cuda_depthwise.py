@@ -14,7 +14,7 @@ from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed.forms import ACTIVATIONS, UNITS, Depthwise, Grid
 
-__all__ = ["Launch", "Params", "convolve", "depthwise", "has_room", "launch_of", "whole_rows"]
+__all__ = ["Launch", "Params", "blocks_of", "convolve", "depthwise", "launch_of", "whole_rows"]
 
 _MOST_THREADS = 256
 _MOST_THREADS_OF_ALL, _FEW_THREADS_OF_ALL = 512, 64  # of a block that has all channels
@@ -170,9 +170,14 @@ def _tile_of_all(
     return None
 
 
-def has_room(d: Depthwise, row: int) -> bool:
-    """Whether a block can have all channels of a convolution, see ``launch_of``."""
-    return _of_all(d, row) is not None
+def blocks_of(d: Depthwise, row: int) -> tuple[int, int] | None:
+    """Blocks with all channels of a convolution, see ``launch_of``, and threads of each; None without room for them."""
+    found = _of_all(d, row)
+    if found is None:
+        return None
+    tile, threads, _ = found
+    batch, height, width, _ = d.x.shape
+    return batch * -(-height // tile["TILE_HIGH"]) * -(-width // tile["TILE_WIDE"]), threads
 
 
 def _of_all(d: Depthwise, row: int) -> tuple[dict[str, int], int, int] | None:

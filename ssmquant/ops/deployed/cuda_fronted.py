@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ def takes(d: Depthwise, weights: Weights) -> bool:
     known = weights.tiles is not None and d.codes is not None and d.dilation == (1, 1)
     if not known or height == 1 or not _FEW_CHANNELS <= channels <= _MOST_CHANNELS or len(d.x) >= 2**16:
         return False
-    return cuda_depthwise.has_room(d, _row(channels))
+    return cuda_depthwise.blocks_of(d, _row(channels)) is not None
 
 
 def _row(channels: int) -> int:
@@ -139,8 +138,7 @@ class _Launch:
         s = self.steps
         if s is not None:
             low = s.directions * s.words
-            if cuda_depthwise.has_room(self.d, row + 4 * low):
-                front = cuda_depthwise.launch_of(self.d, *self.written, row=row, low=low)
-                if math.prod(front.grid) <= _FEW_BLOCKS and s.directions * s.row // 8 <= front.threads:
-                    return front, s
+            blocks, threads = cuda_depthwise.blocks_of(self.d, row + 4 * low) or (0, 0)
+            if blocks <= _FEW_BLOCKS and s.directions * s.row // 8 <= threads:
+                return cuda_depthwise.launch_of(self.d, *self.written, row=row, low=low), s
         return cuda_depthwise.launch_of(self.d, *self.written, row=row), None

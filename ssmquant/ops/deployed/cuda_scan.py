@@ -456,14 +456,9 @@ class Scan:
         groups = self.groups
         launch = functools.partial(nvrtc.load(_source(case), device).launch, early=True)
         params.size_row = _up(channels * (1 if case.quantized else 4), _COPIED)
-        made = sizes is not None
         if sizes is None:
-            sizes = torch.empty(
-                batch * pixels * directions * params.size_row, dtype=torch.uint8, device=device
-            )
+            sizes = self._make_sizes(launch, params)
         params.sizes = sizes.data_ptr()
-        if not made:
-            self._launch_steps(launch, params)
         params.groups = groups
         if self.chunks > 1:
             # Of chunks, what comes before them in their group, and of groups: states and times.
@@ -485,10 +480,12 @@ class Scan:
             grid = groups, at_once * batch * self.blocks
             launch("scan_out", grid, case.threads * (1 + case.shape.both), case.shared(True), params, device)
 
-    def _launch_steps(self, launch: Callable[..., None], params: _Params) -> None:
-        """``scan_steps``: each block has some of the columns of all directions, and a stretch of pixels."""
+    def _make_sizes(self, launch: Callable[..., None], params: _Params) -> Tensor:
+        """By ``scan_steps``: each block has some of the columns of all directions, and a stretch of pixels."""
         case, count = self.case, self.size[0] * self.size[1]
         directions = len(self._kept["order"])
+        sizes = torch.empty(count * directions * params.size_row, dtype=torch.uint8, device=self.device)
+        params.sizes = sizes.data_ptr()
         columns = directions * params.size_row // (case.taken * (1 if case.quantized else 4))
         across = -(-columns // _STEPS_THREADS)
         lanes = -(-columns // across)
@@ -500,3 +497,4 @@ class Scan:
         params.lanes, params.rows, params.tile, params.stretch = lanes, rows, tile, stretch
         threads, shared = _up(lanes * rows, 32), 8 * tile * params.row
         launch("scan_steps", (-(-count // stretch), across), threads, shared, params, self.device)
+        return sizes
