@@ -11,13 +11,15 @@ from torch import Tensor
 
 from ssmquant.ops.deployed import Codes, Grid, ScanOperands, cpu, cuda
 from ssmquant.ops.deployed.cuda_scan import Scan, Shape, arrangement
+from ssmquant.ops.deployed.cuda_scan_tiles import Tiles
 from tests.ops import emulator
 from tests.ops.deployed_cpu import make_grid
 
 
 def emulated(source: str, late: bool = False) -> emulator.Emulated:
     kinds = {
-        "scan_ends": "deployed_scan",
+        "scan_ends(": "deployed_scan",
+        "scan_tiles(": "deployed_scan_tiles",
         "fronted(": "deployed_fronted",
         "depthwise(": "deployed_depthwise",
         "thin(": "deployed_thin",
@@ -134,7 +136,11 @@ class Operands:
         )  # fmt: skip
 
     def scan(
-        self, shape: Shape | None = None, bad: Tensor | None = None, apart: bool = False, wide: bool = True
+        self,
+        shape: Shape | Tiles | None = None,
+        bad: Tensor | None = None,
+        apart: bool = False,
+        wide: bool = True,
     ) -> Tensor:
         """``wide``: zeros behind the codes of a pixel."""
         batch, pixels, channels = self.size
@@ -163,5 +169,5 @@ class Operands:
     def operands(self, g: Any, to: Any, steps: Any) -> ScanOperands:
         return ScanOperands(
             g(self.of_u), g(self.of_rank), steps, g(self.of_delta), to(self.a), g(self.of_b), g(self.of_c),
-            to(self.skip), to(self.bias), self.softplus, to(self.order), self.rank,
+            *(None if t is None else to(t) for t in (self.skip, self.bias)), self.softplus, to(self.order), self.rank,
         )  # fmt: skip

@@ -27,16 +27,7 @@
 // blocks of a multiprocessor there; FULL: scan_out's blocks fill all multiprocessors, however they are spread; CARRIED: there is
 // scan_carry.
 
-// Where shared memory is, in the bytes that a thread counts it by, and two values from there.
 #ifndef EMULATED
-__device__ __forceinline__ unsigned place_of(const float *p) {
-    unsigned at;
-    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(at) : "l"(p));
-    return at;
-}
-__device__ __forceinline__ void load_pair(unsigned at, float &x, float &y) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at));
-}
 // The thread's number, from which nothing is computed ahead and kept in registers.
 __device__ __forceinline__ int this_thread(int first) {
     int x = threadIdx.x - first;
@@ -52,7 +43,6 @@ constexpr int RATES = LADDER ? 2 : STATES;
 constexpr int COLUMNS = SEGMENTS < 16 ? 256 / SEGMENTS : 16;       // states of channels of a block, in scan_carry
 constexpr int LEVEL = (CT * LANES * 2 + 31) / 32 * 32;  // values of a level: so that banks do not depend on the level
 constexpr int OF_STEP = QUANT ? 1 : 4;                             // bytes of a step size
-__host__ __device__ constexpr int up(int n, int m) { return (n + m - 1) / m * m; }
 // Bytes of what a step has of its own in shared memory: u, step sizes, and codes of B and C.
 constexpr int U_ROW = up(LANES * CT, 16), STEP_ROW = up(LANES * CT * OF_STEP, 16), RECORD = U_ROW + STEP_ROW + up(4 * PAIRS, 16);
 constexpr int OF_U = U_ROW / 16, COPIED = OF_U + STEP_ROW / 16;    // copies of 16 bytes
@@ -62,37 +52,6 @@ struct alignas(16) Place {
     float scale, offset;  // of codes of B
     int source, pixel;    // where it is copied from, and its result goes to, or -1
 };
-
-struct Params {
-    const unsigned char *u, *bad;          // (B * L, u_row); (B * L): pixels that had a NaN
-    const unsigned *codes;                 // (B * L, row): of each direction WORDS of the low rank, and B and C in turn
-    unsigned char *sizes;                  // of steps: (B * L, K, size_row), codes from 0 or floats
-    const int *order, *ways;               // (K, L): the pixel of each step; (K): its row of order, twice, and 1 if back
-    const float *scales;                   // scale and offset of u, B, C, and of step sizes
-    const float *table;                    // (K, blocks, TABLE, LEVEL): of CT, LANES, step size and decay; TABLE even
-    const int *words;                      // (K, WORDS, up(D, 16)): weights of the step sizes, four a word
-    const float *affine;                   // (K, 3, up(D, 16)): factors of their products and of sums of codes, and an offset
-    const float *rates;                    // / ln 2; LADDER: (K, 2, D), of the first state and between states, else (K, N, D)
-    const float *bias, *skip;              // (K, D)
-    float *befores, *times;                // (K, B, S, N, D), (K, B, S, D): of what comes before a chunk in its group; CHUNKS > 1
-    float *ends, *totals, *y;              // of groups: (K, B, G, N, D), (K, B, G, D); (B, L, D)
-    int u_row, row, size_row;              // size_row: bytes of a pixel and direction
-    int batch, pixels, channels, chunks, groups, chunk, blocks;  // chunk: steps, a multiple of STAGE
-    const int *paths;                      // (P, 2): directions along a path, forward and back or -1
-    long long part;                        // elements between results of paths
-    int directions, stretch, qmin, qmax;
-    int lanes, rows, tile;                 // scan_steps: columns and rows of a block, pixels that are copied at once
-    int path, add;                         // scan_out: the first path; whether y holds something
-};
-
-extern __shared__ char shared[];
-
-__device__ __forceinline__ float step_size(float x) { return SOFTPLUS ? softplus(x) : x; }
-
-// Elements from the first one to a row: one instruction with what it is added to.
-__device__ __forceinline__ unsigned long long row_of(int row, int each) { return (unsigned long long)unsigned(row) * unsigned(each); }
-
-__device__ __forceinline__ float byte_of(unsigned word, int i) { return float(int(word >> 8 * i & 255)); }
 
 // Beyond the last pixel of a path steps have no B and leave a state of zero as it is: they come last on the way there,
 // where nobody asks for what follows, and first on the way back, where the state is still zero.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,11 +12,21 @@ from torch import Tensor
 
 from ssmquant.errors import InputError
 from ssmquant.ops import nvrtc
+from ssmquant.ops.deployed import cuda_scan_tiles
+from ssmquant.ops.deployed.cuda_scan_operands import (
+    COPIED,
+    Params,
+    arrangement,
+    levels_of,
+    paths_of,
+    rates_of,
+    tensors_of,
+)
+from ssmquant.ops.deployed.cuda_scan_tiles import TileCase, Tiles
 from ssmquant.ops.deployed.forms import ScanOperands
 
 __all__ = ["Case", "Scan", "Shape", "Steps", "arrangement", "choose", "paths_of"]
 
-_MOST_LEVELS = 16  # of step sizes that are looked up
 _MOST_LANES = 256
 _FEW_STEPS = 48, 24  # of many states, of few
 _FEW_WARPS = 2.5  # of a multiprocessor
@@ -32,8 +41,6 @@ _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
 _MOST = 2**31 - 2**16  # elements of a sample, and pixels: a block may count beyond the last
 _MOST_SHARED = 96 * 1024  # bytes that a block has on any GPU since sm_80
 _MOST_BLOCKS = 2**16 - 1  # of a grid's second axis
-_LOG2E = 1.4426950408889634
-_COPIED = 16  # bytes: where the channels of a block begin
 _STEPS_THREADS = 256  # of a block of ``scan_steps``, as in the source
 _STEPS_SHARED = 12 * 1024  # bytes of codes that are copied at once, if that is a pixel's for each thread
 _TAKEN = 8  # channels of a thread that makes step sizes
@@ -114,7 +121,9 @@ class Case:
             "FULL": int(self.full),
             "CARRIED": int(self.carried),
         }
-        return nvrtc.specialised("deployed_cuda/steps deployed_cuda/scan", *values.items())
+        return nvrtc.specialised(
+            "deployed_cuda/steps deployed_cuda/scan_params deployed_cuda/scan", *values.items()
+        )
 
     @property
     def taken(self) -> int:
@@ -157,7 +166,9 @@ def _shared(shape: Shape, states: int, quantized: bool, levels: int, out: bool) 
     return _up(max(walking, 0 if out else 4 * shape.chunks * (states + 1) * channels), 16)
 
 
-_source = functools.cache(Case.source)
+@functools.cache
+def _source(case: Case | TileCase) -> str:
+    return case.source()
 
 
 @functools.cache
@@ -176,7 +187,7 @@ def choose(
     walks: int,
     processors: int,
     quantized: bool = True,
-    levels: int = _MOST_LEVELS,
+    levels: int = 16,
 ) -> Shape:
     """Any shape is right, this one should be fast: whole warps, and enough blocks for each multiprocessor.
 
@@ -199,7 +210,7 @@ def choose(
     resident, stage = 4 if few else 2, 16
     whole = pixels <= _SHORT and batch * walks * every >= 32 * _FEW_WARPS * processors
     blocks = -(-every // (_MOST_LANES // 2 if whole else _MOST_LANES))
-    unit = _COPIED // columns
+    unit = COPIED // columns
     lanes = every if blocks == 1 else _up(-(-every // blocks), unit)
     while lanes > unit and not fits(lanes, 1):
         blocks += 1
@@ -236,25 +247,6 @@ def choose(
     return Shape(columns, lanes, chunks, steps, stage, group, resident, segments, both=both, held=held)
 
 
-class _Params(ctypes.Structure):
-    """``Params`` of the source."""
-
-    _fields_ = (
-        *(
-            (n, ctypes.c_void_p)
-            for n in "u bad codes sizes order ways scales table words affine rates bias skip".split()
-        ),
-        *((n, ctypes.c_void_p) for n in "befores times ends totals y".split()),
-        *(
-            (n, ctypes.c_int)
-            for n in "u_row row size_row batch pixels channels chunks groups chunk blocks".split()
-        ),
-        ("paths", ctypes.c_void_p),
-        ("part", ctypes.c_longlong),
-        *((n, ctypes.c_int) for n in "directions stretch qmin qmax lanes rows tile path add".split()),
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Steps:
     """Weights of step sizes as kernels want them, and what is made of them: codes (pixels, directions, row)."""
@@ -274,49 +266,6 @@ class Steps:
         return -(-self.rank // 4)
 
 
-def paths_of(order: Tensor) -> tuple[list[tuple[int, int]], list[int]]:
-    """Directions along the same path, (forward, back) with -1 for none; of each one 2 * its row of order + back."""
-    rows = order.cpu()
-    found: list[tuple[int, int]] = []
-    ways = [-1] * len(rows)
-    for i in range(len(rows)):
-        if ways[i] >= 0:
-            continue
-        ways[i] = 2 * i
-        turned = rows[i].flip(0)
-        same = (j for j in range(i + 1, len(rows)) if ways[j] < 0 and torch.equal(rows[j], turned))
-        back = next(same, -1)
-        if back >= 0:
-            ways[back] = 2 * i + 1
-        found.append((i, back))
-    return found, ways
-
-
-def _rates(a: Tensor, directions: int) -> tuple[int, Tensor]:
-    """How the rates of each channel are spaced (``Case.ladder``), and they as the source wants them."""
-    states = a.shape[1]
-    rates = a.double().view(directions, -1, states).transpose(1, 2)
-    first = rates[:, :1]
-    step = rates[:, 1:2] - first if states > 1 else torch.zeros_like(first)
-    at = torch.arange(states, dtype=torch.float64, device=a.device).view(-1, 1)
-    least = 1e-6 * rates.abs().amax()
-    ladder = int((first + at * step - rates).abs().amax() <= least)
-    if ladder and states > 1 and (first - step).abs().amax() <= least:
-        ladder = 2
-    return ladder, (torch.cat((first, step), 1) if ladder else rates) * _LOG2E
-
-
-def arrangement(ranks: int, states: int, places: tuple[int, int, int]) -> list[int]:
-    """Which row of a direction's projection each of its codes is of, -1 for none: the low rank, then B and C in turn.
-
-    Both fill whole words of four codes.
-    """
-    rank, b, c = places
-    low = [rank + i if i < ranks else -1 for i in range(-(-ranks // 4) * 4)]
-    both = [at + n if n < states else -1 for n in range(-(-states // 2) * 2) for at in (b, c)]
-    return low + both
-
-
 class Scan:
     """Selective scans over an image in K orders, added up at their pixels, of codes that ``cuda.Core.encode`` makes.
 
@@ -330,92 +279,60 @@ class Scan:
         size: tuple[int, int, int],
         operands: ScanOperands,
         apart: bool = False,
-        shape: Shape | None = None,
+        shape: Shape | Tiles | None = None,
     ) -> None:
         batch, pixels, channels = size
-        o, ranks, a = operands, operands.ranks, operands.a
-        directions, device = len(o.order), a.device
-        row = directions * len(arrangement(ranks, a.shape[1], (0, 0, 0))) // 4
+        o, states, device = operands, operands.a.shape[1], operands.a.device
+        directions = len(o.order)
+        row = directions * len(arrangement(o.ranks, states, (0, 0, 0))) // 4
         refused = f"deployed: {batch} samples of {pixels} pixels are more than the kernels for GPUs count: use tiles"
         if pixels * max(channels + 16, row) >= _MOST or batch * pixels >= _MOST:
             raise InputError(refused)
         self.size, self.device, self.apart = size, device, apart
         self.paths, ways = paths_of(o.order)
-        ladder, rates = _rates(a, directions)
-        levels = 0 if o.of_delta is None else o.of_delta.qmax - o.of_delta.qmin + 1
-        levels = _up(levels, 2) if levels <= _MOST_LEVELS else 0
-        walks = len(self.paths) if apart else 1
+        self.at_once = len(self.paths) if apart else 1
+        processors = _processors(device)
+        ladder, rates = rates_of(o.a, directions)
+        kind = o.ranks, o.of_delta is not None, levels_of(o)
+        sizes = batch, pixels, channels, states, self.at_once, processors
+        if shape is None and cuda_scan_tiles.takes(self.paths, self.at_once):
+            shape = cuda_scan_tiles.choose(*sizes, *kind, _up(row, 4))
         if shape is None:
-            sizes = batch, pixels, channels, a.shape[1], walks, _processors(device)
-            shape = choose(*sizes, o.of_delta is not None, levels)
-        both = shape.both and shape.steps == shape.stage and all(back >= 0 for _, back in self.paths)
-        shape = replace(shape, both=both and (apart or len(self.paths) == 1))
-        self.chunks = -(-pixels // shape.steps)
-        self.blocks = -(-channels // (shape.lanes * shape.columns))
-        if self.blocks > 1 and shape.lanes * shape.columns % _COPIED:
-            raise InputError(
-                f"a block of {shape.lanes * shape.columns} channels: {_COPIED} are copied at once"
-            )
+            shape = choose(*sizes, *kind[1:])
+        width = shape.lanes * shape.columns
+        self.blocks = -(-channels // width)
+        if self.blocks > 1 and width % COPIED:
+            raise InputError(f"a block of {width} channels: {COPIED} are copied at once")
         if batch * directions * self.blocks > _MOST_BLOCKS:
             raise InputError(refused)
-        self.groups = -(-self.chunks // shape.chunks)
-        made, room = self.groups * walks * batch * self.blocks, shape.resident * _processors(device)
-        full = not shape.both and made >= _FULL * room  # of small images it takes longer
-        kind = shape, a.shape[1], ranks, o.of_delta is not None, levels, ladder, o.softplus
-        self.case = Case(*kind, full, self.groups > 1)
-        if 8 * self.case.steps_at_once * _up(row, 4) > _MOST_SHARED:  # of one pixel for each thread, twice
-            raise InputError(
-                f"deployed: scans in {directions} directions are more than the kernels for GPUs take"
+        self.chunks = -(-pixels // shape.steps)
+        made, room = self.at_once * batch * self.blocks, shape.resident * processors
+        self.case: Case | TileCase
+        if isinstance(shape, Tiles):
+            both = 1 + (self.paths[0][1] >= 0)
+            self.case = TileCase(
+                shape, *kind, o.softplus, rates.shape[1], both, _up(row, 4), made >= _FULL * room
             )
-        assert not shape.held or shape.held * shape.segments >= self.groups
-
-        d = torch.float64
-        k, c = (directions, channels)
-        w, shift, total = (t.to(d).view(k, -1)[:, :c] for t in (o.steps.scale, o.steps.shift, o.steps.total))
-        scale, origin = o.of_rank.scale.to(d), o.of_rank.qmin * o.of_rank.scale.to(d) - o.of_rank.shift.to(d)
-        affine = torch.stack((scale * w, -scale * shift, origin * total), 1)
-        biases = torch.zeros(k, c, dtype=d, device=device) if o.bias is None else o.bias.to(d).view(k, c)
-        table = None
-        if o.of_delta is None:
-            affine[:, 2] += biases
         else:
-            affine[:, 2] += o.of_delta.shift.to(d)
-            affine = affine / o.of_delta.scale.to(d)
-            if levels:
-                at = torch.arange(o.of_delta.qmin, o.of_delta.qmin + levels, dtype=d, device=device).view(
-                    1, -1, 1
+            both = shape.both and shape.steps == shape.stage and all(back >= 0 for _, back in self.paths)
+            shape = replace(shape, both=both and self.at_once == len(self.paths))
+            self.groups = -(-self.chunks // shape.chunks)
+            full = not shape.both and self.groups * made >= _FULL * room  # of small images it takes longer
+            self.case = Case(shape, states, *kind, ladder, o.softplus, full, self.groups > 1)
+            if (
+                8 * self.case.steps_at_once * _up(row, 4) > _MOST_SHARED
+            ):  # of one pixel for each thread, twice
+                raise InputError(
+                    f"deployed: scans in {directions} directions are more than the kernels for GPUs take"
                 )
-                dt = at * o.of_delta.scale.to(d) - o.of_delta.shift.to(d) + biases[:, None]
-                dt = F.softplus(dt, threshold=50) if o.softplus else dt
-                table = torch.stack((dt, torch.exp2(dt * rates[:, :1])), 3)
-                whole = self.blocks * shape.lanes * shape.columns
-                table = F.pad(table, (0, 0, 0, whole - c)).view(
-                    k, levels, self.blocks, shape.lanes, shape.columns, 2
-                )
-                table = table.permute(0, 2, 1, 4, 3, 5).flatten(3)
-                table = F.pad(table, (0, shape.level - table.shape[3]))
-        grids = [g for g in (o.of_u, o.of_b, o.of_c, o.of_delta) if g is not None]
-        of_codes = [t.to(d) for g in grids for t in (g.scale, g.qmin * g.scale.to(d) - g.shift.to(d))]
-        words = -(-ranks // 4)
-        packed = F.pad(o.steps.codes, (0, 4 * words - ranks)).view(k, c, words, 4).view(torch.int32)
-        tensors = {
+            assert not shape.held or shape.held * shape.segments >= self.groups
+        self._kept = {
             "order": o.order.contiguous(),
             "ways": torch.tensor(ways, dtype=torch.int32, device=device),
             "paths": torch.tensor(self.paths, dtype=torch.int32, device=device),
-            "scales": F.pad(torch.cat(of_codes), (0, 8 - len(of_codes))),
-            "table": table,
-            "words": F.pad(packed.squeeze(3).transpose(1, 2), (0, -c % _COPIED)),
-            "affine": F.pad(affine, (0, -c % _COPIED)),
-            "rates": rates,
-            "bias": None if o.of_delta is None else o.bias,
-            "skip": o.skip,
+            **tensors_of(o, channels, rates, shape.lanes, shape.columns, shape.level),
         }
-        self._kept = {
-            n: (t.float() if t.is_floating_point() else t).contiguous()
-            for n, t in tensors.items()
-            if t is not None
-        }
-        self._params = _Params(
+        self._params = Params(
             **{n: t.data_ptr() for n, t in self._kept.items()},
             batch=batch, pixels=pixels, channels=channels, blocks=self.blocks, chunks=self.chunks, chunk=shape.steps,
             directions=directions,
@@ -425,9 +342,9 @@ class Scan:
     def steps(self) -> Steps | None:
         """What another kernel makes codes of step sizes of; None where ``scan_steps`` has to."""
         case, kept = self.case, self._kept
-        if not case.quantized or case.taken != _TAKEN:
+        if isinstance(case, TileCase) or not case.quantized or case.taken != _TAKEN:
             return None
-        row = _up(self.size[2], _COPIED)
+        row = _up(self.size[2], COPIED)
         grid = self._params.qmin, self._params.qmax
         return Steps(kept["words"], kept["affine"], case.rank, case.states, len(kept["order"]), row, *grid)
 
@@ -438,11 +355,11 @@ class Scan:
         rows do not begin at multiples of 16 bytes.
         """
         row = u.stride(0)
-        if row % _COPIED or row < self.size[2] or u.data_ptr() % _COPIED:
-            u = F.pad(u, (0, -u.shape[1] % _COPIED))
+        if row % COPIED or row < self.size[2] or u.data_ptr() % COPIED:
+            u = F.pad(u, (0, -u.shape[1] % COPIED))
         size = (len(self.paths), *self.size) if self.apart else self.size
         y = torch.empty(size, dtype=torch.float32, device=self.device)
-        params = _Params.from_buffer_copy(self._params)
+        params = Params.from_buffer_copy(self._params)
         params.u, params.codes, params.bad, params.y = (t.data_ptr() for t in (u, codes, bad, y))
         params.u_row, params.row = u.stride(0), codes.shape[1] // 4
         if y.numel():
@@ -450,14 +367,20 @@ class Scan:
                 self._run(params, sizes)
         return y
 
-    def _run(self, params: _Params, sizes: Tensor | None) -> None:
+    def _run(self, params: Params, sizes: Tensor | None) -> None:
         batch, pixels, channels = self.size
         case, directions, device = self.case, len(self._kept["order"]), self.device
-        groups = self.groups
         launch = functools.partial(nvrtc.load(_source(case), device).launch, early=True)
-        params.size_row = _up(channels * (1 if case.quantized else 4), _COPIED)
+        params.part = batch * pixels * channels if self.apart else 0
+        if isinstance(case, TileCase):
+            assert params.row == case.row
+            grid = self.blocks, self.at_once * batch
+            launch("scan_tiles", grid, case.threads, case.shared(pixels), params, device)
+            return
+        groups = self.groups
+        params.size_row = _up(channels * (1 if case.quantized else 4), COPIED)
         if sizes is None:
-            sizes = self._make_sizes(launch, params)
+            sizes = self._make_sizes(case, launch, params)
         params.sizes = sizes.data_ptr()
         params.groups = groups
         if self.chunks > 1:
@@ -473,16 +396,14 @@ class Scan:
             threads = case.columns * case.shape.segments
             grid = -(-case.states * channels // case.columns), directions * batch
             launch("scan_carry", grid, threads, 8 * threads, params, device)
-        at_once = len(self.paths) if self.apart else 1
-        params.part = batch * pixels * channels if self.apart else 0
-        for first in range(0, len(self.paths), at_once):
+        for first in range(0, len(self.paths), self.at_once):
             params.path, params.add = first, int(first > 0)
-            grid = groups, at_once * batch * self.blocks
+            grid = groups, self.at_once * batch * self.blocks
             launch("scan_out", grid, case.threads * (1 + case.shape.both), case.shared(True), params, device)
 
-    def _make_sizes(self, launch: Callable[..., None], params: _Params) -> Tensor:
+    def _make_sizes(self, case: Case, launch: Callable[..., None], params: Params) -> Tensor:
         """By ``scan_steps``: each block has some of the columns of all directions, and a stretch of pixels."""
-        case, count = self.case, self.size[0] * self.size[1]
+        count = self.size[0] * self.size[1]
         directions = len(self._kept["order"])
         sizes = torch.empty(count * directions * params.size_row, dtype=torch.uint8, device=self.device)
         params.sizes = sizes.data_ptr()

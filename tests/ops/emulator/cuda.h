@@ -190,8 +190,10 @@ inline int total_of(unsigned x, int sum) {
     for (int i = 0; i < 32; i += 8) sum += int8_t(x >> i);
     return sum;
 }
-inline void multiply(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {  // m16n8k32 of int8
+// m16n8k32 of bytes: those of `a` of type A, int8 in b.
+template <class A> inline void multiply_bytes(int (&y)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const int (&sum)[4]) {
     const int g = (emulated::current & 31) / 4, t = emulated::current & 3;
+    int total[4] = {sum[0], sum[1], sum[2], sum[3]};
     for (int q = 0; q < 4; ++q) {
         int words[4], of_column[2][2];
         for (int i = 0; i < 4; ++i) words[i] = as_int(emulated::swap(as_float(int(a[i])), 4 * g + q));
@@ -202,8 +204,13 @@ inline void multiply(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigne
         for (int i = 0; i < 4; ++i)
             for (int half = 0; half < 2; ++half)
                 for (int byte = 0; byte < 32; byte += 8)
-                    sum[i] += int(int8_t(words[half * 2 + i / 2] >> byte)) * int(int8_t(of_column[i % 2][half] >> byte));
+                    total[i] += int(A(words[half * 2 + i / 2] >> byte)) * int(int8_t(of_column[i % 2][half] >> byte));
     }
+    for (int i = 0; i < 4; ++i) y[i] = total[i];
+}
+inline void multiply(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { multiply_bytes<int8_t>(sum, a, b0, b1, sum); }
+inline void multiply_codes(int (&y)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const int (&sum)[4]) {
+    multiply_bytes<uint8_t>(y, a, b0, b1, sum);
 }
 inline float max_nan(float x, float y) { return x != x || y != y ? as_float(0x7fffffff) : fmaxf(x, y); }
 inline float min_nan(float x, float y) { return x != x || y != y ? as_float(0x7fffffff) : fminf(x, y); }
