@@ -16,7 +16,7 @@ from ssmquant.graph.deploy_fronts import deploy_fronts
 from ssmquant.graph.deploy_layers import deploy_layers
 from ssmquant.graph.deploy_norms import deploy_norms
 from ssmquant.graph.deploy_scans import SCAN, Deployer, NoMatch
-from ssmquant.graph.deploy_sequences import deploy_sequences
+from ssmquant.graph.deploy_sequences import deploy_sequences, fork_sequences
 from ssmquant.graph.fuse import fuse
 from ssmquant.graph.gains import gains_in_sight
 from ssmquant.graph.orders import shape_of
@@ -53,6 +53,7 @@ def deploy(graph: fx.Graph, model: nn.Module, engine: Engine) -> fx.Graph:
     deploy_edges(d.graph, model, engine)
     deploy_chains(d.graph, model, engine)
     deploy_fronts(d.graph, model, engine)
+    fork_sequences(d.graph)
     d.graph.lint()
     return d.graph
 

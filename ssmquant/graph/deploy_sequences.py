@@ -5,7 +5,8 @@ Found by structure in the user's own graph:
     rows -> causal convolution -> SiLU -> scan, and -> projection -> dt, B, C -> scan
 
 is one call that reads rows in the order in which they lie and writes its result so, whatever the code turns round
-before and after it. Gates of both directions by the same values become one, behind their sum.
+before and after it. Gates of both directions by the same values become one, behind their sum. Calls that read the same
+rows, as those of both directions, run at once when a GPU's are captured.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ssmquant.graph.deploy_scans import KERNEL, SCAN, Deployer, NoMatch, traced_shape
+from ssmquant.graph.forks import Fork
 from ssmquant.graph.fuse import between, is_quantizer
 from ssmquant.graph.moves import evaluate, signature, sizes_of, traced_size
 from ssmquant.graph.orders import Unfit, count
 from ssmquant.graph.sites import op_name
 from ssmquant.modules import deployed
 
-__all__ = ["deploy_sequences"]
+__all__ = ["deploy_sequences", "fork_sequences"]
 
 _MOST_SHAPES = 64
 
@@ -111,6 +113,8 @@ class _Sequence:
     softplus: bool
     chains: list[_Chain]
     known: dict[Any, bool] = field(default_factory=dict)
+    fork: Fork = field(default_factory=lambda: Fork(1))
+    lane: int = 0  # of the fork
 
     def signature(self) -> Any:
         """Equal for objects that may share what they know."""
@@ -136,9 +140,10 @@ class _Sequence:
         if not self.known[key]:
             raise Unfit
         rows = x[..., self.first : self.first + self.channels]
-        return deployed.sequence_core(
-            rows, self.reverse, self.shift, self.ranks, self.places, *modules, softplus=self.softplus
-        )
+        with self.fork.lane(self.lane, x.device):
+            return deployed.sequence_core(
+                rows, self.reverse, self.shift, self.ranks, self.places, *modules, softplus=self.softplus
+            )
 
 
 @dataclass(eq=False)
@@ -499,3 +504,19 @@ def deploy_sequences(d: Deployer) -> None:
                 continue
             ends.found[result.node] = result
     ends.place()
+
+
+def fork_sequences(graph: fx.Graph) -> None:
+    """Scans of the same rows with nothing between them but what they are given come to run at once."""
+    group: list[fx.Node] = []
+    for n in [*graph.nodes, None]:
+        if n is not None and isinstance(n.target, _Sequence) and group and n.args[0] is group[0].args[0]:
+            group.append(n)
+        elif n is None or not (n.op == "get_attr" or op_name(n) == "size"):
+            fork = Fork(len(group))
+            for lane, call in enumerate(group):
+                core: Any = call.target
+                core.fork, core.lane = fork, lane
+                if call is not group[-1]:
+                    group[-1].prepend(call)
+            group = [n] if n is not None and isinstance(n.target, _Sequence) else []
