@@ -158,10 +158,13 @@ class _Result:
 
 
 class _Matcher:
-    """What one scan is made of."""
+    """What one scan is made of.
 
-    def __init__(self, d: Deployer, scan: fx.Node) -> None:
-        self.d, self.scan = d, scan
+    ``turned``: rows, of the new graph, of columns that scans before it have read too.
+    """
+
+    def __init__(self, d: Deployer, scan: fx.Node, turned: dict[fx.Node, fx.Node]) -> None:
+        self.d, self.scan, self.turned = d, scan, turned
         self.chains: list[_Chain] = []
 
     def chain(self, source: fx.Node, target: Any, shape: Any, wanted: Any = None) -> Tensor:
@@ -289,11 +292,12 @@ class _Matcher:
             )  # fmt: skip
             sizes = tuple(tuple(d.copy[n] for n in chain.sizes) for chain in self.chains)
             owners = tuple(d.owner(m) if m is not act else m for m in modules)
-            source = d.copy[rows.node]
-            if rows.columns:
+            source = self.turned.get(rows.node, d.copy[rows.node])
+            if rows.columns and rows.node not in self.turned:
                 batch = d.graph.call_method("size", (d.owner(of_conv.args[0]), 0))
                 turned = d.graph.call_method("t", (source,))
                 source = d.graph.call_method("reshape", (turned, batch, -1, rows.width))
+                self.turned[rows.node] = source
             source.meta["shape"] = (self.batch, self.length, rows.width)
             new = d.graph.call_function(core, (source, sizes, owners))
         new.meta["shape"] = (self.batch, self.length, channels)
@@ -495,11 +499,11 @@ class _Ends:
 
 def deploy_sequences(d: Deployer) -> None:
     """Replaces the scans of sequences in ``d``'s new graph."""
-    ends = _Ends(d)
+    ends, turned = _Ends(d), dict[fx.Node, fx.Node]()
     for scan in d.old.nodes:
         if scan.target is SCAN and scan in d.copy and d.copy[scan].users:
             try:
-                result = _Matcher(d, scan).match()
+                result = _Matcher(d, scan, turned).match()
             except NoMatch:
                 continue
             ends.found[result.node] = result
@@ -509,14 +513,18 @@ def deploy_sequences(d: Deployer) -> None:
 def fork_sequences(graph: fx.Graph) -> None:
     """Scans of the same rows with nothing between them but what they are given come to run at once."""
     group: list[fx.Node] = []
-    for n in [*graph.nodes, None]:
-        if n is not None and isinstance(n.target, _Sequence) and group and n.args[0] is group[0].args[0]:
+    for n in [*graph.nodes, graph.output_node()]:
+        core: Any = n.target
+        apart = any(n in call.users for call in group)
+        if group and not apart and isinstance(core, _Sequence) and n.args[0] is group[0].args[0]:
             group.append(n)
-        elif n is None or not (n.op == "get_attr" or op_name(n) == "size"):
-            fork = Fork(len(group))
-            for lane, call in enumerate(group):
-                core: Any = call.target
-                core.fork, core.lane = fork, lane
-                if call is not group[-1]:
-                    group[-1].prepend(call)
-            group = [n] if n is not None and isinstance(n.target, _Sequence) else []
+            continue
+        if not apart and (n.op == "get_attr" or (n.op == "call_method" and core == "size")):
+            continue
+        fork = Fork(len(group))
+        for lane, call in enumerate(group):
+            member: Any = call.target
+            member.fork, member.lane = fork, lane
+            if call is not group[-1]:
+                group[-1].prepend(call)
+        group = [n] if isinstance(core, _Sequence) else []

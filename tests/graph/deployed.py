@@ -76,13 +76,16 @@ class MambaBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b = x.shape[0]
         x = x.flatten(2).transpose(1, 2)
-        if self.form == "columns":  # as mamba_ssm has it
+        if "columns" in self.form:  # as mamba_ssm has it
             y = self.inp.weight @ x.permute(2, 0, 1).reshape(6, -1)
             x, z = y.view(40, b, -1).permute(1, 0, 2).chunk(2, dim=1)
         else:
             x, z = self.inp(x).transpose(1, 2).chunk(2, dim=1)
-        if self.form == "both":
-            y = self.scan(x, z) + self.scan(x.flip(-1), z.flip(-1)).flip(-1)
+        if self.form.startswith("both"):
+            y = self.scan(x, z)
+            size = y.shape  # read before the other direction
+            y = y + self.scan(x.flip(-1), z.flip(-1)).flip(-1)
+            y = y.view(size) if self.form == "both, sized" else y
         elif self.form == "turned":  # it does not come back to the order of the rows
             y = self.scan(x.flip(-1), z.flip(-1))
         elif self.form == "other gate":
@@ -91,7 +94,7 @@ class MambaBlock(nn.Module):
             y = self.scan(x, None) * F.silu(z)
         else:
             y = self.scan(x, z)
-        return self.out(y.permute([0, 2, 1]) if self.form == "columns" else y.transpose(1, 2))
+        return self.out(y.permute([0, 2, 1]) if "columns" in self.form else y.transpose(1, 2))
 
 
 def make(family: str, config: QConfig, **options: Any) -> tuple[Any, Tensor]:

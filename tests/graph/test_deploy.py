@@ -92,7 +92,10 @@ def test_foreign_code(kind: type[Scan2d], checked: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("form", ["linear", "matmul", "columns", "both", "behind", "turned", "other gate"])
+@pytest.mark.parametrize(
+    "form",
+    ["linear", "matmul", "columns", "both", "both columns", "both, sized", "behind", "turned", "other gate"],
+)
 def test_sequences_of_foreign_code(form: str, bits: int, checked: dict[str, int]) -> None:
     torch.manual_seed(0)
     x = torch.rand(2, 6, 5, 4)
@@ -107,8 +110,8 @@ def test_sequences_of_foreign_code(form: str, bits: int, checked: dict[str, int]
     if form in ("turned", "other gate"):
         assert checked["sequence_core"] == 0
     else:
-        assert checked["sequence_core"] == (8 if form == "both" else 4)
-        assert checked["gated_linear"] == (0 if form == "behind" else 4)
+        assert checked["sequence_core"] == (8 if form.startswith("both") else 4)
+        assert checked["gated_linear"] == (0 if form in ("behind", "both, sized") else 4)
 
 
 def test_parts_in_float() -> None:

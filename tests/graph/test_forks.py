@@ -17,7 +17,7 @@ from ssmquant.graph.deploy import deploy
 from ssmquant.graph.deploy_sequences import _Sequence, fork_sequences
 from ssmquant.graph.forks import Fork
 from ssmquant.ops.deployed import cpu, cuda
-from tests.graph.deployed import make, record
+from tests.graph.deployed import MambaBlock, make, record
 from tests.graph.replayed import captured
 
 
@@ -46,6 +46,19 @@ def test_both_directions_of_vim_run_at_once() -> None:
             assert other.fork is core.fork
 
 
+@pytest.mark.skipif(cpu.unavailable(torch.device("cpu")) is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("form", ["both", "both columns", "both, sized"])
+def test_foreign_code(form: str) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(2, 6, 5, 4)
+    config = QConfig.recommended(8, 8, keep_first_last=False)
+    prepared = ssmquant.prepare(MambaBlock(form).eval(), config, example_inputs=(x,))
+    ssmquant.calibrate(prepared, [x], progress=False)
+    model = ssmquant.convert(prepared)
+    graph = deploy(record(model).graph, model, cuda)
+    assert lanes(graph) == ([(0, 1), (0, 1)] if form == "both, sized" else [(0, 2), (1, 2)])
+
+
 @pytest.mark.parametrize(
     ("between", "want"),
     [
@@ -53,6 +66,9 @@ def test_both_directions_of_vim_run_at_once() -> None:
         ("what they are given", [(0, 2), (1, 2)]),
         ("three", [(0, 3), (1, 3), (2, 3)]),
         ("a reader", [(0, 1), (0, 1)]),
+        ("a size of the first", [(0, 1), (0, 1)]),
+        ("a size of the first for the second", [(0, 1), (0, 1)]),
+        ("the second reads the first", [(0, 1), (0, 1)]),
         ("a write", [(0, 1), (0, 1)]),
         ("other rows", [(0, 1), (0, 1)]),
         ("two pairs", [(0, 2), (1, 2)] * 2),
@@ -69,6 +85,11 @@ def test_what_runs_at_once(between: str, want: list[tuple[int, int]]) -> None:
         given = graph.call_method("size", (x, 0)), graph.get_attr("weight")
     if between == "a reader":
         graph.call_function(operator.neg, (calls[0],))
+    if between.startswith("a size of the first"):
+        size = graph.call_method("size", (calls[0], 0))
+        given = (size,) if between.endswith("second") else ()
+    if between == "the second reads the first":
+        given = (calls[0],)
     if between == "a write":
         graph.call_method("mul_", (x, 2.0))
     rows = other if between == "other rows" else x

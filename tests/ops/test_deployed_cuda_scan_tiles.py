@@ -72,6 +72,18 @@ def test_scans_of_any_size(
         close(operands.scan(Tiles(2, run), apart=True), operands.scan_on_cpu().double())
 
 
+def test_states_that_grow(by_cpu: None) -> None:
+    """What would follow the last step does not, however fast it grew: on the way back it comes first."""
+    torch.manual_seed(0)
+    operands = Operands(1, 15, 16, 1, 1, bits=2, paths=1, softplus=False)
+    operands.bias.fill_(-3.0)
+    want = operands.scan_on_cpu().double()
+    assert want.isfinite().all()
+    assert (
+        float((operands.scan(Tiles(2, 14)) - want).norm() / want.norm()) < 1e-4
+    )  # what is rounded grows too
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_nan_reaches_what_comes_after_it(by_cpu: None, turned: bool) -> None:
     torch.manual_seed(0)
@@ -97,6 +109,11 @@ def test_a_nan_reaches_what_comes_after_it(by_cpu: None, turned: bool) -> None:
         ((64, 3136, 96, 2, 6), {}, None),
         ((64, 3136, 97, 1, 6), {}, None),
         ((64, 3136, 96, 1, 6), {"apart": False}, None),
+        (
+            (9000, 144, 96, 1, 6),
+            {},
+            Tiles(4, 18),
+        ),  # whose blocks of channels are on the other axis of the grid
     ],
 )
 def test_what_is_scanned_by_tiles(

@@ -20,7 +20,7 @@
 // Step sizes of few levels, and the decays of the first state that go with them, are looked up (TABLE); further states have
 // the power of one ratio after the other (LADDER), whatever the levels are.
 //
-// After cuda_math.cu, steps.cu with what that wants, and definitions of: STATES; CT (1 or 2), LANES, CHUNKS, STAGE; TABLE: the
+// After cuda_math.cu, steps.cu and scan_params.cu with what these want, and definitions of: STATES; CT (1 or 2), LANES, CHUNKS, STAGE; TABLE: the
 // number of the levels of step sizes, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose results are
 // asked for together; RESIDENT: blocks of a multiprocessor; BOTH; SEGMENTS: of the groups, in scan_carry, a power of two; HELD:
 // as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps, 4 or 8; STEPS_RESIDENT:

@@ -22,7 +22,7 @@ constexpr int DEPTHS = (WORDS + 7) / 8;         // products with 32 codes of the
 constexpr unsigned ALL = 0xffffffff;
 struct alignas(8) Place {
     int pixel;     // or -1 beyond the last step
-    float factor;  // of B: 1, but 0 beyond the last step, where the state stays as it is but for its decay, and NaN for NaN
+    float factor;  // of B: 1, or NaN where there was one
 };
 struct alignas(16) Record { float total, b, c, none; };  // of a step: the sum of its low rank's codes, B and C
 
@@ -119,7 +119,7 @@ struct Block {
 #pragma unroll
         for (int i = 0; i < FINDS; ++i) {
             const int at = threadIdx.x + i * THREADS;
-            if (at < TILE) *place(turn, at) = {found.of[i], found.of[i] < 0 ? 0.0f : odd >> i & 1 ? as_float(0x7fffffff) : 1.0f};
+            if (at < TILE) *place(turn, at) = {found.of[i], odd >> i & 1 ? as_float(0x7fffffff) : 1.0f};
         }
     }
 
@@ -164,8 +164,8 @@ struct Block {
         }
     }
 
-    // What each step does, in direction d.
-    __device__ __forceinline__ void make(int d, int turn, const float (&u)[RUN][2], Steps &steps) const {
+    // What each step of a tile does, in direction d.
+    __device__ __forceinline__ void make(int d, int tile, const float (&u)[RUN][2], Steps &steps) const {
         const int k = of(d), columns = up(p.channels, 16), here = real ? channel : 0;
         unsigned weight[DEPTHS][2];  // of channel g of the warp's
         int from[DEPTHS][2];         // where codes are that go with them
@@ -220,6 +220,13 @@ struct Block {
                 steps.drive[r][c] = dt * u[r][c] * total_b.x[1];
             }
         }
+        const int left = p.pixels - tile * TILE - g * RUN;
+        if (left >= RUN) return;
+#pragma unroll
+        for (int r = 0; r < RUN; ++r)  // beyond the last step the state stays as it is
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+                if (r >= left) steps.decay[r][c] = 1.0f, steps.drive[r][c] = 0.0f;
     }
 
     // From the state before a tile, of two channels, to that before the lane's own steps, and to the one behind the tile.
@@ -255,15 +262,15 @@ struct Block {
         float v[RUN][2], h[2];
         Steps steps;
         read_image(turn, v);
-        make(1, turn, v, steps);
+        make(1, tile, v, steps);
         go<true>(steps, carry, h);
         if (g == 0) *behind(tile - 1) = {carry[0], carry[1]};
     }
 
-    template <int D> __device__ __forceinline__ void direction(float (&carry)[2], const float (&u)[RUN][2], float (&v)[RUN][2]) const {
+    template <int D> __device__ __forceinline__ void direction(int tile, float (&carry)[2], const float (&u)[RUN][2], float (&v)[RUN][2]) const {
         Steps steps;
         float h[2];
-        make(D, turn, u, steps);
+        make(D, tile, u, steps);
         go<D == 1>(steps, carry, h);
         const Record *of_step = at<const Record>(OF_RECORDS + (D * 8 + g) * RECORDS);
 #pragma unroll
@@ -292,11 +299,11 @@ struct Block {
         for (int r = 0; r < RUN; ++r)
 #pragma unroll
             for (int c = 0; c < 2; ++c) v[r][c] = skip[c] * u[r][c];
-        direction<0>(carry, u, v);
+        direction<0>(tile, carry, u, v);
         if constexpr (DIRECTIONS == 2) {
             Floats<2> last = {};
             if (tile < tiles - 1) last = *behind(tile);
-            direction<1>(last.x, u, v);
+            direction<1>(tile, last.x, u, v);
         }
         const Place *of_step = at<const Place>(OF_PLACES + (turn * 8 + g) * PLACES);
 #pragma unroll

@@ -15,12 +15,15 @@ from ssmquant.ops import nvrtc
 from ssmquant.ops.deployed import cuda_scan_tiles
 from ssmquant.ops.deployed.cuda_scan_operands import (
     COPIED,
+    MOST_LEVELS,
+    MOST_SHARED,
     Params,
     arrangement,
     levels_of,
     paths_of,
     rates_of,
     tensors_of,
+    up,
 )
 from ssmquant.ops.deployed.cuda_scan_tiles import TileCase, Tiles
 from ssmquant.ops.deployed.forms import ScanOperands
@@ -39,16 +42,11 @@ _SMALL_BLOCK = 160  # threads
 _FULL = 0.9  # of the blocks that multiprocessors have room for
 _THREADS = 256  # of two blocks of a multiprocessor, 128 registers each
 _MOST = 2**31 - 2**16  # elements of a sample, and pixels: a block may count beyond the last
-_MOST_SHARED = 96 * 1024  # bytes that a block has on any GPU since sm_80
 _MOST_BLOCKS = 2**16 - 1  # of a grid's second axis
 _STEPS_THREADS = 256  # of a block of ``scan_steps``, as in the source
 _STEPS_SHARED = 12 * 1024  # bytes of codes that are copied at once, if that is a pixel's for each thread
 _TAKEN = 8  # channels of a thread that makes step sizes
 _MOST_TAKEN = 16  # ranks
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Shape:
     @property
     def level(self) -> int:
         """Values of a level of the step sizes' table, as in the source."""
-        return _up(self.columns * self.lanes * 2, 32)
+        return up(self.columns * self.lanes * 2, 32)
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ class Case:
     @property
     def threads(self) -> int:
         """Of a block, where it makes results of both directions at once of half a block."""
-        return _up(self.shape.lanes * self.shape.chunks, 32)
+        return up(self.shape.lanes * self.shape.chunks, 32)
 
     @property
     def columns(self) -> int:
@@ -158,12 +156,12 @@ class Case:
 def _shared(shape: Shape, states: int, quantized: bool, levels: int, out: bool) -> int:
     """Bytes of shared memory of a block, as the source lays it out."""
     channels = shape.lanes * shape.columns
-    values = _up(2 * states if out else states, 4)
-    record = _up(channels, 16) + _up(channels * (1 if quantized else 4), 16) + _up(4 * -(-states // 2), 16)
+    values = up(2 * states if out else states, 4)
+    record = up(channels, 16) + up(channels * (1 if quantized else 4), 16) + up(4 * -(-states // 2), 16)
     walking = shape.chunks * shape.stage * (4 * values + 2 * (record + 16)) + 4 * levels * shape.level
     if out and shape.both:
-        return 2 * (_up(walking, 16) + 4 * shape.chunks * shape.stage * channels)
-    return _up(max(walking, 0 if out else 4 * shape.chunks * (states + 1) * channels), 16)
+        return 2 * (up(walking, 16) + 4 * shape.chunks * shape.stage * channels)
+    return up(max(walking, 0 if out else 4 * shape.chunks * (states + 1) * channels), 16)
 
 
 @functools.cache
@@ -187,7 +185,7 @@ def choose(
     walks: int,
     processors: int,
     quantized: bool = True,
-    levels: int = 16,
+    levels: int = MOST_LEVELS,
 ) -> Shape:
     """Any shape is right, this one should be fast: whole warps, and enough blocks for each multiprocessor.
 
@@ -202,7 +200,7 @@ def choose(
 
     def fits(lanes: int, chunks: int) -> bool:
         shape = Shape(columns, lanes, chunks, stage, stage, both=both)
-        return all(_shared(shape, states, quantized, levels, out) <= _MOST_SHARED for out in (False, True))
+        return all(_shared(shape, states, quantized, levels, out) <= MOST_SHARED for out in (False, True))
 
     columns, both = 1 if channels % 2 else 2, False
     every = channels // columns
@@ -211,13 +209,13 @@ def choose(
     whole = pixels <= _SHORT and batch * walks * every >= 32 * _FEW_WARPS * processors
     blocks = -(-every // (_MOST_LANES // 2 if whole else _MOST_LANES))
     unit = COPIED // columns
-    lanes = every if blocks == 1 else _up(-(-every // blocks), unit)
+    lanes = every if blocks == 1 else up(-(-every // blocks), unit)
     while lanes > unit and not fits(lanes, 1):
         blocks += 1
-        lanes = _up(-(-every // blocks), unit)
+        lanes = up(-(-every // blocks), unit)
     if whole:
         group = 16 if few else 8
-        return Shape(columns, lanes, 1, _up(pixels, stage), stage, group, resident=resident, segments=1)
+        return Shape(columns, lanes, 1, up(pixels, stage), stage, group, resident=resident, segments=1)
 
     def fill(count: int) -> tuple[float, int]:
         used = lanes * count
@@ -296,22 +294,23 @@ class Scan:
         kind = o.ranks, o.of_delta is not None, levels_of(o)
         sizes = batch, pixels, channels, states, self.at_once, processors
         if shape is None and cuda_scan_tiles.takes(self.paths, self.at_once):
-            shape = cuda_scan_tiles.choose(*sizes, *kind, _up(row, 4))
+            shape = cuda_scan_tiles.choose(*sizes, *kind, up(row, 4))
         if shape is None:
             shape = choose(*sizes, *kind[1:])
         width = shape.lanes * shape.columns
         self.blocks = -(-channels // width)
         if self.blocks > 1 and width % COPIED:
             raise InputError(f"a block of {width} channels: {COPIED} are copied at once")
-        if batch * directions * self.blocks > _MOST_BLOCKS:
+        if batch * directions * (1 if isinstance(shape, Tiles) else self.blocks) > _MOST_BLOCKS:
             raise InputError(refused)
         self.chunks = -(-pixels // shape.steps)
         made, room = self.at_once * batch * self.blocks, shape.resident * processors
         self.case: Case | TileCase
         if isinstance(shape, Tiles):
+            assert cuda_scan_tiles.takes(self.paths, self.at_once)
             both = 1 + (self.paths[0][1] >= 0)
             self.case = TileCase(
-                shape, *kind, o.softplus, rates.shape[1], both, _up(row, 4), made >= _FULL * room
+                shape, *kind, o.softplus, rates.shape[1], both, up(row, 4), made >= _FULL * room
             )
         else:
             both = shape.both and shape.steps == shape.stage and all(back >= 0 for _, back in self.paths)
@@ -319,9 +318,7 @@ class Scan:
             self.groups = -(-self.chunks // shape.chunks)
             full = not shape.both and self.groups * made >= _FULL * room  # of small images it takes longer
             self.case = Case(shape, states, *kind, ladder, o.softplus, full, self.groups > 1)
-            if (
-                8 * self.case.steps_at_once * _up(row, 4) > _MOST_SHARED
-            ):  # of one pixel for each thread, twice
+            if 8 * self.case.steps_at_once * up(row, 4) > MOST_SHARED:  # of one pixel for each thread, twice
                 raise InputError(
                     f"deployed: scans in {directions} directions are more than the kernels for GPUs take"
                 )
@@ -344,7 +341,7 @@ class Scan:
         case, kept = self.case, self._kept
         if isinstance(case, TileCase) or not case.quantized or case.taken != _TAKEN:
             return None
-        row = _up(self.size[2], COPIED)
+        row = up(self.size[2], COPIED)
         grid = self._params.qmin, self._params.qmax
         return Steps(kept["words"], kept["affine"], case.rank, case.states, len(kept["order"]), row, *grid)
 
@@ -378,7 +375,7 @@ class Scan:
             launch("scan_tiles", grid, case.threads, case.shared(pixels), params, device)
             return
         groups = self.groups
-        params.size_row = _up(channels * (1 if case.quantized else 4), COPIED)
+        params.size_row = up(channels * (1 if case.quantized else 4), COPIED)
         if sizes is None:
             sizes = self._make_sizes(case, launch, params)
         params.sizes = sizes.data_ptr()
@@ -413,9 +410,9 @@ class Scan:
         rows = max(1, min(_STEPS_THREADS // lanes, _STEPS_SHARED // (4 * params.row * case.steps_at_once)))
         unit = rows * case.steps_at_once
         most = max(1, case.steps_resident * _processors(self.device) // across)
-        stretch = _up(-(-count // most), unit)
+        stretch = up(-(-count // most), unit)
         tile = unit * max(1, min(_STEPS_SHARED // (4 * params.row * unit), stretch // unit, 4))
         params.lanes, params.rows, params.tile, params.stretch = lanes, rows, tile, stretch
-        threads, shared = _up(lanes * rows, 32), 8 * tile * params.row
+        threads, shared = up(lanes * rows, 32), 8 * tile * params.row
         launch("scan_steps", (-(-count // stretch), across), threads, shared, params, self.device)
         return sizes

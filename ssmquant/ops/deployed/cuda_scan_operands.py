@@ -10,12 +10,31 @@ from torch import Tensor
 
 from ssmquant.ops.deployed.forms import ScanOperands
 
-__all__ = ["COPIED", "Params", "arrangement", "levels_of", "paths_of", "rates_of", "tensors_of"]
+__all__ = [
+    "COPIED",
+    "MOST_LEVELS",
+    "MOST_SHARED",
+    "Params",
+    "arrangement",
+    "levels_of",
+    "paths_of",
+    "rates_of",
+    "tensors_of",
+    "up",
+]
 
 COPIED = 16
 """Bytes that are copied at once: where the channels of a block begin."""
-_MOST_LEVELS = 16  # of step sizes that are looked up
+MOST_LEVELS = 16
+"""Of step sizes that are looked up."""
+MOST_SHARED = 96 * 1024
+"""Bytes of shared memory that a block has on any GPU since sm_80."""
 _LOG2E = 1.4426950408889634
+
+
+def up(n: int, multiple: int) -> int:
+    """The least multiple that is not below ``n``."""
+    return -(-n // multiple) * multiple
 
 
 class Params(ctypes.Structure):
@@ -84,7 +103,7 @@ def levels_of(operands: ScanOperands) -> int:
     """Of step sizes that are looked up, an even number; 0 for none."""
     grid = operands.of_delta
     levels = 0 if grid is None else grid.qmax - grid.qmin + 1
-    return levels + levels % 2 if levels <= _MOST_LEVELS else 0
+    return levels + levels % 2 if levels <= MOST_LEVELS else 0
 
 
 def tensors_of(

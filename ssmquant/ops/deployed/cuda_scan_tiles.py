@@ -5,21 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ssmquant.ops import nvrtc
+from ssmquant.ops.deployed.cuda_scan_operands import MOST_SHARED, up
 
-__all__ = ["TileCase", "Tiles", "choose"]
+__all__ = ["TileCase", "Tiles", "choose", "takes"]
 
 _FILES = " ".join(f"deployed_cuda/{name}" for name in ("steps", "scan_params", "scan_tiles"))
-_MOST_SHARED = 96 * 1024  # bytes that a block has on any GPU since sm_80
 _LANES = 8  # of a warp, that have steps of their own
 _LEAST = 96  # steps of a path
 _LONG = 14  # steps of a lane, of paths of several tiles
 _LONGEST = 25  # for which there are registers
 _FEW = 1, 1.5  # blocks of a multiprocessor: of paths of one tile, of several
 _WIDTHS = 6, 4  # warps
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def _apart(size: int, unit: int) -> int:
@@ -49,7 +45,7 @@ class Tiles:
     @property
     def level(self) -> int:
         """Values of a level of the step sizes' table, as in the source."""
-        return _up(4 * self.lanes, 32) + 8
+        return up(4 * self.lanes, 32) + 8
 
     @property
     def steps(self) -> int:
@@ -103,7 +99,7 @@ class TileCase:
         """Bytes of shared memory of a block, as the source lays it out."""
         t, d = self.tiles, self.directions
         width = 8 * t.warps
-        raw, image = (_apart(t.run * n, 16) for n in (4 * self.row, _up(width, 16)))
+        raw, image = (_apart(t.run * n, 16) for n in (4 * self.row, up(width, 16)))
         size = d * (4 * self.levels * t.level + _LANES * _apart(16 * t.run, 16))
         size += 2 * _LANES * (raw + image + _apart(8 * t.run, 8))
         tiles = -(-pixels // t.steps)
@@ -111,8 +107,8 @@ class TileCase:
 
     def fits(self, pixels: int) -> bool:
         """Whether a GPU has the shared memory and threads for paths of so many pixels."""
-        pieces = _up(8 * self.tiles.warps, 16) // 16 + self.row // 4  # that threads copy of a pixel
-        return self.shared(pixels) <= _MOST_SHARED and 1 << (pieces - 1).bit_length() <= self.threads
+        pieces = up(8 * self.tiles.warps, 16) // 16 + self.row // 4  # that threads copy of a pixel
+        return self.shared(pixels) <= MOST_SHARED and 1 << (pieces - 1).bit_length() <= self.threads
 
 
 def takes(paths: list[tuple[int, int]], at_once: int) -> bool:
@@ -142,7 +138,7 @@ def choose(
     one = pixels <= _LANES * _LONGEST
     run = -(-pixels // _LANES) if one else _LONG
     # Of channels that no block has use for there should be few.
-    warps = min(_WIDTHS[one:], key=lambda n: _up(channels, 8 * n))
+    warps = min(_WIDTHS[one:], key=lambda n: up(channels, 8 * n))
     if batch * walks * -(-channels // (8 * warps)) < _FEW[not one] * processors:
         return None
     tiles = Tiles(warps, run, 2 if run > _LONG or warps > 4 else 3)
