@@ -77,6 +77,7 @@ struct Block {
 
     __device__ __forceinline__ int of(int d) const { return d ? back : there; }
     template <class T> __device__ __forceinline__ static T *at(int bytes) { return reinterpret_cast<T *>(shared + bytes); }
+    // Bytes from the first step of a tile to another one, of which each has so many, and RUN of them a little more.
     __device__ __forceinline__ static int of_step(int step, int of_run, int each) {
         return step * each + int(unsigned(step) / RUN) * (of_run - RUN * each);
     }
@@ -189,7 +190,7 @@ struct Block {
         }
         const unsigned of_table = TABLE ? place_of(at<float>(d * TABLE * LEVEL * 4)) + (4 * warp + t) * 8 : 0;
         const unsigned *of_codes = at<const unsigned>(raw(turn) + g * RAW);
-        const Record *of_step = at<const Record>(OF_RECORDS + (d * 8 + g) * RECORDS);
+        const Record *own = at<const Record>(OF_RECORDS + (d * 8 + g) * RECORDS);
 #pragma unroll
         for (int two = 0; two < RUN; two += 2) {  // rows g and g + 8 of the product
             int dot[4] = {as_int(MAGIC), as_int(MAGIC), as_int(MAGIC), as_int(MAGIC)};
@@ -206,7 +207,7 @@ struct Block {
             for (int i = 0; i < 4; ++i) {
                 const int r = two + i / 2, c = i % 2;
                 if (r >= RUN) continue;
-                const Floats<2> total_b = *reinterpret_cast<const Floats<2> *>(of_step + r);
+                const Floats<2> total_b = *reinterpret_cast<const Floats<2> *>(own + r);
                 const float level = step_level(dot[i], total_b.x[0], affine[0].x[c], affine[1].x[c], affine[2].x[c]);
                 float dt;
                 if (TABLE) {
@@ -272,11 +273,11 @@ struct Block {
         float h[2];
         make(D, tile, u, steps);
         go<D == 1>(steps, carry, h);
-        const Record *of_step = at<const Record>(OF_RECORDS + (D * 8 + g) * RECORDS);
+        const Record *own = at<const Record>(OF_RECORDS + (D * 8 + g) * RECORDS);
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {
             const int r = D ? RUN - 1 - i : i;
-            const float at_step = of_step[r].c;
+            const float at_step = own[r].c;
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 h[c] = fmaf(steps.decay[r][c], h[c], steps.drive[r][c]);
@@ -305,10 +306,10 @@ struct Block {
             if (tile < tiles - 1) last = *behind(tile);
             direction<1>(tile, last.x, u, v);
         }
-        const Place *of_step = at<const Place>(OF_PLACES + (turn * 8 + g) * PLACES);
+        const Place *own = at<const Place>(OF_PLACES + (turn * 8 + g) * PLACES);
 #pragma unroll
         for (int r = 0; r < RUN; ++r) {
-            const int pixel = of_step[r].pixel;
+            const int pixel = own[r].pixel;
             float *const to = reinterpret_cast<float *>(y + row_of(pixel, 4 * p.channels));
             store_if(real && pixel >= 0, to, v[r][0], v[r][1]);
         }
