@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ssmquant
 from ssmquant import QConfig, zoo
 from ssmquant.graph import trace
+from ssmquant.ops import use_backend
 from tests.patterns import steps
 from tests.patterns.steps import TWINS, call, close, tensors
 from tests.patterns.twin import Twin, draw_values
@@ -95,7 +96,12 @@ def test_deployed_as_prepared(name: str) -> None:
     deployed = ssmquant.convert(prepared)
     assert ssmquant.summary(deployed).transforms == ssmquant.summary(prepared).transforms
     with torch.no_grad():  # calls of another batch size, where they take another graph, are below
-        close(call(deployed, twin.args(seed=9)), call(prepared, twin.args(seed=9)), 1e-4)
+        want = call(prepared, twin.args(seed=9))
+        close(
+            call(deployed, twin.args(seed=9)), want, 0.05
+        )  # a code on a tie may go the other way in fused kernels
+        with use_backend("chunked", op="fuse"):
+            close(call(deployed, twin.args(seed=9)), want, 1e-4)
 
 
 @pytest.fixture

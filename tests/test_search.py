@@ -16,7 +16,7 @@ from ssmquant import ConfigError, NotCalibratedError, QConfig, Rule, Sensitivity
 from ssmquant.analysis.search import _Costs
 from ssmquant.graph.runtime import runtime_of
 from ssmquant.modules import PackedTensor
-from tests.small import Scanner, images, prepared_and_calibrated, rows, tiny_mambair
+from tests.small import Scanner, computes_the_same, images, prepared_and_calibrated, rows, tiny_mambair
 
 X = images(2, 3, 6, 5)
 
@@ -81,8 +81,7 @@ def test_from_search_to_a_deployed_model(name: str) -> None:
     prepared = ssmquant.prepare(model, QConfig.from_json(config.to_json()), example_inputs=(x,))
     ssmquant.calibrate(prepared, [x], progress=False).eval()
     deployed = ssmquant.convert(prepared)
-    with torch.no_grad():
-        torch.testing.assert_close(deployed(x), prepared(x), rtol=1e-3, atol=1e-4)
+    computes_the_same(deployed, prepared, x)
     before, after = rows(uniform), rows(deployed)
     assert list(before) == list(after)
     chosen = {r.match: r for r in config.rules}
