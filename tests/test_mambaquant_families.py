@@ -97,9 +97,8 @@ def test_deployed_as_prepared(name: str) -> None:
     assert ssmquant.summary(deployed).transforms == ssmquant.summary(prepared).transforms
     with torch.no_grad():  # calls of another batch size, where they take another graph, are below
         want = call(prepared, twin.args(seed=9))
-        close(
-            call(deployed, twin.args(seed=9)), want, 0.05
-        )  # a code on a tie may go the other way in fused kernels
+        # By fused kernels a code on a tie may go the other way.
+        close(call(deployed, twin.args(seed=9)), want, 0.05)
         with use_backend("chunked", op="fuse"):
             close(call(deployed, twin.args(seed=9)), want, 1e-4)
 

@@ -20,12 +20,12 @@
 // Step sizes of few levels, and the decays of the first state that go with them, are looked up (TABLE); further states have
 // the power of one ratio after the other (LADDER), whatever the levels are.
 //
-// After cuda_math.cu, steps.cu and scan_params.cu with what these want, and definitions of: STATES; CT (1 or 2), LANES, CHUNKS, STAGE; TABLE: the
-// number of the levels of step sizes, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS; GROUP: steps whose results are
-// asked for together; RESIDENT: blocks of a multiprocessor; BOTH; SEGMENTS: of the groups, in scan_carry, a power of two; HELD:
-// as many as a segment has, which fit into registers, or 0; TAKEN: channels of a thread of scan_steps, 4 or 8; STEPS_RESIDENT:
-// blocks of a multiprocessor there; FULL: scan_out's blocks fill all multiprocessors, however they are spread; CARRIED: there is
-// scan_carry.
+// After cuda_math.cu, steps.cu and scan_params.cu with what these want, and definitions of: STATES; CT (1 or 2), LANES,
+// CHUNKS, STAGE; TABLE: the number of the levels of step sizes, or 0; LADDER (2: the ratio is the first decay); SOFTPLUS;
+// GROUP: steps whose results are asked for together; RESIDENT: blocks of a multiprocessor; BOTH; SEGMENTS: of the groups,
+// in scan_carry, a power of two; HELD: as many as a segment has, which fit into registers, or 0; TAKEN: channels of a
+// thread of scan_steps, 4 or 8; STEPS_RESIDENT: blocks of a multiprocessor there; FULL: scan_out's blocks fill all
+// multiprocessors, however they are spread; CARRIED: there is scan_carry.
 
 #ifndef EMULATED
 // The thread's number, from which nothing is computed ahead and kept in registers.
@@ -105,10 +105,9 @@ struct Walk {
     }
 
     // The pixels of the steps that are `at` behind the beginning of the walk, one stage for each place.
-    struct Pixels { int of[FINDS]; };
-    __device__ __forceinline__ Pixels find(const int *order, bool back, int at) const {
+    __device__ __forceinline__ Pixels<FINDS> find(const int *order, bool back, int at) const {
         const int thread = this_thread(half * THREADS);
-        Pixels found;
+        Pixels<FINDS> found;
 #pragma unroll
         for (int i = 0; i < FINDS; ++i) {
             const int place = thread + i * THREADS, chunk = blockIdx.x * CHUNKS + place / STAGE;
@@ -117,14 +116,7 @@ struct Walk {
         }
         return found;
     }
-    // Bits: which of them had a NaN.
-    __device__ __forceinline__ unsigned odd(const Pixels &found) const {
-        unsigned bits = 0;
-#pragma unroll
-        for (int i = 0; i < FINDS; ++i) bits |= unsigned(found.of[i] >= 0 ? bad[found.of[i]] : 0) << i;
-        return bits;
-    }
-    __device__ __forceinline__ void keep(const Pixels &found, unsigned odd, int turn) const {
+    __device__ __forceinline__ void keep(const Pixels<FINDS> &found, unsigned odd, int turn) const {
         const int thread = this_thread(half * THREADS);
 #pragma unroll
         for (int i = 0; i < FINDS; ++i) {
@@ -235,13 +227,13 @@ struct Walk {
         if (OUT && real && p.chunks > 1) enter(k, rate, h);
         const float su = p.scales[0], ou = p.scales[1], sd = p.scales[6];
         const unsigned of_table = TABLE ? place_of(table) + lane * 8 : 0;
-        Pixels found = find(order, back, 0);
+        Pixels<FINDS> found = find(order, back, 0);
         __syncthreads();
         if (TABLE) read_table(k);
-        keep(found, odd(found), 0);
+        keep(found, odd(bad, found), 0);
         found = find(order, back, STAGE);
-        unsigned of_found = odd(found);
-        Pixels further = find(order, back, 2 * STAGE);
+        unsigned of_found = odd(bad, found);
+        Pixels<FINDS> further = find(order, back, 2 * STAGE);
         __syncthreads();
         start(0, k);
         int turn = 0;
@@ -252,7 +244,7 @@ struct Walk {
             keep(found, of_found, turn ^ 1);
             __syncthreads();
             if (at + STAGE < p.chunk) {
-                found = further, of_found = odd(found);
+                found = further, of_found = odd(bad, found);
                 further = find(order, back, at + 3 * STAGE);
                 start(turn ^ 1, k);
             }

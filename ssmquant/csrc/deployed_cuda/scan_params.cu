@@ -44,3 +44,12 @@ __device__ __forceinline__ float step_size(float x) { return SOFTPLUS ? softplus
 __device__ __forceinline__ unsigned long long row_of(int row, int each) { return (unsigned long long)unsigned(row) * unsigned(each); }
 
 __device__ __forceinline__ float byte_of(unsigned word, int i) { return float(int(word >> 8 * i & 255)); }
+
+// Pixels that a thread looks up, -1 for none, and bits: which of them had a NaN.
+template <int N> struct Pixels { int of[N]; };
+template <int N> __device__ __forceinline__ unsigned odd(const unsigned char *bad, const Pixels<N> &found) {
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) bits |= unsigned(found.of[i] >= 0 ? bad[found.of[i]] : 0) << i;
+    return bits;
+}

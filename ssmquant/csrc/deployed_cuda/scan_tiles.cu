@@ -99,10 +99,9 @@ struct Block {
         }
     }
 
-    // The pixels of a tile's steps, and which of them had a NaN.
-    struct Pixels { int of[FINDS]; };
-    __device__ __forceinline__ Pixels find(int tile) const {
-        Pixels found;
+    // The pixels of a tile's steps.
+    __device__ __forceinline__ Pixels<FINDS> find(int tile) const {
+        Pixels<FINDS> found;
 #pragma unroll
         for (int i = 0; i < FINDS; ++i) {
             const int at = threadIdx.x + i * THREADS, step = tile * TILE + at;
@@ -110,13 +109,7 @@ struct Block {
         }
         return found;
     }
-    __device__ __forceinline__ unsigned odd(const Pixels &found) const {
-        unsigned bits = 0;
-#pragma unroll
-        for (int i = 0; i < FINDS; ++i) bits |= unsigned(found.of[i] >= 0 ? bad[found.of[i]] : 0) << i;
-        return bits;
-    }
-    __device__ __forceinline__ static void keep(const Pixels &found, unsigned odd, int turn) {
+    __device__ __forceinline__ static void keep(const Pixels<FINDS> &found, unsigned odd, int turn) {
 #pragma unroll
         for (int i = 0; i < FINDS; ++i) {
             const int at = threadIdx.x + i * THREADS;
@@ -319,11 +312,11 @@ struct Block {
     template <bool BEHIND> __device__ __forceinline__ void walk() {
         const int step = BEHIND ? -1 : 1, begin = BEHIND ? tiles - 1 : 0, end = BEHIND ? 0 : tiles;
         float carry[2] = {};
-        Pixels found = find(begin);
-        keep(found, odd(found), turn);
+        Pixels<FINDS> found = find(begin);
+        keep(found, odd(bad, found), turn);
         found = find(begin + step);
-        unsigned of_found = odd(found);
-        Pixels further = find(begin + 2 * step);
+        unsigned of_found = odd(bad, found);
+        Pixels<FINDS> further = find(begin + 2 * step);
         __syncthreads();
         start(turn);
 #pragma unroll 1
@@ -334,7 +327,7 @@ struct Block {
             keep(found, of_found, turn ^ 1);
             __syncthreads();
             if (tile + step != end) {
-                found = further, of_found = odd(found);
+                found = further, of_found = odd(bad, found);
                 further = find(tile + 3 * step);
                 start(turn ^ 1);
             }
